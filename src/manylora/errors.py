@@ -1,0 +1,39 @@
+"""What can go wrong, by name: every error a user can cause is a `ManyLoraError` and also a standard error.
+
+The command line prints such an error as one line and ends with exit code 2; anything else is a bug and
+keeps its traceback. A message names the offending value and then the remedy.
+"""
+
+from __future__ import annotations
+
+
+class ManyLoraError(Exception):
+    """Base of every error that bad input can cause."""
+
+
+class ConfigError(ManyLoraError, ValueError):
+    """A setting has a value that cannot work, or two settings contradict each other."""
+
+
+class TargetModulesError(ConfigError):
+    """`target_modules` match no layer that can carry an adapter."""
+
+
+class RoutingError(ManyLoraError, ValueError):
+    """Expert ids are missing, of the wrong shape or type, or out of range."""
+
+
+class NotMergeableError(ManyLoraError, ValueError):
+    """The adapter's delta depends on the input, so no single weight equals it."""
+
+
+class DataError(ManyLoraError, ValueError):
+    """Input rows are missing, broken or of the wrong type."""
+
+
+class ModelError(ManyLoraError, ValueError):
+    """A base model or adapter cannot be loaded, or the two do not belong together."""
+
+
+class RunError(ManyLoraError, ValueError):
+    """A run folder exists already, is incomplete or does not fit what is asked of it."""
