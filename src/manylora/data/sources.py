@@ -1,0 +1,258 @@
+"""Where rows come from: a file, a folder, a data set of the Hub, or the embedded suite."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+from manylora.data.examples import Example
+from manylora.data.formats import parse_rows, split_name, task_and_split
+from manylora.data.readers import SUPPORTED_SUFFIXES, Row, read_rows
+from manylora.errors import ConfigError, DataError
+
+EMBEDDED = "embedded"
+"""The source that names the suite which the package carries."""
+
+_Split: TypeAlias = Literal["train", "validation", "test"]
+
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+"""The parts that a source may be divided into."""
+
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/(?P<name>[\w.-]+))(:(?P<config>[\w.-]+))?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Table:
+    """Rows that share one default task, read when they are asked for."""
+
+    default_task: str
+    read: Callable[[], list[Row]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """A source's tables by split; None holds those that tell no split."""
+
+    name: str
+    tables: Mapping[str | None, list[_Table]]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(name for name in self.tables if name is not None)
+
+    def pick(self, split: str | None) -> list[_Table]:
+        if split is not None and split in self.tables:
+            return self.tables[split]
+        if None in self.tables and (not self.splits or split == "train"):
+            return self.tables[None]
+        if split is None and len(self.tables) == 1:
+            return next(iter(self.tables.values()))
+        there = ", ".join(self.splits)
+        if split is None:
+            raise DataError(f"{self.name} holds several splits ({there}). Name one of its files or folders.")
+        raise DataError(f"{self.name} has no {split} split, only {there}. Name the rows to read themselves.")
+
+
+def data_root() -> Path | None:
+    """The folder of real data that `$MANYLORA_DATA` names, or None where the variable is unset or empty.
+
+    Raises:
+        DataError: the variable names no folder.
+    """
+    value = os.environ.get("MANYLORA_DATA")
+    if not value:
+        return None
+    root = Path(value).expanduser()
+    if not root.is_dir():
+        raise DataError(f"MANYLORA_DATA={value!r} is not a folder. Point it at the data or unset it.")
+    return root
+
+
+def load_examples(
+    source: str | Path,
+    *,
+    task_column: str | None = None,
+    tasks: Sequence[str] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    require_output: bool = True,
+) -> dict[str, list[Example]]:
+    """Read a source into its tasks' examples.
+
+    Args:
+        source: a `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder of such files (its own files, sorted
+            by name); "embedded"; or a Hub id "owner/name" or "owner/name:config" where no such path exists.
+        task_column: field that names each row's task. Default: the `task` field; without one, the file name
+            less its split ("boolq.test.json" is boolq), or the Hub data set's name.
+        tasks: keep these, in this order. Default: all, in the order they first appear.
+        split: "train", "validation" or "test" where the source is divided: by subfolders or file names of
+            that name, by the Hub, or by the suite. A source that is not divided is read whole.
+        limit: keep the first `limit` rows of each task. Default: all.
+        require_output: False also takes rows without an answer, for prediction.
+
+    Returns:
+        Task name to its examples, each list non-empty.
+
+    Raises:
+        DataError: the source or one of its rows is missing, broken or of the wrong type.
+        ConfigError: `split`, `limit` or `tasks` cannot be.
+    """
+    _check_settings(split=split, limit=limit, tasks=tasks)
+    if str(source) == EMBEDDED:
+        data = _load_embedded(split, tasks)
+    else:
+        opened = open_source(source)
+        data = {}
+        for table in opened.pick(split):
+            for example in parse_rows(
+                table.read(),
+                default_task=table.default_task,
+                task_column=task_column,
+                require_output=require_output,
+            ):
+                data.setdefault(example.task, []).append(example)
+    if tasks is not None:
+        data = pick_tasks(data, tasks, source=str(source))
+    return {task: rows[:limit] for task, rows in data.items()}
+
+
+def available_splits(source: str | Path) -> tuple[str, ...]:
+    """The splits that a source is divided into; empty for one that is not divided.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    return SPLITS if str(source) == EMBEDDED else open_source(source).splits
+
+
+def pick_tasks(
+    data: Mapping[str, list[Example]], tasks: Sequence[str], *, source: str
+) -> dict[str, list[Example]]:
+    """The named tasks of `data`, in the order named.
+
+    Raises:
+        DataError: a task is not there (listing those that are).
+    """
+    missing = [task for task in tasks if task not in data]
+    if missing:
+        raise DataError(
+            f"{source} has no rows of task {', '.join(map(repr, missing))}. Its tasks: {', '.join(data)}."
+        )
+    return {task: data[task] for task in tasks}
+
+
+def open_source(source: str | Path) -> _Source:
+    """Find out what a source is and which splits it has, without reading the rows of files."""
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if path.exists():
+            return _Source(name=str(path), tables={None: [_file_table(path)]})
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}). Check the path.") from error
+    match = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if match and path.suffix.lower() not in SUPPORTED_SUFFIXES and not path.parent.is_dir():
+        return _open_hub(match["id"], name=match["name"], config=match["config"])
+    raise DataError(f"{source} does not exist.{_near(path)} Give a file, a folder or a Hub id (owner/name).")
+
+
+def _check_settings(*, split: str | None, limit: int | None, tasks: Sequence[str] | None) -> None:
+    if split is not None and split not in SPLITS:
+        raise ConfigError(f"split {split!r} is unknown. Choose from {', '.join(SPLITS)}.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit {limit} keeps no row. Take 1 or more, or leave it out.")
+    if tasks is not None and (isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks)):
+        raise ConfigError(f"tasks {tasks!r} must be a list of one or more different names.")
+
+
+def _load_embedded(split: str | None, tasks: Sequence[str] | None) -> dict[str, list[Example]]:
+    from manylora.data.suite import SUITE_TASKS, load_suite
+
+    if split is None:
+        raise DataError(f"{EMBEDDED} holds several splits ({', '.join(SPLITS)}). Say which to read.")
+    for task in tasks or ():
+        if task not in SUITE_TASKS:
+            raise DataError(f"{EMBEDDED} has no task {task!r}. Its tasks: {', '.join(SUITE_TASKS)}.")
+    return {task: list(rows) for task, rows in load_suite(cast(_Split, split), tasks=tasks).items()}
+
+
+def _near(path: Path) -> str:
+    """A guess at the name that was meant, as a sentence with a space before it, or nothing."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" Did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _file_table(path: Path) -> _Table:
+    if path.suffix.lower() not in SUPPORTED_SUFFIXES:
+        raise DataError(
+            f"{path} is a {path.suffix or 'suffixless'} file. Supported: {', '.join(SUPPORTED_SUFFIXES)}."
+        )
+    task, _ = task_and_split(path)
+    return _Table(default_task=task, read=functools.partial(read_rows, path))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUPPORTED_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
+
+
+def _open_folder(folder: Path) -> _Source:
+    tables: dict[str | None, list[_Table]] = {}
+    for path in _data_files(folder):
+        tables.setdefault(task_and_split(path)[1], []).append(_file_table(path))
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for subfolder in subfolders:
+        split = split_name(subfolder.name)
+        if split is not None and (files := _data_files(subfolder)):
+            tables.setdefault(split, []).extend(_file_table(path) for path in files)
+    if not tables:
+        names = ", ".join(path.name for path in subfolders)
+        hint = f" Or name one of its subfolders: {names}." if subfolders else ""
+        raise DataError(f"{folder} holds no data files. Supported: {', '.join(SUPPORTED_SUFFIXES)}.{hint}")
+    order = {split: tables[split] for split in (None, *SPLITS) if split in tables}
+    return _Source(name=str(folder), tables=order)
+
+
+def _open_hub(dataset_id: str, *, name: str, config: str | None) -> _Source:
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+
+    label = dataset_id if config is None else f"{dataset_id}:{config}"
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # its log of every retry would bury the one line that follows
+    try:
+        loaded: Mapping[str, Any] = datasets.load_dataset(dataset_id, name=config)
+    except Exception as error:  # network, Hub, builder and format errors share no base class
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        raise DataError(
+            f"{label} is no path here and could not be loaded from the Hub ({type(error).__name__}: "
+            f"{reason}). Check the id, the connection and your access, or give a local file or folder."
+        ) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
+    tables: dict[str | None, list[_Table]] = {}
+    for split, rows in loaded.items():
+        read = functools.partial(_hub_rows, rows, f"{label} {split}")
+        table = _Table(default_task=name, read=read)
+        tables.setdefault(split_name(split) or split, []).append(table)
+    return _Source(name=label, tables=tables)
+
+
+def _hub_rows(rows: Any, place: str) -> list[Row]:
+    if len(rows) == 0:
+        raise DataError(f"{place} holds no rows. Name another split or data set.")
+    return [Row(place=f"{place} row {number}", fields=dict(row)) for number, row in enumerate(rows, start=1)]
