@@ -1,0 +1,68 @@
+"""The command line: one thin module per verb, each of which composes the rooms below it.
+
+Exit codes: 0 done, 2 bad input (one line says what and how to mend it), 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from manylora._version import __version__
+from manylora.cli.console import complain, explain
+
+__all__ = ["VERBS", "main"]
+
+VERBS = {
+    "train": "fine-tune one model on many tasks and print a table of scores",
+    "evaluate": "score an adapter, or a bare model, on test rows",
+    "predict": "answer prompts with a trained adapter",
+}
+"""Verb to what it does, in the order of a first visit."""
+
+_USAGE = f"""manylora {__version__}: fine-tune one language model for many tasks.
+
+usage: manylora VERB [options]
+
+{{verbs}}
+
+Each verb explains itself: manylora VERB --help
+First run: manylora train      (8 tasks and a small model come with the package)"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_USAGE.format(verbs="\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())))
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"manylora {__version__}")
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        complain(f"there is no verb {verb!r}; choose from {', '.join(VERBS)}.")
+        return 2
+    # Nothing is reported home; both libraries would otherwise ask the network at times.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # What our libraries say to each other about their next versions is not for our users.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
+    try:
+        return importlib.import_module(f"manylora.cli.{verb}").run(arguments[1:])
+    except KeyboardInterrupt:
+        complain("stopped by Ctrl-C.")
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as in `manylora predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        complain(line)
+        return 2

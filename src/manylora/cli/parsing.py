@@ -1,0 +1,162 @@
+"""From words on the command line and YAML files to a checked configuration, by jsonargparse."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from manylora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Config = TypeVar("Config", bound=DataclassInstance)
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's defaults, our own line breaks."""
+
+
+class _Parser(ArgumentParser):
+    """Shows options with dashes, as they are typed, and shorter type notes."""
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        text = re.sub(r"--([a-z_]+)", lambda match: "--" + match[1].replace("_", "-"), text)
+        text = re.sub(r", --[a-z-]+\+ [A-Z_]+", "", text)
+        text = re.sub(r" \{true,false\}", "", text)
+        return re.sub(r"\s*\(type:\s[^()]*(?:\([^()]*\)[^()]*)*\)", _default_only, text)
+
+
+def _default_only(note: re.Match[str]) -> str:
+    found = re.search(r"default:\s+(.*)\)$", note[0], flags=re.DOTALL)
+    if found is None or found[1].strip() in ("null", "False", "false"):
+        return ""
+    return f" [{' '.join(found[1].split())}]"
+
+
+def parse(
+    config_class: type[Config],
+    arguments: Sequence[str],
+    *,
+    verb: str,
+    description: str,
+    positional: Sequence[str] = (),
+) -> tuple[Config, set[str]]:
+    """Read options and `--config FILE.yaml` into `config_class`; options win over the file.
+
+    Args:
+        config_class: dataclass whose fields are the options.
+        arguments: words after the verb.
+        verb: for messages.
+        description: first paragraph of the help.
+        positional: fields that may also be given without their name, in this order.
+
+    Returns:
+        The configuration, and the names of the fields that were given at all.
+
+    Raises:
+        ConfigError: an unknown option or a value of the wrong type.
+        SystemExit: after --help.
+    """
+    parser = _Parser(
+        prog=f"manylora {verb}",
+        description=description,
+        exit_on_error=False,
+        formatter_class=_Formatter,
+        usage=f"manylora {verb} [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_class_arguments(config_class, None)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    words = _normalise(arguments, fields, positional)
+    try:
+        namespace = parser.parse_args(words)
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(_reason(error, verb, list(fields))) from error
+    except OSError as error:
+        raise ConfigError(f"--config {error.filename}: {error.strerror}.") from error
+    values = namespace.as_dict()
+    values.pop("config", None)
+    given = {name for name in fields if values.get(name) != _default(fields[name])}
+    return config_class(**values), given
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _normalise(
+    arguments: Sequence[str], fields: dict[str, dataclasses.Field[Any]], positional: Sequence[str]
+) -> list[str]:
+    """Dashes become underscores, `--flag` alone becomes `--flag true`, bare words get their option's name."""
+    words: list[str] = []
+    free = list(positional)
+    waiting = False  # whether the last option still wants its value
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            is_flag = name in fields and fields[name].type in ("bool", bool)
+            if is_flag and not equals and (not queue or queue[0].lower() not in ("true", "false")):
+                equals, value = "=", "true"
+            words.append(f"--{name}{equals}{value}")
+            waiting = not equals and name != "help"
+        elif waiting or not free or word == "-h":
+            words.append(word)
+            waiting = False
+        else:
+            words.append(f"--{free.pop(0)}={word}")
+    return words
+
+
+def _reason(error: Exception, verb: str, names: Sequence[str]) -> str:
+    text = " ".join(str(error).split())
+    unknown = re.search(r"[Uu]nrecognized arguments: (.*)", text) or re.search(
+        r"[Kk]ey \"?'?([\w.]+)'?\"? is not expected", text
+    )
+    if unknown or "does not accept option" in text.lower():
+        word = (unknown[1] if unknown else text).split()[0]
+        near = difflib.get_close_matches(word.lstrip("-").partition("=")[0].replace("-", "_"), names, n=1)
+        hint = f"did you mean --{near[0].replace('_', '-')}?" if near else f"see manylora {verb} --help."
+        shown = word.replace("_", "-") if word.startswith("-") else word
+        return f"unknown option {shown}; {hint}"
+    value = re.search(r'Parser key "(\w+)": (.*)', text)
+    if value:
+        option = value[1].replace("_", "-")
+        got = re.search(r"(?:Got value|Given value): (\S+)", value[2]) or re.search(
+            r"[Gg]iven value type.*?Got value: (\S+)", value[2]
+        )
+        wanted = re.sub(r"\s*(?:Got value|Given value).*", "", value[2])
+        wanted = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", wanted).replace(
+            "Expected a one of", "Expected one of"
+        )
+        return f"--{option}{' ' + got[1] if got else ''}: {wanted.rstrip('.')}."
+    return f"{text} (see manylora {verb} --help)"
+
+
+def require(value: Any, option: str, verb: str) -> None:
+    """Raise where a needed option was not given.
+
+    Raises:
+        ConfigError: `value` is `None`.
+    """
+    if value is None:
+        raise ConfigError(f"--{option} is missing; see manylora {verb} --help.")
+
+
+def interactive() -> bool:
+    """Whether a person, rather than a pipe, is at standard input."""
+    return sys.stdin is not None and sys.stdin.isatty()

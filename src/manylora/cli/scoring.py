@@ -1,0 +1,107 @@
+"""Score a model on test rows and write down what it answered: what `train` and `evaluate` have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from manylora.cli.console import CountProgress
+from manylora.cli.tables import print_scores
+from manylora.data import EMBEDDED, TaskData
+from manylora.errors import RoutingError
+from manylora.evaluation import Scores, generate_answers, score_all
+from manylora.training import Prepared, RunFolder, write_json, write_text
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_ANSWER_TOKENS = 64
+"""Longest answer where neither the run nor the user says otherwise."""
+
+
+def score_run(prepared: Prepared, folder: RunFolder, model: PeftModel) -> None:
+    """Score a finished training on its test rows, print the table, write predictions.jsonl and scores.json."""
+    test = prepared.splits.test
+    if not test:
+        print("no test rows (give them with --test); the adapter is in " + str(folder.path / "adapter"))
+        return
+    by_task = model.active_peft_config.router == "task" and model.active_peft_config.num_experts > 1
+    experts = {name: index for index, name in enumerate(prepared.task_names)}
+    scores = score(
+        model,
+        prepared.tokenizer,
+        test,
+        answer_tokens=prepared.answer_tokens,
+        batch_size=prepared.config.eval_batch_size,
+        experts=experts if by_task else None,
+    )
+    baselines = suite_baselines(list(test)) if prepared.config.data == EMBEDDED else {}
+    write_scores(folder.path, scores, baselines)
+    print_scores(scores, baselines)
+
+
+def score(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: TaskData,
+    *,
+    answer_tokens: Mapping[str, int],
+    batch_size: int,
+    experts: Mapping[str, int] | None,
+) -> Scores:
+    """Generate an answer to every row, greedily, and score it.
+
+    Args:
+        model: base with or without adapter.
+        tokenizer: the base's.
+        test: rows per task.
+        answer_tokens: longest answer per task in tokens; a task that is not in it gets the largest of them.
+        batch_size: rows per batch; the answers do not depend on it.
+        experts: task name to expert under the task router, else `None`.
+
+    Raises:
+        RoutingError: a test task has no expert.
+    """
+    if experts is not None and (unknown := sorted(set(test) - set(experts))):
+        raise RoutingError(
+            f"The adapter has no expert for the tasks {', '.join(unknown)}; it knows {', '.join(experts)}."
+        )
+    longest = max(answer_tokens.values(), default=DEFAULT_ANSWER_TOKENS)
+    examples = [example for rows in test.values() for example in rows]
+    tasks = [task for task, rows in test.items() for _ in rows]
+    progress = CountProgress("answers", len(examples))
+    answers = iter(
+        generate_answers(
+            model,
+            tokenizer,
+            examples,
+            batch_size=batch_size,
+            max_new_tokens=[answer_tokens.get(task, longest) for task in tasks],
+            expert_ids=None if experts is None else [experts[task] for task in tasks],
+            on_progress=lambda done, _: progress(done),
+        )
+    )
+    return score_all(test, {task: list(islice(answers, len(rows))) for task, rows in test.items()})
+
+
+def write_scores(folder: Path, scores: Scores, baselines: Mapping[str, Mapping[str, float]]) -> None:
+    """Write predictions.jsonl and then scores.json."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
+    write_text(folder / "predictions.jsonl", "".join(lines))
+    write_json(folder / "scores.json", {**scores.to_dict(), "baselines": baselines})
+
+
+def suite_baselines(tasks: list[str]) -> dict[str, dict[str, float]]:
+    """What a constant answer and a keyword rule reach on the embedded suite: column → task → score."""
+    from manylora.data.suite import load_suite
+    from manylora.data.suite.baselines import keyword_baseline, majority_baseline
+
+    train, test = load_suite("train", tasks=tasks), load_suite("test", tasks=tasks)
+    return {
+        "majority": majority_baseline(train, test),
+        "keyword": keyword_baseline(train, test),
+    }

@@ -1,0 +1,73 @@
+"""The model that `evaluate` and `predict` are about: a base, with an adapter or without."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from manylora.data import EMBEDDED
+from manylora.errors import ConfigError, ModelError
+from manylora.training import adapter_base_name, adapter_folder, load_adapter, load_base, load_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model ready to generate, and what is known of the tasks it was trained on."""
+
+    model: PeftModel | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    experts: Mapping[str, int] | None
+    """Task to expert under a task router, else `None`."""
+    answer_tokens: Mapping[str, int]
+    """Task to the longest answer worth generating, in tokens; empty where nothing is known."""
+
+    def expert(self, task: str | None) -> int | None:
+        """The expert of `task`; `None` where the adapter has no task router.
+
+        Raises:
+            ConfigError: a task router and no task, or one that it does not know.
+        """
+        if self.experts is None:
+            return None
+        if task is None:
+            raise ConfigError(f"This adapter routes by task: give --task, one of {', '.join(self.experts)}.")
+        if task not in self.experts:
+            raise ConfigError(f"Unknown task {task!r}; the adapter knows {', '.join(self.experts)}.")
+        return self.experts[task]
+
+
+def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: str) -> Subject:
+    """Load the base and put the adapter, if any, onto it.
+
+    Raises:
+        ModelError: unknown model, unknown adapter, or two that do not belong together.
+    """
+    if adapter is None:
+        name = model or EMBEDDED
+        tokenizer = load_tokenizer(name)
+        base = load_base(name, dtype=dtype, device=device).eval()
+        return Subject(model=base, tokenizer=tokenizer, experts=None, answer_tokens={})
+    folder = adapter_folder(adapter)
+    name = model or adapter_base_name(folder)
+    tokenizer = load_tokenizer(name)
+    adapted = load_adapter(load_base(name, dtype=dtype, device=device), folder)
+    config = adapted.active_peft_config
+    experts = None
+    if getattr(config, "router", None) == "task" and config.num_experts > 1:
+        names = config.task_names or [str(index) for index in range(config.num_experts)]
+        experts = {task: index for index, task in enumerate(names)}
+    facts = folder.parent / "tasks.json"
+    answer_tokens = {}
+    if facts.is_file():
+        try:
+            known = json.loads(facts.read_text(encoding="utf-8"))
+            answer_tokens = {task: int(values["answer_tokens"]) for task, values in known.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{facts} is damaged ({error!r}); remove it to go on without.") from error
+    return Subject(model=adapted, tokenizer=tokenizer, experts=experts, answer_tokens=answer_tokens)

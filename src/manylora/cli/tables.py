@@ -1,0 +1,64 @@
+"""Plans and scores as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from manylora.evaluation import Scores, scores_table
+
+if TYPE_CHECKING:
+    from manylora.training import Plan, RunFolder, TrainConfig
+
+_LEAST_WIDTH = 100
+"""Columns of a table that goes to a file or pipe, where rich would guess 80 and fold."""
+
+
+def console() -> Console:
+    """Standard output, wide enough for our tables where it is no terminal."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=max(found.width, _LEAST_WIDTH))
+
+
+def print_plan(plan: Plan, config: TrainConfig) -> None:
+    """Rows per task, then what will be trained and what it needs."""
+    from manylora.training import plan_lines
+
+    table = Table(title="plan", title_justify="left")
+    table.add_column("task", overflow="fold")
+    for heading in ("train", "validation", "test", "prompts cut", "longest row", "longest answer"):
+        table.add_column(heading, justify="right")
+    for task in plan.tasks:
+        table.add_row(
+            task.name,
+            f"{task.train:,}",
+            f"{task.validation:,}",
+            f"{task.test:,}",
+            f"{100 * task.truncated:.1f} %",
+            f"{task.longest} tokens",
+            f"{task.longest_answer} tokens",
+        )
+    out = console()
+    out.print(table)
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")
+    for label, text in plan_lines(plan, config):
+        lines.add_row(label, text)
+    out.print(lines)
+
+
+def print_scores(scores: Scores, baselines: Mapping[str, Mapping[str, float]]) -> None:
+    """The table of scores, with the baselines as further columns."""
+    console().print(scores_table(scores, title="test scores", extra=baselines))
+
+
+def print_saved_scores(folder: RunFolder) -> None:
+    """The table of a finished run, from its scores.json; nothing where the run had no test rows."""
+    if not (folder.path / "scores.json").is_file():
+        return
+    saved = folder.read_json("scores.json")
+    print_scores(Scores.from_dict(saved), saved.get("baselines", {}))

@@ -1,0 +1,99 @@
+"""`manylora train`: data → base model + adapter → training → evaluation → table."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from manylora.cli.options import TrainOptions
+from manylora.cli.parsing import parse
+from manylora.errors import ConfigError
+from manylora.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from manylora.training import Prepared, RunFolder
+
+DESCRIPTION = """\
+Fine-tune one model on many tasks, then score it on every task's test rows.
+
+Without options this is the main job: ALoRA (3 experts, one shared B, rank 8) on the embedded suite of
+8 tasks and the embedded base model; a few minutes on two CPU cores.
+
+  manylora train --dry-run                                  what would be done, and what it needs
+  manylora train --data flan8/train --test flan8/test       your own rows (JSON, JSONL, CSV, Parquet, Hub id)
+  manylora train --model meta-llama/Llama-3.2-1B --r 16     another base model
+  manylora train --resume runs/train-001                    go on after a crash"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the verb; see `DESCRIPTION`."""
+    options, given = parse(TrainOptions, arguments, verb="train", description=DESCRIPTION)
+    if options.resume is not None:
+        if given - {"resume"}:
+            extra = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - {"resume"}))
+            raise ConfigError(f"--resume takes all settings from the run folder; leave out {extra}.")
+        return _resume(options.resume)
+    config = _settings(options)
+    from manylora.cli.tables import print_plan
+    from manylora.training import RunFolder, prepare
+
+    prepared = prepare(config)
+    print_plan(prepared.plan, prepared.config)
+    if options.dry_run:
+        return 0
+    folder = RunFolder.create(options.out, config=prepared.config.to_dict(), seed=config.seed)
+    return _work(prepared, folder)
+
+
+def _settings(options: TrainOptions) -> TrainConfig:
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{name: getattr(options, name) for name in names})
+
+
+def _resume(path: str) -> int:
+    from manylora.cli.tables import print_saved_scores
+    from manylora.training import RunFolder, prepare
+
+    folder = RunFolder.open(path)
+    if folder.state.get("state") == "finished":
+        print(f"{path} is finished already.")
+        print_saved_scores(folder)
+        return 0
+    folder.lock()
+    try:
+        config = TrainConfig(**folder.read_config())
+    except TypeError as error:
+        raise ConfigError(f"{folder.path / 'config.yaml'} is not of this version ({error}).") from error
+    return _work(prepare(config), folder)
+
+
+def _work(prepared: Prepared, folder: RunFolder) -> int:
+    from manylora.cli.console import TrainingProgress, explain
+    from manylora.cli.scoring import score_run
+    from manylora.training import finetune
+
+    print(f"run folder: {folder.path}")
+    began = time.monotonic()
+    try:
+        model = finetune(prepared, folder, report=TrainingProgress())
+        trained = time.monotonic()
+        score_run(prepared, folder, model)
+        seconds = {"training": round(trained - began, 1), "evaluation": round(time.monotonic() - trained, 1)}
+        folder.set_state("finished", seconds=seconds)
+    except BaseException as error:
+        reason = (
+            "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else explain(error) or repr(error)
+        )
+        try:
+            folder.set_state("failed", error=reason)
+        except OSError:
+            pass  # a full disk cannot take this either; the state stays "running", which resumes alike
+        if isinstance(error, KeyboardInterrupt):
+            print(f"continue with: manylora train --resume {shlex.quote(str(folder.path))}")
+        raise
+    print(f"training {seconds['training']:.0f} s, evaluation {seconds['evaluation']:.0f} s")
+    print(f"next: manylora predict --adapter {shlex.quote(str(folder.path))} 'your prompt'")
+    return 0

@@ -1,0 +1,72 @@
+"""The training room: base models, the plan, the run folder, and the main job on transformers' Trainer.
+
+Its names are imported on first use, because torch and transformers take seconds and `--help` needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from manylora.training.config import METHODS, RECIPES, TrainConfig
+
+if TYPE_CHECKING:
+    from manylora.training.job import Prepared, build_model, finetune, prepare
+    from manylora.training.models import (
+        adapter_base_name,
+        adapter_folder,
+        base_fingerprint,
+        load_adapter,
+        load_base,
+        load_config,
+        load_tokenizer,
+    )
+    from manylora.training.plan import MemoryPlan, Plan, TaskPlan, plan_lines
+    from manylora.training.runs import RunFolder, environment, write_json, write_text
+
+_HOME = {
+    "job": ("Prepared", "build_model", "finetune", "prepare"),
+    "models": (
+        "adapter_base_name",
+        "adapter_folder",
+        "base_fingerprint",
+        "load_adapter",
+        "load_base",
+        "load_config",
+        "load_tokenizer",
+    ),
+    "plan": ("MemoryPlan", "Plan", "TaskPlan", "plan_lines"),
+    "runs": ("RunFolder", "environment", "write_json", "write_text"),
+}
+
+__all__ = [
+    "METHODS",
+    "RECIPES",
+    "MemoryPlan",
+    "Plan",
+    "Prepared",
+    "RunFolder",
+    "TaskPlan",
+    "TrainConfig",
+    "adapter_base_name",
+    "adapter_folder",
+    "base_fingerprint",
+    "build_model",
+    "environment",
+    "finetune",
+    "load_adapter",
+    "load_base",
+    "load_config",
+    "load_tokenizer",
+    "plan_lines",
+    "prepare",
+    "write_json",
+    "write_text",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"manylora.training.{module}"), name)
+    raise AttributeError(f"module 'manylora.training' has no attribute {name!r}")

@@ -1,0 +1,131 @@
+"""From examples to padded batches: encoded rows, their order over a whole run, and the collator."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from manylora.data import Encoded, TaskData, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class EncodedRows(Dataset):  # type: ignore[type-arg]
+    """Encoded rows in the order in which they are read; one row may stand in the order many times.
+
+    Args:
+        rows: every distinct row.
+        tasks: index of each row's task.
+        order: indices into `rows`; by default each once.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], tasks: Sequence[int], order: Sequence[int] | None = None):
+        self.rows, self.tasks = rows, tasks
+        self.order = list(range(len(rows))) if order is None else order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        index = self.order[position]
+        row = self.rows[index]
+        return {"input_ids": row.input_ids, "labels": row.labels, "task": self.tasks[index]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Pad rows on the right to the longest of a batch.
+
+    A batch holds `input_ids`, `attention_mask` and `labels`, each (B, T), and `task`, (B,), the index of each
+    row's task; labels are -100 on the prompt and on padding.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(values: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([[*v, *([fill] * (longest - len(v)))] for v in values], dtype=torch.long)
+
+        return {
+            "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": padded([row["labels"] for row in rows], -100),
+            "task": torch.tensor([row["task"] for row in rows], dtype=torch.long),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTask:
+    """One task's encoded rows and what a plan wants to know of them."""
+
+    name: str
+    rows: list[Encoded]
+
+    @property
+    def truncated(self) -> float:
+        """Share of rows whose prompt was cut."""
+        return sum(row.truncated for row in self.rows) / max(1, len(self.rows))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows together."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max((len(row.input_ids) for row in self.rows), default=0)
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer, its end token included."""
+        return max((len(row.input_ids) - row.prompt_length for row in self.rows), default=0)
+
+
+def encode_tasks(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    context_length: int,
+    loss_on: str = "answer",
+) -> list[EncodedTask]:
+    """Encode every row of every task, in order.
+
+    Raises:
+        DataError: an answer does not fit the model's context (see `manylora.data.encode`).
+    """
+    return [
+        EncodedTask(
+            name=task,
+            rows=[
+                encode(
+                    example,
+                    tokenizer,
+                    max_length=max_length,
+                    context_length=context_length,
+                    loss_on=loss_on,  # type: ignore[arg-type]
+                )
+                for example in examples
+            ],
+        )
+        for task, examples in data.items()
+    ]
+
+
+def data_fingerprint(tasks: Sequence[EncodedTask]) -> str:
+    """Short hash of the encoded rows, so that a resumed run notices changed data."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(task.name.encode())
+        for row in task.rows:
+            digest.update(repr((row.input_ids, row.prompt_length)).encode())
+    return digest.hexdigest()[:16]

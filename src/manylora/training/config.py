@@ -1,0 +1,192 @@
+"""What a training run is: one flat, frozen record that the command line, YAML files and Python share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from manylora.data import EMBEDDED
+from manylora.errors import ConfigError
+
+Method: TypeAlias = Literal["alora", "hydralora", "moelora", "lora"]
+Recipe: TypeAlias = Literal["auto", "embedded", "standard", "published-commonsense", "published-flan"]
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "alora": {"share": "B", "num_experts": 3},
+    "hydralora": {"share": "A", "num_experts": 3},
+    "moelora": {"share": "none", "num_experts": 3},
+    "lora": {"share": "B", "num_experts": 1},
+}
+"""Methods are values: share B is ALoRA (arXiv 2509.25414), share A HydraLoRA (2404.19245), none a mixture of
+LoRAs (2310.18339); with one expert all three are LoRA (2106.09685). 3 experts as in 2509.25414."""
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    # Chosen on the suite's validation split, see docs/log.md.
+    "embedded": {"learning_rate": 3e-3, "epochs": 5.0, "warmup": 0.06, "target_modules": "all-linear"},
+    # The published step size and epochs; 100 warm-up steps can be a whole small run, so 6 % instead.
+    "standard": {"learning_rate": 3e-4, "epochs": 3.0, "warmup": 0.06, "target_modules": "all-linear"},
+    # arXiv 2509.25414, section 5: Llama-3-8B on commonsense and math.
+    "published-commonsense": {
+        "learning_rate": 3e-4,
+        "epochs": 3.0,
+        "warmup": 100.0,
+        "micro_batch_size": 4,
+        "target_modules": ["q_proj", "o_proj"],
+    },
+    # arXiv 2509.25414, section 5: Llama-2-7B on eight FLAN tasks.
+    "published-flan": {
+        "learning_rate": 3e-4,
+        "epochs": 50.0,
+        "warmup": 100.0,
+        "micro_batch_size": 4,
+        "target_modules": ["q_proj", "v_proj"],
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run. A value left at `None` is filled in by `--method` or `--recipe`."""
+
+    model: str = EMBEDDED
+    """Base model: "embedded" (carried by the package), a local folder or a Hub id of a causal language model."""
+    data: str = EMBEDDED
+    """Training rows: "embedded" (the suite of 8 tasks), a file or folder of JSON, JSONL, CSV or Parquet, or a
+    Hub data set id."""
+    test: str | None = None
+    """Test rows, in the same formats. Default: the data's own test split where it has one."""
+    validation: str | None = None
+    """Validation rows. Default: the data's own validation split, else a seeded cut from the training rows."""
+    tasks: list[str] | str | None = None
+    """Only these tasks, as "a,b" or a YAML list. Default: all."""
+    task_column: str | None = None
+    """Column that names a row's task. Default: the column "task", else the file's name."""
+    limit: int | None = None
+    """At most this many rows per task and split. Default: all."""
+    validation_fraction: float = 0.1
+    """Share of the training rows to cut where no validation split is given (at most 50 rows a task)."""
+    mixing: Literal["proportional", "uniform", "temperature"] = "proportional"
+    """How often each task is drawn: by its number of rows, equally often, or by rows ** (1 / temperature)."""
+    mixing_temperature: float = 2.0
+    """Temperature of "temperature" mixing; 1 is proportional, large is uniform."""
+    loss_on: Literal["answer", "all"] = "answer"
+    """Tokens that carry the loss: the answer alone, or prompt and answer."""
+    max_length: int = 256
+    """Tokens a row may have (the paper's cut-off). A longer prompt loses its beginning, an answer never anything."""
+
+    method: Method = "alora"
+    """alora (share B), hydralora (share A), moelora (share none) or lora; sets `share` and `num_experts`."""
+    share: Literal["A", "B", "none"] | None = None
+    """Which matrix all experts share. Default: from `--method`."""
+    num_experts: int | None = None
+    """Number of experts N. Default: from `--method`; under the task router the number of tasks."""
+    router: Literal["token", "task", "uniform"] = "token"
+    """token: a softmax gate per token; task: one expert per task; uniform: all experts equally (a control)."""
+    r: int = 8
+    """Rank R of every expert."""
+    lora_alpha: float = 16.0
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.05
+    """Dropout on the adapter's input; one mask per layer call serves all experts."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
+    target_modules: list[str] | str | None = None
+    """Layers that get an adapter: names such as "q_proj,v_proj", a regular expression, or "all-linear".
+    Default: from `--recipe`."""
+
+    recipe: Recipe = "auto"
+    """Learning rate, epochs, warm-up and target modules as one choice. auto: "embedded" for the embedded base,
+    "standard" for any other; the published ones repeat arXiv 2509.25414."""
+    learning_rate: float | None = None
+    """Peak step size. Default: from `--recipe`."""
+    epochs: float | None = None
+    """Passes over the training rows. Default: from `--recipe`."""
+    warmup: float | None = None
+    """Warm-up: a share of all steps where below 1, else a number of steps. Default: from `--recipe`."""
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    batch_size: int = 16
+    """Rows per optimizer step."""
+    micro_batch_size: int | None = None
+    """Rows per forward pass; the rest of a batch is accumulated. Default: the whole batch."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen base. auto: float32 on CPU, bfloat16 on a GPU that has it. Adapters stay in float32."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seeds initialisation, order, dropout and the validation cut."""
+
+    eval_steps: int | None = None
+    """Steps between validations. Default: once an epoch."""
+    save_steps: int | None = None
+    """Steps between checkpoints. Default: once an epoch."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights become the result: the last, or those with the lowest mean validation loss."""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """Where the trainer also reports to, besides metrics.jsonl."""
+    eval_batch_size: int = 64
+    """Rows per batch when answers are generated. It does not change the answers."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens. Default: per task, the longest training answer plus 8."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "limit", "num_experts", "r", "lora_alpha", "learning_rate", "epochs", "batch_size", "micro_batch_size",
+            "max_length", "mixing_temperature", "eval_steps", "save_steps", "eval_batch_size", "max_new_tokens",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}; give a value above 0.")
+        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name} is {value}; give 0 or more.")
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(
+                f"validation_fraction is {self.validation_fraction}; give a share between 0 and 1, such as 0.1."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is {self.lora_dropout}; give 0 or more and less than 1.")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
+                "give a divisor of it."
+            )
+
+    def resolved(self) -> TrainConfig:
+        """Fill every value that method and recipe govern; idempotent.
+
+        `num_experts` stays `None` under the task router until the tasks are known.
+        """
+        name = self.recipe
+        if name == "auto":
+            name = "embedded" if self.model == EMBEDDED else "standard"
+        filled: dict[str, Any] = {**RECIPES[name], **METHODS[self.method]}
+        if self.router == "task" and self.method != "lora":
+            filled.pop("num_experts")
+        updates = {key: value for key, value in filled.items() if getattr(self, key) is None}
+        for key in ("tasks", "target_modules"):
+            updates[key] = as_list(updates.get(key, getattr(self, key)))
+        if isinstance(updates["target_modules"], list) and len(updates["target_modules"]) == 1:
+            (updates["target_modules"],) = updates["target_modules"]  # "all-linear" or a regular expression
+        return dataclasses.replace(self, recipe=name, **updates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to `config.yaml`."""
+        return dataclasses.asdict(self)
+
+
+def as_list(value: list[str] | str | None) -> list[str] | None:
+    """Split "a,b" as the command line writes lists; a list passes, `None` stays."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value

@@ -1,0 +1,271 @@
+"""The main job: prepare a run (data, plan), then train its adapter, from the start or from where it broke off."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from transformers import set_seed
+
+from manylora.data import Splits, load_splits, mixture_schedule
+from manylora.errors import ConfigError, DataError, RunError
+from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
+from manylora.training.config import TrainConfig
+from manylora.training.models import base_fingerprint, load_base, load_config, load_tokenizer
+from manylora.training.plan import (
+    Plan,
+    TaskPlan,
+    adapter_config,
+    count_modules,
+    estimate_memory,
+    shadow_model,
+    step_counts,
+)
+from manylora.training.runs import RunFolder, write_json
+from manylora.training.trainer import (
+    ManyTaskTrainer,
+    Reporter,
+    RunRecorder,
+    best_step,
+    checkpoint_at,
+    training_arguments,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Report = Callable[[int, int, Mapping[str, float]], None]
+"""Called with step, number of steps and the trainer's log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything a run needs but its weights: nothing of it has touched the disk."""
+
+    config: TrainConfig
+    """Resolved."""
+    splits: Splits
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[EncodedTask]
+    validation: Sequence[EncodedTask]
+    order: Sequence[int]
+    """Rows of `train`, concatenated, in the order of the whole run."""
+    steps_per_epoch: int
+    plan: Plan
+
+    @property
+    def task_names(self) -> list[str]:
+        """The training tasks; their positions are the expert ids under the task router."""
+        return [task.name for task in self.train]
+
+    @property
+    def answer_tokens(self) -> dict[str, int]:
+        """Per task the tokens a generated answer may have."""
+        fixed = self.config.max_new_tokens
+        return {task.name: fixed or task.longest_answer + 8 for task in self.train}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the encoded training rows."""
+        return data_fingerprint(self.train)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Load and encode the data and compute the plan.
+
+    Raises:
+        DataError, ModelError, ConfigError, TargetModulesError: what is wrong with the input.
+    """
+    config = config.resolved()
+    splits = load_splits(
+        data=config.data,
+        test=config.test,
+        validation=config.validation,
+        tasks=config.tasks,  # type: ignore[arg-type]
+        task_column=config.task_column,
+        seed=config.seed,
+        validation_fraction=config.validation_fraction,
+        limit=config.limit,
+    )
+    config = _with_experts(config, tasks=len(splits.train))
+    tokenizer = load_tokenizer(config.model)
+    context = getattr(load_config(config.model), "max_position_embeddings", None) or 2**30
+    train, validation = (
+        encode_tasks(
+            part, tokenizer, max_length=config.max_length, context_length=context, loss_on=config.loss_on
+        )
+        for part in (splits.train, splits.validation)
+    )
+    _refuse_unknown(validation, train)
+    sizes = {task.name: len(task.rows) for task in train}
+    order = mixture_schedule(
+        sizes,
+        epochs=config.epochs,  # type: ignore[arg-type]
+        strategy=config.mixing,
+        temperature=config.mixing_temperature,
+        seed=config.seed,
+    )
+    steps_per_epoch = max(1, round(sum(sizes.values()) / config.batch_size))
+    return Prepared(
+        config=config,
+        splits=splits,
+        tokenizer=tokenizer,
+        train=train,
+        validation=validation,
+        order=order,
+        steps_per_epoch=steps_per_epoch,
+        plan=_plan(config, splits, train, order),
+    )
+
+
+def _with_experts(config: TrainConfig, *, tasks: int) -> TrainConfig:
+    if config.num_experts is None:
+        return dataclasses.replace(config, num_experts=tasks)
+    if config.router == "task" and config.num_experts not in (1, tasks):
+        raise ConfigError(
+            f"router task has one expert per task, but num_experts is {config.num_experts} and there are "
+            f"{tasks} tasks; leave num_experts out."
+        )
+    return config
+
+
+def _refuse_unknown(validation: Sequence[EncodedTask], train: Sequence[EncodedTask]) -> None:
+    unknown = {task.name for task in validation} - {task.name for task in train}
+    if unknown:
+        raise DataError(
+            f"Validation tasks {sorted(unknown)} have no training rows; the training tasks are "
+            f"{sorted(task.name for task in train)}."
+        )
+
+
+def _plan(config: TrainConfig, splits: Splits, train: Sequence[EncodedTask], order: Sequence[int]) -> Plan:
+    model = shadow_model(config, adapter_config(config, task_names=[task.name for task in train]))
+    trainable, total = model.get_nb_trainable_parameters()
+    modules = count_modules(model)
+    lengths = [len(row.input_ids) for task in train for row in task.rows]
+    steps, warmup = step_counts(len(order), config)
+    return Plan(
+        tasks=[
+            TaskPlan(
+                name=task.name,
+                train=len(task.rows),
+                validation=len(splits.validation.get(task.name, ())),
+                test=len(splits.test.get(task.name, ())),
+                truncated=task.truncated,
+                longest=task.longest,
+                longest_answer=task.longest_answer,
+            )
+            for task in train
+        ],
+        modules=modules,
+        trainable=trainable,
+        total=total,
+        steps=steps,
+        warmup_steps=warmup,
+        tokens=sum(lengths[index] for index in order),
+        memory=estimate_memory(
+            model,
+            rows=min(config.micro_batch_size or config.batch_size, len(order)),
+            length=max(lengths),
+            checkpointing=config.gradient_checkpointing,
+        ),
+        leaks=splits.leaks,
+    )
+
+
+def build_model(prepared: Prepared) -> PeftModel:
+    """The base with a fresh adapter, initialised from the run's seed."""
+    config = prepared.config
+    base = load_base(config.model, dtype=config.dtype, device=config.device)
+    adapter = adapter_config(config, task_names=prepared.task_names)
+    adapter.base_fingerprint = base_fingerprint(base)
+    set_seed(config.seed)
+    model = get_peft_model(base, adapter)
+    model.peft_config["default"].base_model_name_or_path = config.model
+    return model
+
+
+def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None) -> PeftModel:
+    """Train until the plan is done and place `adapter/` in the run folder.
+
+    Continues from the newest complete checkpoint where there is one, and then ends with the weights an unbroken
+    run would have had (bit-identical on one CPU with one number of threads).
+
+    Raises:
+        RunError: the run was begun on other data.
+    """
+    known = run.state.get("data_fingerprint")
+    if known not in (None, prepared.fingerprint):
+        raise RunError(
+            f"The training rows of {run.path} have changed since it was begun (fingerprint {known}, now "
+            f"{prepared.fingerprint}); put the old rows back, or start a new run."
+        )
+    run.set_state("running", data_fingerprint=prepared.fingerprint, steps=prepared.plan.steps)
+    run.drop_incomplete()
+    model = build_model(prepared)
+    trainer = _trainer(prepared, run, model, report)
+    checkpoint = run.newest_checkpoint()
+    run.rewind_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step = best_step(trainer)
+    if prepared.config.keep == "best" and step is not None:
+        weights = load_peft_weights(str(checkpoint_at(run, step)), device=str(model.device))
+        set_peft_model_state_dict(model, weights)
+    _save(prepared, run, model)
+    return model
+
+
+def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Report | None) -> ManyTaskTrainer:
+    config, plan = prepared.config, prepared.plan
+    callbacks = [RunRecorder(run, keep_best=config.keep == "best")]
+    trainer = ManyTaskTrainer(
+        task_names=prepared.task_names,
+        route_by_task=config.router == "task" and config.num_experts != 1,
+        model=model,
+        args=training_arguments(
+            config,
+            run,
+            steps=plan.steps,
+            warmup_steps=plan.warmup_steps,
+            steps_per_epoch=prepared.steps_per_epoch,
+            validate=bool(prepared.validation),
+        ),
+        train_dataset=_rows(prepared.train, prepared.task_names, order=prepared.order),
+        eval_dataset=_rows(prepared.validation, prepared.task_names) if prepared.validation else None,
+        data_collator=Collator(pad_token_id=prepared.tokenizer.pad_token_id),
+        callbacks=[*callbacks, *([Reporter(report)] if report else [])],
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # our reporter prints instead
+    return trainer
+
+
+def _rows(
+    parts: Sequence[EncodedTask], names: Sequence[str], order: Sequence[int] | None = None
+) -> EncodedRows:
+    rows = [row for part in parts for row in part.rows]
+    tasks = [names.index(part.name) for part in parts for _ in part.rows]
+    return EncodedRows(rows, tasks, order)
+
+
+def _save(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
+    partial = run.path / "adapter.partial"
+    if partial.exists():
+        shutil.rmtree(partial)
+    model.save_pretrained(str(partial))
+    prepared.tokenizer.save_pretrained(str(partial))
+    run.place_folder("adapter", partial)
+    facts = {
+        task.name: {
+            "expert": index,
+            "train_rows": len(task.rows),
+            "answer_tokens": prepared.answer_tokens[task.name],
+        }
+        for index, task in enumerate(prepared.train)
+    }
+    write_json(run.path / "tasks.json", facts)

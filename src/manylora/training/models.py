@@ -1,0 +1,197 @@
+"""Base models and adapters from disk or the Hub, with errors a user can act on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from manylora.assets import embedded_base_path
+from manylora.errors import ModelError
+from manylora.training.config import EMBEDDED
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pick_device(device: str) -> torch.device:
+    """The device a run uses: a GPU where "auto" finds one, else the CPU."""
+    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The base model's type; "auto" is float32 on CPU, where bfloat16 is slow, and bfloat16 on a GPU with it."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.__dict__[dtype]
+
+
+def base_location(model: str) -> str:
+    """Where transformers finds `model`: the package's folder, a local folder, or the Hub id as it stands.
+
+    Raises:
+        ModelError: `model` is written like a path and there is no such folder.
+    """
+    if model == EMBEDDED:
+        return str(embedded_base_path())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{model} has no config.json; give a folder written by save_pretrained, or a Hub id."
+            )
+        return str(path)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(
+            f"{model} is not a model folder; give a folder written by save_pretrained, or a Hub id."
+        )
+    return model
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """Architecture of the base, without its weights.
+
+    Raises:
+        ModelError: unknown model, or not one with a causal language model head.
+    """
+    config = _from_pretrained(AutoConfig, model)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"{model} is of type {config.model_type!r}, which has no causal language model; "
+            "give a decoder such as Llama, Qwen, Mistral, Gemma, Phi, GPT-2 or GPT-NeoX."
+        )
+    return config
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token (the end token where it has none of its own).
+
+    Raises:
+        ModelError: no tokenizer there, or one without an end token.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, model)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"The tokenizer of {model} has no end-of-sequence token, so an answer could never end."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """The frozen base model on its device.
+
+    Raises:
+        ModelError: unknown model, or its weights cannot be read.
+    """
+    load_config(model)
+    place = pick_device(device)
+    base = _from_pretrained(AutoModelForCausalLM, model, dtype=pick_dtype(dtype, place))
+    return base.to(place)
+
+
+def _from_pretrained(loader: Any, model: str, **options: Any) -> Any:
+    location = base_location(model)
+    try:
+        return loader.from_pretrained(location, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        what = {AutoConfig: "configuration", AutoTokenizer: "tokenizer"}.get(loader, "weights")
+        raise ModelError(
+            f"Cannot load the {what} of model {model!r} ({first_line(error)}). Give a local folder, a Hub id this "
+            f'machine can reach, or "{EMBEDDED}".'
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of a library's error, for use inside ours."""
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__
+
+
+def base_fingerprint(model: torch.nn.Module) -> str:
+    """Short hash that tells one base model from another, of whatever type its weights were loaded in.
+
+    It covers the input embedding's first and last 64 rows and all norms, rounded to bfloat16: these differ
+    between models of one architecture and are not quantised.
+    """
+    digest = hashlib.sha256()
+    weights = {name: p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.lower()}
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    for tensor in (embedding[:64], embedding[-64:], *(weights[name][:64] for name in sorted(weights))):
+        rounded = tensor.detach().to("cpu", torch.float32).to(torch.bfloat16)
+        digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The PEFT folder meant by `adapter`: itself, or the `adapter/` of a finished run folder.
+
+    Raises:
+        ModelError: neither; a run that has not finished says how to finish it.
+    """
+    path = Path(adapter).expanduser()
+    if (path / "adapter_config.json").is_file():
+        return path
+    if (path / "adapter" / "adapter_config.json").is_file():
+        return path / "adapter"
+    if (path / "state.json").is_file():
+        raise ModelError(
+            f"{adapter} has no adapter yet; finish the run with: manylora train --resume {adapter}"
+        )
+    raise ModelError(
+        f"{adapter} is neither a run folder nor a PEFT adapter folder (no adapter_config.json in it)."
+    )
+
+
+def adapter_base_name(adapter: str | Path) -> str:
+    """Name of the base that an adapter folder was trained on.
+
+    Raises:
+        ModelError: the folder's configuration is broken or names none.
+    """
+    path = adapter_folder(adapter) / "adapter_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{path} is not valid JSON ({first_line(error)}); save the adapter again."
+        ) from error
+    if not name:
+        raise ModelError(f"{path} names no base model; give it with --model.")
+    return name
+
+
+def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
+    """Put the adapter of a run or PEFT folder onto `base`, ready to generate.
+
+    Raises:
+        ModelError: broken files, or an adapter that was trained on another base.
+    """
+    folder = adapter_folder(adapter)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        expected = getattr(config, "base_fingerprint", None)
+        if expected is not None and expected != base_fingerprint(base):
+            raise ModelError(
+                f"{adapter} was trained on another base model ({config.base_model_name_or_path!r}, fingerprint "
+                f"{expected}); this one has fingerprint {base_fingerprint(base)}. Give that base with --model."
+            )
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    except ModelError:
+        raise
+    except RuntimeError as error:  # PEFT reports unequal shapes and keys this way
+        raise ModelError(
+            f"{adapter} does not fit this base model ({first_line(error)}); give the base it was trained on with --model."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"Cannot load the adapter in {folder} ({first_line(error)}).") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise ModelError(f"The weights in {folder} are broken ({first_line(error)}).") from error
+        raise

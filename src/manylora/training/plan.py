@@ -1,0 +1,229 @@
+"""Plan, then apply: what a run will train, read and need, computed before a weight is touched."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from peft import PeftModel, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from manylora.adapters import ManyLoraConfig
+from manylora.training.models import load_config, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from manylora.training.config import TrainConfig
+
+_MIB = 2**20
+_ADAM_BYTES = 16
+"""Per trainable float32 parameter: the weight, its gradient and Adam's two moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPlan:
+    """Counts of one task: rows of each split, share of truncated prompts, longest row and answer in tokens."""
+
+    name: str
+    train: int
+    validation: int
+    test: int
+    truncated: float
+    longest: int
+    longest_answer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Estimated peak memory of training in bytes, by cause."""
+
+    base: int
+    """Frozen weights."""
+    adapter: int
+    """Adapter weights, gradients and Adam's moments in float32."""
+    activations: int
+    """What one forward pass keeps for the backward pass, at the longest row of the data."""
+    logits: int
+    """The gradient of the logits, which lives beside them when the backward pass starts."""
+    process: int
+    """What the process held before: Python, libraries, data."""
+
+    @property
+    def total(self) -> int:
+        """Peak in bytes."""
+        return self.base + self.adapter + self.activations + self.logits + self.process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do."""
+
+    tasks: Sequence[TaskPlan]
+    modules: Counter[str]
+    """Kind of adapted layer ("q_proj") to how many get an adapter."""
+    trainable: int
+    """Parameters of the adapters."""
+    total: int
+    """Parameters of base and adapters."""
+    steps: int
+    warmup_steps: int
+    tokens: int
+    """Tokens that training reads, padding apart."""
+    memory: MemoryPlan
+    leaks: int
+    """Test rows whose prompt also stands among the training rows."""
+
+
+def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLoraConfig:
+    """The PEFT configuration that a resolved `config` stands for."""
+    by_task = config.router == "task" and config.num_experts is not None and config.num_experts > 1
+    return ManyLoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        num_experts=config.num_experts,
+        share=config.share,
+        router=config.router,
+        task_names=list(task_names) if by_task else None,
+        target_modules=config.target_modules,
+    )
+
+
+def shadow_model(config: TrainConfig, adapter: ManyLoraConfig) -> PeftModel:
+    """Base and adapters with shapes and types but no memory behind them (torch's meta device).
+
+    Raises:
+        ModelError: unknown model.
+        TargetModulesError: nothing to adapt.
+    """
+    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(load_config(config.model), dtype=dtype)
+        return get_peft_model(base, adapter, low_cpu_mem_usage=True)
+
+
+def count_modules(model: PeftModel) -> Counter[str]:
+    """Adapted layers by the last part of their name."""
+    suffix = ".manylora_experts"
+    return Counter(
+        name.removesuffix(suffix).rpartition(".")[2]
+        for name, _ in model.named_modules()
+        if name.endswith(suffix)
+    )
+
+
+def estimate_memory(model: PeftModel, *, rows: int, length: int, checkpointing: bool) -> MemoryPlan:
+    """Run one forward pass on tensors without data and add up what autograd keeps.
+
+    Args:
+        model: from `shadow_model`; consumed.
+        rows: rows of one forward pass.
+        length: tokens of the longest row.
+        checkpointing: whether activations are recomputed.
+    """
+    parameters = list(model.parameters())
+    base = sum(p.nbytes for p in parameters if not p.requires_grad)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    kept, logits = _kept_for_backward(model, rows=rows, length=length, checkpointing=checkpointing)
+    return MemoryPlan(
+        base=base,
+        adapter=trainable * _ADAM_BYTES,
+        activations=kept,
+        logits=logits,
+        process=psutil.Process().memory_info().rss,
+    )
+
+
+def _kept_for_backward(model: PeftModel, *, rows: int, length: int, checkpointing: bool) -> tuple[int, int]:
+    storages: dict[int, int] = {}
+    alive: list[Any] = []  # a freed storage's address would be used again
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _give_shapes(model)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        routing = {}
+        if model.active_peft_config.router == "task" and model.active_peft_config.num_experts > 1:
+            routing["expert_ids"] = torch.zeros(rows, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **routing
+            ).logits
+    kept = sum(size for address, size in storages.items() if address not in own)
+    return kept + logits.nbytes, logits.nbytes
+
+
+def _give_shapes(model: torch.nn.Module) -> None:
+    """Swap meta tensors for fake CPU ones: same shapes, still no data, but CPU kernels are chosen."""
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                table[name] = (
+                    torch.nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+                )
+
+
+def step_counts(rows: int, config: TrainConfig) -> tuple[int, int]:
+    """Optimizer steps of a run over `rows` rows in all epochs together, and how many of them warm up."""
+    steps = math.ceil(rows / config.batch_size)
+    warmup = config.warmup or 0.0
+    return steps, math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+
+
+def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
+    """The plan as label and text, for printing."""
+    memory = plan.memory
+    parts = (
+        f"base {memory.base / _MIB:,.0f}, adapter {memory.adapter / _MIB:,.0f}, "
+        f"activations {memory.activations / _MIB:,.0f}, logits {memory.logits / _MIB:,.0f}, "
+        f"process {memory.process / _MIB:,.0f}"
+    )
+    modules = ", ".join(f"{count} × {name}" for name, count in sorted(plan.modules.items()))
+    lines = [
+        ("model", config.model),
+        (
+            "adapter",
+            f"share {config.share}, {config.num_experts} experts, router {config.router}, r {config.r}, "
+            f"alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}"
+            if config.num_experts != 1
+            else f"LoRA, r {config.r}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}",
+        ),
+        ("modules", f"{sum(plan.modules.values())} layers: {modules}"),
+        (
+            "trainable",
+            f"{plan.trainable:,} of {plan.total:,} parameters ({100 * plan.trainable / plan.total:.2f} %)",
+        ),
+        (
+            "steps",
+            f"{plan.steps:,} of {config.batch_size} rows ({config.epochs:g} epochs, {plan.warmup_steps} warm-up), "
+            f"peak learning rate {config.learning_rate:g}, mixing {config.mixing}",
+        ),
+        ("tokens", f"{plan.tokens:,}"),
+        ("memory", f"about {memory.total / _MIB:,.0f} MiB at the peak ({parts})"),
+    ]
+    if plan.leaks:
+        lines.append(
+            ("warning", f"{plan.leaks} test rows have a prompt that also stands among the training rows")
+        )
+    return lines

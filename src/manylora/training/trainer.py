@@ -1,0 +1,225 @@
+"""transformers' Trainer with what many tasks need: task ids, losses per task, checkpoints one can trust."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from manylora.training.config import TrainConfig
+from manylora.training.runs import RunFolder
+
+SELECTION = "eval_mean_task_loss"
+"""What `keep="best"` minimises: the validation loss, averaged within each task and then over tasks."""
+
+
+class ManyTaskTrainer(Trainer):
+    """A Trainer whose batches carry `task`, (B,): the index of each row's task.
+
+    Args:
+        task_names: names of the tasks, by index.
+        route_by_task: pass `task` on as `expert_ids`.
+        options: what `transformers.Trainer` takes.
+    """
+
+    def __init__(self, *, task_names: Sequence[str], route_by_task: bool, **options: Any):
+        super().__init__(compute_metrics=self._validation_losses, **options)
+        self.task_names = list(task_names)
+        self.route_by_task = route_by_task
+        # The loss below is normalised over all micro-batches of a step, in training; the Trainer must not do it again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._sums: torch.Tensor | None = None
+
+    def _token_losses(
+        self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of every answer token and the row it stands in, both (tokens,).
+
+        Only positions with a label reach the float32 softmax: with a large vocabulary the logits of the prompt
+        are most of a step's memory.
+        """
+        routing = {"expert_ids": inputs["task"]} if self.route_by_task else {}
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **routing
+        ).logits
+        targets = inputs["labels"][:, 1:]
+        counted = targets != -100
+        losses = F.cross_entropy(logits[:, :-1][counted].float(), targets[counted], reduction="none")
+        return losses, counted.nonzero()[:, 0]
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss over the answer tokens of the whole optimizer step."""
+        losses, rows = self._token_losses(model, inputs)
+        self._add_up(inputs["task"][rows], losses.detach())
+        items = losses.numel() if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / items
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Summed loss and number of answer tokens of each row, (B, 2), with its task, (B,)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses, rows = self._token_losses(model, inputs)
+        sums = torch.zeros(
+            len(inputs["task"]), 2, dtype=torch.float64 if losses.device.type != "mps" else None
+        )
+        sums = sums.to(losses.device)
+        sums.index_add_(0, rows, torch.stack((losses, torch.ones_like(losses)), 1).to(sums.dtype))
+        return losses.mean(), sums, inputs["task"]
+
+    def _validation_losses(self, prediction: Any) -> dict[str, float]:
+        sums, tasks = prediction.predictions, prediction.label_ids
+        means = {}
+        for index, name in enumerate(self.task_names):
+            total, count = sums[tasks == index].sum(0) if (tasks == index).any() else (0.0, 0.0)
+            if count:
+                means[name] = float(total / count)
+        metrics = {f"loss/{name}": value for name, value in means.items()}
+        return {"mean_task_loss": sum(means.values()) / max(1, len(means)), **metrics}
+
+    def _add_up(self, tasks: torch.Tensor, losses: torch.Tensor) -> None:
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.task_names), 2, device=losses.device)
+        self._sums.index_add_(0, tasks, torch.stack((losses.float(), torch.ones_like(losses.float())), 1))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the training loss of each task since the last log."""
+        if "loss" in logs and self._sums is not None:
+            for name, (total, count) in zip(self.task_names, self._sums.tolist(), strict=True):
+                if count:
+                    logs[f"loss/{name}"] = total / count
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+
+class RunRecorder(TrainerCallback):
+    """Write metrics and completion markers; validate and save at the very last step."""
+
+    def __init__(self, run: RunFolder, *, keep_best: bool):
+        self.run, self.keep_best = run, keep_best
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Have the last step validated, whatever the interval."""
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Save what is validated where the best is to be kept."""
+        if self.keep_best:
+            control.should_save = True
+        return control
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    ) -> None:
+        """Append to `metrics.jsonl`."""
+        if state.is_world_process_zero and logs:
+            self.run.append_metrics({"step": state.global_step, **logs})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The checkpoint is whole: say so, then drop older ones."""
+        if state.is_world_process_zero:
+            keep = [state.best_global_step] if self.keep_best and state.best_global_step else []
+            self.run.mark_complete(state.global_step, keep=keep)
+
+
+class Reporter(TrainerCallback):
+    """Hand each log to a function, with what a progress display needs."""
+
+    def __init__(self, report: Callable[[int, int, Mapping[str, float]], None]):
+        self.report = report
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    ) -> None:
+        """Pass step, number of steps and the log on."""
+        if state.is_world_process_zero and logs:
+            self.report(state.global_step, state.max_steps, logs)
+
+
+def training_arguments(
+    config: TrainConfig,
+    run: RunFolder,
+    *,
+    steps: int,
+    warmup_steps: int,
+    steps_per_epoch: int,
+    validate: bool,
+) -> TrainingArguments:
+    """What a resolved `config` means to transformers.
+
+    The rows come in the order the plan fixed, over all epochs, so the Trainer sees one long epoch.
+    """
+    micro = config.micro_batch_size or config.batch_size
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    half = (
+        config.dtype
+        if config.dtype != "auto"
+        else "bfloat16"
+        if on_gpu and torch.cuda.is_bf16_supported()
+        else ""
+    )
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=config.batch_size // micro,
+        per_device_eval_batch_size=config.eval_batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=half == "bfloat16",
+        fp16=half == "float16",
+        use_cpu=not on_gpu,
+        seed=config.seed,
+        data_seed=config.seed,
+        full_determinism=False,
+        logging_strategy="steps",
+        logging_steps=10,
+        logging_first_step=True,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps" if validate else "no",
+        eval_steps=config.eval_steps or steps_per_epoch,
+        metric_for_best_model=SELECTION if validate else None,
+        greater_is_better=False if validate else None,
+        save_strategy="steps",
+        save_steps=config.save_steps or steps_per_epoch,
+        save_total_limit=None,  # RunRecorder removes old checkpoints, after the marker of the new one
+        report_to=config.report_to,
+        disable_tqdm=True,
+        dataloader_pin_memory=on_gpu,
+        push_to_hub=False,
+    )
+
+
+def best_step(trainer: Trainer) -> int | None:
+    """Step with the lowest mean validation loss so far, if any was measured."""
+    return trainer.state.best_global_step
+
+
+def checkpoint_at(run: RunFolder, step: int) -> Path:
+    """Folder of the checkpoint of `step`."""
+    return run.checkpoints / f"checkpoint-{step}"
