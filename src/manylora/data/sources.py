@@ -49,13 +49,14 @@ class _Source:
     def pick(self, split: str | None) -> list[_Table]:
         if split is not None and split in self.tables:
             return self.tables[split]
-        if None in self.tables and (not self.splits or split == "train"):
+        if None in self.tables and (not self.splits or split == "train"):  # unmarked files are for training
             return self.tables[None]
         if split is None and len(self.tables) == 1:
             return next(iter(self.tables.values()))
         there = ", ".join(self.splits)
         if split is None:
-            raise DataError(f"{self.name} holds several splits ({there}). Name one of its files or folders.")
+            also = " and files of none" if None in self.tables else ""
+            raise DataError(f"{self.name} holds several splits ({there}){also}. Say which to read.")
         raise DataError(f"{self.name} has no {split} split, only {there}. Name the rows to read themselves.")
 
 
