@@ -36,13 +36,21 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+_DISK_FULL = (
+    "No space left on device",
+    "os error 28",
+    "iostream error",
+    "enforce fail at inline_container.cc",
+)
+"""How the system, safetensors (Rust) and torch.save (C++) word a write that failed."""
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error means a full disk or quota, also in the words of safetensors and torch."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        text = str(error)
-        if "No space left on device" in text or "os error 28" in text or "file write failed" in text:
+        if any(phrase in str(error) for phrase in _DISK_FULL):
             return True
         error = error.__cause__ or error.__context__
     return False

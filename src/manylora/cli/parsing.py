@@ -29,8 +29,8 @@ class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 class _Parser(ArgumentParser):
     """Shows options with dashes, as they are typed, and shorter type notes."""
 
-    def format_help(self) -> str:
-        text = super().format_help()
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        text = super().format_help(formatter)
         text = re.sub(r"--([a-z_]+)", lambda match: "--" + match[1].replace("_", "-"), text)
         text = re.sub(r", --[a-z-]+\+ [A-Z_]+", "", text)
         text = re.sub(r" \{true,false\}", "", text)

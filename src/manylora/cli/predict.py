@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -92,8 +93,10 @@ def _pieces(subject: Subject, example: Example, options: PredictOptions) -> Iter
 def _rows(options: PredictOptions) -> Iterator[tuple[dict[str, object], Example]]:
     """Rows one by one, so that answers flow while a pipe is still being written."""
     name = "standard input" if options.file == "-" else str(options.file)
-    source = sys.stdin if options.file == "-" else Path(name).open(encoding="utf-8-sig")
-    with source:
+    with contextlib.ExitStack() as open_files:
+        source = sys.stdin
+        if options.file != "-":
+            source = open_files.enter_context(Path(name).open(encoding="utf-8-sig"))
         for number, line in enumerate(source, start=1):
             if not line.strip():
                 continue

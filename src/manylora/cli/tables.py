@@ -13,7 +13,7 @@ from manylora.evaluation import Scores, scores_table
 if TYPE_CHECKING:
     from manylora.training import Plan, RunFolder, TrainConfig
 
-_LEAST_WIDTH = 100
+_LEAST_WIDTH = 120
 """Columns of a table that goes to a file or pipe, where rich would guess 80 and fold."""
 
 
@@ -27,9 +27,9 @@ def print_plan(plan: Plan, config: TrainConfig) -> None:
     """Rows per task, then what will be trained and what it needs."""
     from manylora.training import plan_lines
 
-    table = Table(title="plan", title_justify="left")
+    table = Table(title="plan (rows per task; lengths in tokens)", title_justify="left")
     table.add_column("task", overflow="fold")
-    for heading in ("train", "validation", "test", "prompts cut", "longest row", "longest answer"):
+    for heading in ("train", "valid.", "test", "cut prompts", "longest row", "longest answer"):
         table.add_column(heading, justify="right")
     for task in plan.tasks:
         table.add_row(
@@ -38,8 +38,8 @@ def print_plan(plan: Plan, config: TrainConfig) -> None:
             f"{task.validation:,}",
             f"{task.test:,}",
             f"{100 * task.truncated:.1f} %",
-            f"{task.longest} tokens",
-            f"{task.longest_answer} tokens",
+            f"{task.longest:,}",
+            f"{task.longest_answer:,}",
         )
     out = console()
     out.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import time
@@ -44,8 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     print_plan(prepared.plan, prepared.config)
     if options.dry_run:
         return 0
-    folder = RunFolder.create(options.out, config=prepared.config.to_dict(), seed=config.seed)
-    return _work(prepared, folder)
+    with RunFolder.create(options.out, config=prepared.config.to_dict(), seed=config.seed) as folder:
+        return _work(prepared, folder)
 
 
 def _settings(options: TrainOptions) -> TrainConfig:
@@ -62,12 +63,13 @@ def _resume(path: str) -> int:
         print(f"{path} is finished already.")
         print_saved_scores(folder)
         return 0
-    folder.lock()
     try:
         config = TrainConfig(**folder.read_config())
     except TypeError as error:
         raise ConfigError(f"{folder.path / 'config.yaml'} is not of this version ({error}).") from error
-    return _work(prepare(config), folder)
+    with folder:
+        folder.lock()
+        return _work(prepare(config), folder)
 
 
 def _work(prepared: Prepared, folder: RunFolder) -> int:
@@ -87,10 +89,8 @@ def _work(prepared: Prepared, folder: RunFolder) -> int:
         reason = (
             "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else explain(error) or repr(error)
         )
-        try:
+        with contextlib.suppress(OSError):  # a full disk cannot take this either; "running" resumes alike
             folder.set_state("failed", error=reason)
-        except OSError:
-            pass  # a full disk cannot take this either; the state stays "running", which resumes alike
         if isinstance(error, KeyboardInterrupt):
             print(f"continue with: manylora train --resume {shlex.quote(str(folder.path))}")
         raise

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from manylora.data import Encoded, TaskData, encode
+from manylora.data import Encoded, LossOn, TaskData, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class EncodedRows(Dataset):  # type: ignore[type-arg]
+class EncodedRows(Dataset):
     """Encoded rows in the order in which they are read; one row may stand in the order many times.
 
     Args:
@@ -49,6 +49,7 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad and stack; see the class."""
         longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(values: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
@@ -95,8 +96,8 @@ def encode_tasks(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    context_length: int,
-    loss_on: str = "answer",
+    context_length: int | None,
+    loss_on: LossOn = "answer",
 ) -> list[EncodedTask]:
     """Encode every row of every task, in order.
 
@@ -112,7 +113,7 @@ def encode_tasks(
                     tokenizer,
                     max_length=max_length,
                     context_length=context_length,
-                    loss_on=loss_on,  # type: ignore[arg-type]
+                    loss_on=loss_on,
                 )
                 for example in examples
             ],

@@ -14,7 +14,7 @@ from transformers import set_seed
 from manylora.data import Splits, load_splits, mixture_schedule
 from manylora.errors import ConfigError, DataError, RunError
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
-from manylora.training.config import TrainConfig
+from manylora.training.config import TrainConfig, as_list
 from manylora.training.models import base_fingerprint, load_base, load_config, load_tokenizer
 from manylora.training.plan import (
     Plan,
@@ -85,7 +85,7 @@ def prepare(config: TrainConfig) -> Prepared:
         data=config.data,
         test=config.test,
         validation=config.validation,
-        tasks=config.tasks,  # type: ignore[arg-type]
+        tasks=as_list(config.tasks),
         task_column=config.task_column,
         seed=config.seed,
         validation_fraction=config.validation_fraction,
@@ -93,7 +93,7 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     config = _with_experts(config, tasks=len(splits.train))
     tokenizer = load_tokenizer(config.model)
-    context = getattr(load_config(config.model), "max_position_embeddings", None) or 2**30
+    context = getattr(load_config(config.model), "max_position_embeddings", None)
     train, validation = (
         encode_tasks(
             part, tokenizer, max_length=config.max_length, context_length=context, loss_on=config.loss_on

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from manylora.assets import embedded_base_path
+from manylora.data import EMBEDDED
 from manylora.errors import ModelError
-from manylora.training.config import EMBEDDED
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -98,6 +99,7 @@ def load_base(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
 
 def _from_pretrained(loader: Any, model: str, **options: Any) -> Any:
     location = base_location(model)
+    logging.disable_progress_bar()  # its bar over weights would stand among our lines
     try:
         return loader.from_pretrained(location, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

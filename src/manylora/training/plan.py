@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from manylora.adapters import ManyLoraConfig
+from manylora.errors import ConfigError
 from manylora.training.models import load_config, pick_device, pick_dtype
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class Plan:
 
 def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLoraConfig:
     """The PEFT configuration that a resolved `config` stands for."""
-    by_task = config.router == "task" and config.num_experts is not None and config.num_experts > 1
+    if config.share is None or config.num_experts is None:
+        raise ConfigError("share and num_experts are not set; call config.resolved() and give num_experts.")
+    by_task = config.router == "task" and config.num_experts > 1
     return ManyLoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
@@ -155,7 +158,7 @@ def _kept_for_backward(model: PeftModel, *, rows: int, length: int, checkpointin
         _give_shapes(model)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
             model.enable_input_require_grads()
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         ids = torch.zeros(rows, length, dtype=torch.long)
@@ -177,7 +180,7 @@ def _give_shapes(model: torch.nn.Module) -> None:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                 is_parameter = isinstance(tensor, torch.nn.Parameter)
                 table[name] = (
                     torch.nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake

@@ -51,7 +51,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 class RunFolder:
-    """One run on disk. Holding it open locks it against a second process."""
+    """One run on disk; leaving its `with` block gives up the lock that `create` and `lock` take."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -153,6 +153,14 @@ class RunFolder:
             file.close()
             raise RunError(f"{self.path} is in use by another process; wait for it or end it.") from error
         self._lock = file
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     # ---- checkpoints
 

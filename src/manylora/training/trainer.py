@@ -190,7 +190,7 @@ def training_arguments(
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         label_names=["labels"],
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
         bf16=half == "bfloat16",
         fp16=half == "float16",
         use_cpu=not on_gpu,

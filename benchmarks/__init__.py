@@ -1,0 +1,1 @@
+"""Measurements, one command each; what they said stands in docs/log.md."""

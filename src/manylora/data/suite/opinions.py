@@ -1,0 +1,107 @@
+"""What guests write: things one can praise or blame, with words of praise and blame that fit them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from manylora.data.suite.lexicon import _words
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aspects:
+    """Nouns of one kind with the adjectives that sound natural of them."""
+
+    singular: tuple[str, ...]
+    plural: tuple[str, ...]
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+
+    @property
+    def nouns(self) -> tuple[str, ...]:
+        """All nouns, singular first."""
+        return self.singular + self.plural
+
+
+GOOD = _words("""
+excellent superb wonderful lovely brilliant splendid delightful perfect great impressive outstanding fantastic
+marvellous pleasant terrific remarkable charming first-rate
+""")
+BAD = _words("""
+awful terrible dreadful horrible poor disappointing dismal lousy mediocre hopeless miserable shabby atrocious
+unpleasant dire appalling shoddy second-rate
+""")
+
+FOOD = Aspects(
+    singular=_words("""
+    soup bread coffee breakfast dinner dessert salad cake pizza pasta rice fish chicken cheese tea sauce stew curry
+    omelette pudding sandwich porridge steak lunch pie
+    """),
+    plural=_words("fries pancakes noodles dumplings vegetables mushrooms drinks starters"),
+    good=_words("delicious tasty fresh juicy crisp fragrant flavourful tender creamy mouth-watering"),
+    bad=_words("bland stale soggy burnt greasy tasteless mouldy rancid sour undercooked"),
+)
+STAFF = Aspects(
+    singular=_words(
+        "waiter waitress receptionist manager driver guide host chef porter cleaner owner barman doorman"
+    ),
+    plural=_words("cooks waiters guards helpers"),
+    good=_words("friendly polite helpful attentive cheerful kind patient courteous welcoming thoughtful"),
+    bad=_words("rude careless grumpy unhelpful impatient clumsy arrogant hostile lazy dishonest"),
+)
+PLACE = Aspects(
+    singular=_words("""
+    room bed bathroom garden terrace pool lobby view balcony kitchen lounge sofa carpet shower beach cabin cottage
+    dining_room bar gym sauna tent ferry bus train hall
+    """),
+    plural=_words("towels pillows beds chairs curtains windows blankets tables"),
+    good=_words("clean cosy comfortable spotless elegant bright beautiful spacious stylish gorgeous"),
+    bad=_words("dirty noisy cramped smelly gloomy filthy damp ugly draughty dusty"),
+)
+SHOW = Aspects(
+    singular=_words("""
+    plot acting music ending script dialogue film play concert book story novel opera museum tour lecture exhibition
+    soundtrack singing dancing
+    """),
+    plural=_words("songs jokes costumes actors pictures"),
+    good=_words("gripping funny clever moving thrilling original touching inspired witty memorable"),
+    bad=_words("boring dull tedious confusing predictable silly pointless shallow clumsy forgettable"),
+)
+KINDS = (FOOD, STAFF, PLACE, SHOW)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remark:
+    """One thing and one judgement of it."""
+
+    noun: str
+    adjective: str
+    good: bool
+    many: bool
+
+    def clause(self) -> str:
+        """ "the soup was bland", with the verb in the right number."""
+        return f"the {self.noun} {'were' if self.many else 'was'} {self.adjective}"
+
+    def phrase(self) -> str:
+        """ "the bland soup"."""
+        return f"the {self.adjective} {self.noun}"
+
+
+def draw_remark(rng: Random, *, good: bool, kind: Aspects | None = None) -> Remark:
+    """A random remark of the wanted polarity; a third of the adjectives are of the general kind."""
+    kind = kind or rng.choice(KINDS)
+    noun = rng.choice(kind.nouns)
+    own, general = (kind.good, GOOD) if good else (kind.bad, BAD)
+    adjective = rng.choice(general if rng.random() < 0.35 else own)
+    return Remark(noun=noun, adjective=adjective, good=good, many=noun in kind.plural)
+
+
+def draw_pair(rng: Random) -> tuple[Remark, Remark]:
+    """A good and a bad remark about two different things, mostly of one kind."""
+    kind = rng.choice(KINDS)
+    good = draw_remark(rng, good=True, kind=kind)
+    while True:
+        bad = draw_remark(rng, good=False, kind=kind if rng.random() < 0.6 else None)
+        if bad.noun != good.noun:
+            return good, bad

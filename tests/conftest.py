@@ -1,0 +1,114 @@
+"""Shared fixtures: a tiny random base with a real tokenizer, small data, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sleeps",
+    "sings",
+    "north",
+    "south",
+    "up",
+    "down",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random 2-layer Llama, 32 wide, whose byte-level tokenizer encodes any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train/ and test/: three tasks of 24 and 6 rows."""
+    folder = tmp_path_factory.mktemp("data")
+    tasks: dict[str, Callable[[list[str]], tuple[str, str]]] = {
+        "last_word": lambda words: (f"Last of: {' '.join(words)}", words[-1]),
+        "first_word": lambda words: (f"First of: {' '.join(words)}", words[0]),
+        "swap": lambda words: (f"Swap: {words[0]} {words[1]}", f"{words[1]} {words[0]}"),
+    }
+    for split, size, shift in (("train", 24, 0), ("test", 6, 100)):
+        (folder / split).mkdir()
+        for name, make in tasks.items():
+            rows = []
+            for row in range(size):
+                words = [WORDS[(row * 7 + shift + place * (row + 3)) % len(WORDS)] for place in range(3)]
+                instruction, output = make(words)
+                rows.append({"task": name, "instruction": f"{instruction} ({row + shift})", "output": output})
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / split / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test runs in a folder of its own, where the default runs/ goes."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def cli_process(arguments: Sequence[str | Path], cwd: Path, **options: object) -> subprocess.Popen[str]:
+    """The real command in a process of its own, on one thread so that its arithmetic is the same every time."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "manylora.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )

@@ -1,0 +1,233 @@
+"""Bad input: one clear line with the value and the remedy, exit code 2, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from manylora.cli import main
+
+
+def row(**fields: object) -> str:
+    return json.dumps(fields) + "\n"
+
+
+GOOD = row(instruction="Say hi", output="hi") * 4
+
+CASES: dict[str, tuple[str | None, list[str], list[str]]] = {
+    # name: (contents of data.jsonl, further arguments, what the line must contain)
+    "missing path": (None, ["--data", "nowhere/rows.jsonl"], ["nowhere/rows.jsonl", "does not exist"]),
+    "empty file": ("", [], ["data.jsonl", "empty"]),
+    "broken line": (GOOD + '{"instruction": "x"\n', [], ["data.jsonl:5"]),
+    "missing field": (row(question="x", output="y"), [], ["data.jsonl:1", "question", "instruction"]),
+    "output of the wrong type": (row(instruction="x", output=[1]), [], ["data.jsonl:1", "output"]),
+    "task of the wrong type": (row(instruction="x", output="y", task=3.5), [], ["data.jsonl:1", "task"]),
+    "missing task column": (GOOD, ["--task-column", "kind"], ["kind"]),
+    "unknown task": (GOOD, ["--tasks", "poetry"], ["poetry", "data"]),
+    "unknown model folder": (GOOD, ["--model", "./no/such/model"], ["./no/such/model", "folder"]),
+    "unknown hub model": (GOOD, ["--model", "nobody/nothing"], ["nobody/nothing", "Hub"]),
+    "nothing to adapt": (GOOD, ["--target-modules", "query_proj"], ["query_proj", "q_proj"]),
+    "unknown option": (GOOD, ["--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
+    "wrong choice": (GOOD, ["--share", "C"], ["--share", "C"]),
+    "not a number": (GOOD, ["--r", "eight"], ["--r", "eight"]),
+    "negative rank": (GOOD, ["--r", "-1"], ["r is -1"]),
+    "micro batch": (GOOD, ["--batch-size", "16", "--micro-batch-size", "5"], ["5", "16"]),
+    "missing config file": (GOOD, ["--config", "absent.yaml"], ["absent.yaml"]),
+    "experts against tasks": (GOOD, ["--router", "task", "--num-experts", "4"], ["4", "task"]),
+}
+
+
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("manylora: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_to_train_is_one_line_and_exit_code_2(
+    case: str, tiny_base: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents, more, wanted = CASES[case]
+    if contents is not None:
+        Path("data.jsonl").write_text(contents, encoding="utf-8")
+    before = set(in_empty_folder.iterdir())
+    model = [] if "--model" in more else ["--model", str(tiny_base)]
+    data = [] if "--data" in more else ["--data", "data.jsonl"]
+    assert main(["train", *model, *data, "--device", "cpu", *more]) == 2
+    line = only_line(capsys)
+    for text in wanted:
+        assert text in line
+    assert set(in_empty_folder.iterdir()) == before, "something was written"
+
+
+def test_a_router_that_is_none_is_refused(
+    tiny_base: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data.jsonl").write_text(GOOD, encoding="utf-8")
+    assert main(["train", "--model", str(tiny_base), "--data", "data.jsonl", "--router", "none"]) == 2
+    line = only_line(capsys)
+    assert "--router" in line
+    assert "token" in line
+
+
+def test_an_existing_run_folder_is_not_touched(
+    tiny_base: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data.jsonl").write_text(GOOD, encoding="utf-8")
+    Path("run").mkdir()
+    Path("run/precious.txt").write_text("mine", encoding="utf-8")
+    assert main(["train", "--model", str(tiny_base), "--data", "data.jsonl", "--out", "run"]) == 2
+    line = only_line(capsys)
+    assert "run exists already" in line
+    assert "--resume" in line
+    assert [path.name for path in Path("run").iterdir()] == ["precious.txt"]
+
+
+@pytest.fixture(scope="module")
+def small_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "data.jsonl").write_text(GOOD, encoding="utf-8")
+    command = ["train", "--model", str(tiny_base), "--data", str(folder / "data.jsonl"), "--epochs", "1"]
+    assert main([*command, "--device", "cpu", "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def damaged(run: Path, to: Path, spoil: Callable[[Path], object]) -> str:
+    shutil.copytree(run, to)
+    spoil(to)
+    return str(to)
+
+
+def test_an_adapter_of_another_base_is_refused(
+    small_run: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, set_seed
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    set_seed(1)
+    config = AutoModelForCausalLM.from_pretrained(tiny_base).config
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)  # same shapes, other weights
+    command = ["predict", "--adapter", str(small_run), "--device", "cpu", "Say hi"]
+    capsys.readouterr()
+    assert main([*command, "--model", str(other)]) == 2
+    assert "another base model" in only_line(capsys)
+    config.intermediate_size = 48
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)  # other shapes
+    assert main([*command, "--model", str(other)]) == 2
+    assert "--model" in only_line(capsys)
+
+
+def test_broken_adapters_are_refused(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(run: Path) -> None:
+        path = run / "adapter" / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def scribble(run: Path) -> None:
+        (run / "adapter" / "adapter_config.json").write_text("{", encoding="utf-8")
+
+    cases = {
+        damaged(small_run, tmp_path / "cut", cut): "broken",
+        damaged(small_run, tmp_path / "scribbled", scribble): "adapter_config.json",
+        damaged(small_run, tmp_path / "unfinished", lambda run: shutil.rmtree(run / "adapter")): "--resume",
+        str(tmp_path / "absent"): "neither a run folder nor",
+    }
+    capsys.readouterr()
+    for path, wanted in cases.items():
+        assert main(["predict", "--adapter", path, "--device", "cpu", "Say hi"]) == 2
+        assert wanted in only_line(capsys)
+
+
+def test_resume_refuses_what_it_cannot_continue(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change_data(run: Path) -> None:
+        rows = run / "rows.jsonl"
+        rows.write_text(GOOD + row(instruction="More", output="rows"), encoding="utf-8")
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": str(rows)}), encoding="utf-8")
+        state = json.loads((run / "state.json").read_text(encoding="utf-8"))
+        (run / "state.json").write_text(json.dumps({**state, "state": "failed"}), encoding="utf-8")
+
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "absent")]) == 2
+    assert "not a run folder" in only_line(capsys)
+    assert main(["train", "--resume", damaged(small_run, tmp_path / "changed", change_data)]) == 2
+    assert "changed" in only_line(capsys)
+    assert main(["train", "--resume", str(small_run), "--r", "4"]) == 2
+    assert "leave out --r" in only_line(capsys)
+    assert main(["train", "--resume", str(small_run)]) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["fly"], "train, evaluate, predict"),
+        (["predict", "hello"], "--adapter"),
+        (["evaluate", "--data", "absent.jsonl"], "absent.jsonl"),
+        (["evaluate", "--batch-size", "0"], "batch_size is 0"),
+    ],
+)
+def test_other_verbs_complain_in_one_line(
+    words: list[str], wanted: str, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert wanted in only_line(capsys)
+
+
+def test_predict_names_the_broken_row(
+    small_run: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.jsonl").write_text(row(instruction="Say hi") + "{broken\n", encoding="utf-8")
+    capsys.readouterr()
+    assert main(["predict", "--adapter", str(small_run), "--device", "cpu", "--file", "rows.jsonl"]) == 2
+    captured = capsys.readouterr()
+    assert re.search(r"rows\.jsonl:2 is not valid JSON", captured.err)
+    answered = json.loads(captured.out)
+    assert answered["instruction"] == "Say hi"
+    assert isinstance(answered["prediction"], str)
+
+
+def test_a_full_disk_ends_in_one_line_and_a_run_that_resumes(tiny_base: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode != 0:
+        pytest.skip("needs permission to mount a small file system")
+    try:
+        rows = tmp_path / "data.jsonl"
+        rows.write_text(GOOD, encoding="utf-8")
+        command = ["train", "--model", tiny_base, "--data", rows, "--device", "cpu", "--out", small / "run"]
+        done = subprocess.run(
+            [sys.executable, "-m", "manylora.cli", *map(str, command)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "disk is full" in done.stderr
+        assert "--resume" in done.stderr
+        assert not (small / "run" / "adapter").exists()
+        subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
+        assert main(["train", "--resume", str(small / "run")]) == 0
+        assert (small / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

@@ -1,0 +1,97 @@
+"""The house: imports go one way, every room says what it is, nothing heavy is imported for nothing."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import manylora
+
+ROOT = Path(manylora.__file__).parent
+ORDER = [
+    "errors",
+    "assets",
+    "data",
+    "adapters",
+    "training",
+    "evaluation",
+    "analysis",
+    "federated",
+    "studies",
+    "cli",
+]
+"""A room imports only itself and rooms before it."""
+ROOMS = [name for name in ORDER if (ROOT / name).is_dir()]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = (
+                [node.module]
+                if node.module != "manylora"
+                else [f"manylora.{alias.name}" for alias in node.names]
+            )
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("manylora.")}
+    return found & {*ORDER, "report"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_one_way(room: str) -> None:
+    allowed = set(ORDER[: ORDER.index(room) + 1])
+    for path in (ROOT / room).rglob("*.py"):
+        assert imported_rooms(path) <= allowed, f"{path} imports {imported_rooms(path) - allowed}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_says_what_it_is_and_lists_its_names(room: str) -> None:
+    module = importlib.import_module(f"manylora.{room}")
+    assert module.__doc__
+    assert module.__all__ == sorted(
+        module.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name)
+    )
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+def test_public_names_are_a_reviewed_list() -> None:
+    assert manylora.__all__ == ["ManyLoraConfig", "__version__"]
+    assert importlib.import_module("manylora.cli").VERBS.keys() == {"train", "evaluate", "predict"}
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from manylora.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    )
+    assert run_python(code).splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("first", ["import manylora, peft", "import peft, manylora"])
+def test_importing_manylora_registers_the_method_whatever_the_order(first: str) -> None:
+    code = f"{first}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m\nprint([str(k.value) for k in m][-1])"
+    assert run_python(code) == "MANYLORA"
+
+
+def test_files_stay_small() -> None:
+    long = {
+        p.name: n for p in ROOT.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 450
+    }
+    assert long == {}

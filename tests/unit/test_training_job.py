@@ -1,0 +1,169 @@
+"""The plan is what then happens; losses per task are what the mathematics says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from manylora.data import encode
+from manylora.training import (
+    RunFolder,
+    TrainConfig,
+    build_model,
+    finetune,
+    load_base,
+    load_tokenizer,
+    prepare,
+)
+from manylora.training.batches import Collator
+from manylora.training.models import base_fingerprint
+from manylora.training.plan import adapter_config, estimate_memory, shadow_model
+
+
+def config(base: Path, data: Path, **more: Any) -> TrainConfig:
+    settings: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lora_dropout": 0.0, "device": "cpu", **more}
+    return TrainConfig(model=str(base), data=str(data), learning_rate=0.01, **settings)
+
+
+def test_the_plan_counts_what_the_model_has(tiny_base: Path, small_data: Path) -> None:
+    for method in ("alora", "hydralora", "moelora", "lora"):
+        prepared = prepare(config(tiny_base, small_data, method=method))
+        model = build_model(prepared)
+        trainable, total = model.get_nb_trainable_parameters()
+        assert (prepared.plan.trainable, prepared.plan.total) == (trainable, total)
+        assert sum(prepared.plan.modules.values()) == 14
+
+
+def test_the_schedule_reads_every_row_once_an_epoch(tiny_base: Path, small_data: Path) -> None:
+    prepared = prepare(config(tiny_base, small_data))
+    rows = sum(len(task.rows) for task in prepared.train)
+    assert rows == 66  # 24 a task less 2 for validation
+    assert sorted(prepared.order[:rows]) == list(range(rows))
+    assert sorted(prepared.order[rows:]) == list(range(rows))
+    lengths = [len(row.input_ids) for task in prepared.train for row in task.rows]
+    assert prepared.plan.tokens == 2 * sum(lengths)
+    assert prepared.plan.steps == 17  # ceil(132 / 8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_plan_is_what_autograd_keeps(
+    tiny_base: Path, small_data: Path, checkpointing: bool
+) -> None:
+    prepared = prepare(config(tiny_base, small_data, lora_dropout=0.05))
+    peft_config = adapter_config(prepared.config, task_names=prepared.task_names)
+    plan = estimate_memory(
+        shadow_model(prepared.config, peft_config), rows=4, length=48, checkpointing=checkpointing
+    )
+    model = build_model(prepared).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+        model.enable_input_require_grads()
+    kept: dict[int, int] = {}
+    alive = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    ids = torch.ones(4, 48, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    measured = sum(size for address, size in kept.items() if address not in own) + logits.nbytes
+    assert plan.activations == pytest.approx(measured, rel=0.05)
+    assert plan.adapter == 16 * prepared.plan.trainable
+    assert plan.base == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def test_validation_losses_are_token_means_within_each_task(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    prepared = prepare(config(tiny_base, small_data, epochs=0.2))
+    with RunFolder.create(str(tmp_path / "run"), config={}, seed=0) as run:
+        model = finetune(prepared, run).eval()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (logged,) = [row for row in map(json.loads, lines) if "eval_mean_task_loss" in row]
+    means = []
+    for task in prepared.validation:
+        total, count = 0.0, 0
+        for row in task.rows:
+            ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels)
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, :-1]
+            total += F.cross_entropy(logits.double(), labels[1:], ignore_index=-100, reduction="sum").item()
+            count += int((labels[1:] != -100).sum())
+        assert logged[f"eval_loss/{task.name}"] == pytest.approx(total / count, rel=1e-5)
+        means.append(total / count)
+    assert logged["eval_mean_task_loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
+
+
+def test_accumulated_micro_batches_give_the_same_training(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    trained = {}
+    for micro in (8, 2):
+        prepared = prepare(config(tiny_base, small_data, micro_batch_size=micro, epochs=1))
+        with RunFolder.create(str(tmp_path / str(micro)), config={}, seed=0) as run:
+            finetune(prepared, run)
+        trained[micro] = load_file(tmp_path / str(micro) / "adapter" / "adapter_model.safetensors")
+    assert trained[8].keys() == trained[2].keys()
+    for name, weight in trained[8].items():
+        torch.testing.assert_close(weight, trained[2][name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_collator_masks_padding_and_prompt(tiny_base: Path, small_data: Path) -> None:
+    prepared = prepare(config(tiny_base, small_data))
+    task = prepared.train[0]
+    short, long = sorted(task.rows[:10], key=lambda row: len(row.input_ids))[::9]
+    assert len(short.input_ids) < len(long.input_ids)
+    rows = [{"input_ids": row.input_ids, "labels": row.labels, "task": 2} for row in (short, long)]
+    batch = Collator(pad_token_id=0)(rows)
+    size = len(short.input_ids)
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, len(long.input_ids))
+    assert batch["attention_mask"].sum(1).tolist() == [size, len(long.input_ids)]
+    assert (batch["labels"][0, size:] == -100).all()
+    assert (batch["labels"][0, : short.prompt_length] == -100).all()
+    assert batch["labels"][0, short.prompt_length : size].tolist() == short.input_ids[short.prompt_length :]
+    assert batch["task"].tolist() == [2, 2]
+
+
+def test_the_answer_is_what_the_loss_counts(tiny_base: Path, small_data: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
+    prepared = prepare(config(tiny_base, small_data))
+    example = prepared.splits.train["swap"][0]
+    row = encode(example, tokenizer, max_length=256, context_length=512)
+    answer = [label for label in row.labels if label != -100]
+    assert tokenizer.decode(answer) == example.output + tokenizer.eos_token
+
+
+def test_the_fingerprint_survives_a_cast_and_tells_models_apart(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), device="cpu")
+    print_32 = base_fingerprint(base)
+    assert base_fingerprint(base.to(torch.bfloat16)) == print_32
+    with torch.no_grad():
+        base.get_input_embeddings().weight[3] += 1
+    assert base_fingerprint(base) != print_32
+
+
+@pytest.mark.parametrize("mixing", ["proportional", "uniform", "temperature"])
+def test_mixing_decides_how_often_a_task_is_read(mixing: Any, tiny_base: Path, tmp_path: Path) -> None:
+    for name, size in (("big", 64), ("small", 16)):
+        rows = [json.dumps({"instruction": f"{name} {i}", "output": str(i)}) for i in range(size)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    held = tmp_path / "held" / "big.jsonl"
+    held.parent.mkdir()
+    held.write_text(json.dumps({"instruction": "held out", "output": "1"}), encoding="utf-8")
+    prepared = prepare(
+        config(tiny_base, tmp_path, validation=str(held), mixing=mixing, mixing_temperature=2.0, epochs=3)
+    )
+    share = sum(index < 64 for index in prepared.order) / len(prepared.order)
+    expected = {"proportional": 0.8, "uniform": 0.5, "temperature": 8 / (8 + 4)}[mixing]
+    assert len(prepared.order) == 240
+    assert share == pytest.approx(expected, abs=1 / 240)
