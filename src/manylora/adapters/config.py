@@ -1,0 +1,300 @@
+"""`ManyLoraConfig`: every setting of one adapter, checked once, saved as PEFT's `adapter_config.json`."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+
+from manylora.adapters.card import add_loading_section
+from manylora.errors import ConfigError, TargetModulesError
+
+Share = Literal["A", "B", "none"]
+"""Which matrix all experts have in common."""
+
+RouterKind = Literal["token", "task", "uniform"]
+"""What decides how much each expert counts."""
+
+FORMAT_VERSION = 1
+"""Version of the saved adapter's keys and fields that this code writes, and the newest it reads."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "lora": {"num_experts": 1, "router": None},
+    "alora": {"share": "B"},
+    "hydralora": {"share": "A"},
+    "moelora": {"share": "none"},
+}
+"""Published methods as settings of `ManyLoraConfig`: LoRA (2106.09685), ALoRA (2509.25414), HydraLoRA
+(2404.19245), and the mixture of LoRAs of MoELoRA / LoRAMoE without balance loss (2310.18339, 2312.09979)."""
+
+_BIASES = ("none", "all", "manylora_only", "lora_only")
+
+
+class ManyLoraType(str, enum.Enum):
+    """The PEFT type of this method.
+
+    PEFT's own `PeftType` is closed, and adding to it breaks unpickling. A str-enum whose member's name equals
+    its value hashes and compares like the plain string in `adapter_config.json`, so PEFT's tables find it.
+    """
+
+    MANYLORA = "MANYLORA"
+
+
+@dataclass(kw_only=True)
+class ManyLoraConfig(PeftConfig):
+    """Settings of one multi-LoRA adapter; field names that PEFT's `LoraConfig` has keep its meaning.
+
+    The dataclass is not frozen because PEFT writes into it (resolved target modules, base model name).
+
+    Raises:
+        ConfigError: a value cannot work, or two contradict each other.
+        TargetModulesError: `target_modules` is empty.
+    """
+
+    r: int = 8
+    """Rank R of every expert. 8 in all the paper's runs (2509.25414, section 5)."""
+
+    lora_alpha: float = 16
+    """The scaling is lora_alpha / r. 16 at rank 8 in the paper's multi-task runs."""
+
+    lora_dropout: float = 0.05
+    """Dropout on the adapter's input, not on the router's; one mask per layer call serves all experts. 0.05
+    as in the paper's multi-task runs."""
+
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (2312.03732). Off, as in the paper."""
+
+    num_experts: int = 3
+    """Number of experts N; 1 is plain LoRA, without a router. 3 in the paper's multi-task runs."""
+
+    share: Share = "B"
+    """The matrix all experts have in common: "B" (ALoRA, the paper's finding), "A" (HydraLoRA) or "none"."""
+
+    router: RouterKind | None = "token"
+    """"token": softmax over a linear map of each token (the paper's). "task": `expert_ids` choose one expert
+    per example. "uniform": all count 1/N (a control). None only with one expert. Only "task" looks at
+    `expert_ids`; the others accept them, so that one data pipeline serves every router."""
+
+    default_expert: int | None = None
+    """Task router: the expert used when no ids are given, and the one that merging takes. None: give ids."""
+
+    target_modules: list[str] | set[str] | str | None = None
+    """Names (endings), a regular expression, or "all-linear"; None: PEFT's LoRA default for the model."""
+
+    exclude_modules: list[str] | set[str] | str | None = None
+    """Names (endings) or a regular expression of modules to leave alone."""
+
+    layers_to_transform: list[int] | int | None = None
+    """Only these layer indices; None: all."""
+
+    layers_pattern: list[str] | str | None = None
+    """Name of the layer list `layers_to_transform` counts in, where the first numbered list is not it."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Module name or regular expression -> its rank, where it differs from `r`."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Module name or regular expression -> its alpha, where it differs from `lora_alpha`."""
+
+    modules_to_save: list[str] | None = None
+    """Modules to train in full and save beside the adapter."""
+
+    bias: str = "none"
+    """Base biases to train: "none", "all", or "manylora_only" (also "lora_only"): of adapted layers."""
+
+    init_weights: bool = True
+    """True: A kaiming-uniform, each expert drawn on its own, B zero, so the adapter starts as the identity.
+    False: B is drawn as well (for tests)."""
+
+    fan_in_fan_out: bool = False
+    """Whether base weights are stored as (D, O). Found from the layers' type (Conv1D: yes), recorded here."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of the saved format."""
+
+    task_names: list[str] | None = None
+    """Names of the experts' tasks, in the order of the experts; under the task router one per expert."""
+
+    base_fingerprint: str | None = None
+    """Opaque mark of the base weights the adapter was trained on; training code writes and compares it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ManyLoraType.MANYLORA
+        _check_version(self.format_version)
+        _check_numbers(self)
+        _check_experts(self)
+        _check_patterns(self)
+        _check_targets(self)
+        # PEFT's matching wants sets (a set membership test per module), JSON brings lists.
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+
+    def expert_of(self, task: str) -> int:
+        """The expert that the task router uses for a task.
+
+        Raises:
+            ConfigError: the router is another one, or the adapter knows no such task.
+        """
+        if self.router != "task":
+            raise ConfigError(f"Task {task!r}: with router={self.router!r} no expert belongs to a task.")
+        names = self.task_names or []
+        if task not in names:
+            raise ConfigError(
+                f"Task {task!r} is unknown to this adapter; it knows {', '.join(names) or 'none'}."
+            )
+        return names.index(task)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as plain values; sets become sorted lists, so that the same settings give the same bytes."""
+        values: dict[str, Any] = super().to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; where PEFT has just written a model card, tell in it how to load."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading_section(Path(save_directory))
+
+
+def _check_version(version: object) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ConfigError(f"format_version {version!r} is no positive integer; leave it out for version 1.")
+    if version > FORMAT_VERSION:
+        raise ConfigError(
+            f"This adapter has format_version {version}, this manylora reads up to {FORMAT_VERSION}; "
+            "install a newer manylora (pip install -U manylora)."
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_numbers(config: ManyLoraConfig) -> None:
+    if not _is_int(config.r) or config.r < 1:
+        raise ConfigError(f"r={config.r!r} is no rank; give a positive integer such as 8.")
+    if not _is_number(config.lora_alpha) or not 0 < config.lora_alpha < float("inf"):
+        raise ConfigError(f"lora_alpha={config.lora_alpha!r} is no scale; give a positive number such as 16.")
+    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+        raise ConfigError(f"lora_dropout={config.lora_dropout!r} is outside [0, 1); give one such as 0.05.")
+    if config.bias not in _BIASES:
+        raise ConfigError(f"bias={config.bias!r} is unknown; choose one of {', '.join(map(repr, _BIASES))}.")
+    if not isinstance(config.init_weights, bool):
+        raise ConfigError(f"init_weights={config.init_weights!r} is unknown; give True or False.")
+
+
+def _check_experts(config: ManyLoraConfig) -> None:
+    n = config.num_experts
+    if not _is_int(n) or n < 1:
+        raise ConfigError(f"num_experts={n!r} is no number of experts; give 1 (plain LoRA) or more.")
+    if config.share not in get_args(Share):
+        raise ConfigError(f"share={config.share!r} is unknown; choose one of 'A', 'B', 'none'.")
+    if config.router is not None and config.router not in get_args(RouterKind):
+        raise ConfigError(
+            f"router={config.router!r} is unknown; choose 'token', 'task' or 'uniform' (None: one expert)."
+        )
+    if config.router is None and n > 1:
+        raise ConfigError(
+            f"num_experts={n} with router=None: nothing would choose between the experts; "
+            "set router to 'token', 'task' or 'uniform', or num_experts to 1."
+        )
+    default = config.default_expert
+    if default is not None:
+        if config.router != "task":
+            raise ConfigError(
+                f"default_expert={default!r} with router={config.router!r}: only the task router has one; "
+                "set router='task' or leave default_expert out."
+            )
+        if not _is_int(default) or not 0 <= default < n:
+            raise ConfigError(f"default_expert={default!r} is no expert; the experts are 0 to {n - 1}.")
+    names = config.task_names
+    if names is not None:
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"task_names={names!r} is no list of names; give one string per task.")
+        if len(set(names)) != len(names):
+            raise ConfigError(f"task_names={names!r} names a task twice; give each name once.")
+        config.task_names = list(names)
+        if config.router == "task" and len(names) != n:
+            raise ConfigError(
+                f"task_names has {len(names)} names for {n} experts; "
+                "under router='task' give one per expert, in the experts' order."
+            )
+
+
+def _check_patterns(config: ManyLoraConfig) -> None:
+    for setting in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, setting)
+        if pattern is None:
+            setattr(config, setting, {})
+            continue
+        if not isinstance(pattern, dict):
+            raise ConfigError(f"{setting}={pattern!r} is no mapping; give {{module name or regex: value}}.")
+        for key, value in pattern.items():
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise ConfigError(f"{setting} key {key!r} is no regular expression: {error}.") from error
+            good = _is_int(value) if setting == "rank_pattern" else _is_number(value)
+            if not good or value <= 0:
+                kind = "a positive integer" if setting == "rank_pattern" else "a positive number"
+                raise ConfigError(f"{setting}[{key!r}]={value!r} cannot be used; give {kind}.")
+
+
+def _check_targets(config: ManyLoraConfig) -> None:
+    targets = config.target_modules
+    if targets is not None and len(targets) == 0:
+        raise TargetModulesError("target_modules is empty; name linear layers or use 'all-linear'.")
+    for setting in ("target_modules", "exclude_modules"):
+        value = getattr(config, setting)
+        if value is None:
+            continue
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ConfigError(f"{setting}={value!r} is no regular expression: {error}.") from error
+        elif not isinstance(value, Iterable) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{setting}={value!r} cannot be used; give a list of names or one string.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError(
+            f"layers_pattern={config.layers_pattern!r} without layers_to_transform does nothing; give both."
+        )
+    if isinstance(targets, str) and config.layers_to_transform is not None:
+        raise ConfigError(
+            f"layers_to_transform={config.layers_to_transform!r} needs target_modules as a list, "
+            f"but it is the string {targets!r}; list the names or put the layers into the regular expression."
+        )
+
+
+def _as_set(names: Iterable[str] | str | None) -> set[str] | str | None:
+    return names if names is None or isinstance(names, str) else set(names)
+
+
+def parameters_per_layer(
+    config: ManyLoraConfig, *, in_features: int, out_features: int, rank: int | None = None
+) -> int:
+    """Trainable parameters of one adapter in one (D, O) layer: nA·R·D + nB·R·O, plus N·D for a token router.
+
+    nA = N where A is not shared, else 1; nB likewise.
+
+    Args:
+        config: the adapter's settings.
+        in_features: D.
+        out_features: O.
+        rank: R of this layer where `rank_pattern` changes it; None: the config's.
+    """
+    r = config.r if rank is None else rank
+    n = config.num_experts
+    num_A, num_B = (1 if config.share == "A" else n), (1 if config.share == "B" else n)
+    router = n * in_features if config.router == "token" and n > 1 else 0
+    return num_A * r * in_features + num_B * r * out_features + router

@@ -1,0 +1,125 @@
+"""`ManyLoraModel`: the PEFT tuner that puts expert banks into a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from manylora.adapters import targets
+from manylora.adapters.config import ManyLoraConfig
+from manylora.adapters.layer import ManyLoraLinear
+from manylora.adapters.routing import ExpertIds, Routes, RoutingState, install, uninstall
+from manylora.errors import RoutingError
+
+
+class ManyLoraModel(BaseTuner):
+    """A base model whose target layers carry adapters; made by `peft.get_peft_model`, not by hand."""
+
+    prefix: str = "manylora_"
+    tuner_layer_cls = ManyLoraLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    routing: RoutingState
+
+    @contextmanager
+    def route(self, expert_ids: ExpertIds) -> Iterator[None]:
+        """Use these expert ids for every call of the model inside the block, in this thread.
+
+        For code that cannot pass `expert_ids` to the call. Ids given to a call go before these.
+
+        Args:
+            expert_ids: one index per example, or one integer for all examples.
+
+        Raises:
+            RoutingError: the ids are not integers or not one-dimensional.
+        """
+        with self.routing.routed(Routes(expert_ids)):
+            yield
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's `merge_adapter`; every layer is asked before the first one is changed.
+
+        Raises:
+            NotMergeableError: the delta depends on the input or on ids that are not given.
+        """
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    # What follows are the places where PEFT's BaseTuner asks its methods.
+
+    def _prepare_adapter_config(
+        self, peft_config: ManyLoraConfig, model_config: dict[str, Any]
+    ) -> ManyLoraConfig:
+        if peft_config.target_modules is None:
+            model_type = str(model_config.get("model_type"))
+            defaults = self.target_module_mapping.get(model_type)
+            peft_config.target_modules = targets.default_targets(self.model, defaults, model_type)
+        return peft_config
+
+    def _prepare_model(self, peft_config: ManyLoraConfig, model: nn.Module) -> None:
+        # Once per adapter, before a layer is touched: the plan is checked first, then the model is changed.
+        _maybe_include_all_linear_layers(peft_config, model)
+        found = targets.check_targets(peft_config, model, self._check_target_module_exists)
+        peft_config.fan_in_fan_out = any(targets.stores_transposed(layer) for layer in found)
+        self.routing = install(model)
+
+    def _create_and_replace(
+        self,
+        peft_config: ManyLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
+        rank = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha)
+        if isinstance(target, ManyLoraLinear):
+            target.update_layer(adapter_name, rank=rank, alpha=alpha, config=peft_config)
+            return
+        layer = ManyLoraLinear(target, self.routing, **get_quantization_kwargs(self))
+        layer.set_adapter([adapter_name])
+        layer.update_layer(adapter_name, rank=rank, alpha=alpha, config=peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trained until it is set active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        uninstall(model)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            # PEFT would drop the keyword silently and use the active adapter for every row
+            raise RoutingError(
+                f"adapter_names={kwargs['adapter_names']!r}: several adapters in one batch do not work; "
+                "use set_adapter, or the experts of one adapter with expert_ids."
+            )
+        yield
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, ManyLoraLinear):
+                names = module.active_adapters if adapter_names is None else adapter_names
+                for name in names:
+                    if name in module.manylora_experts and name not in module.merged_adapters:
+                        module.bank(name).merge_choice(self.routing.current)
