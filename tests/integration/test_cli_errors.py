@@ -139,10 +139,14 @@ def test_broken_adapters_are_refused(
     def scribble(run: Path) -> None:
         (run / "adapter" / "adapter_config.json").write_text("{", encoding="utf-8")
 
+    def pickle(run: Path) -> None:
+        (run / "adapter" / "adapter_model.safetensors").rename(run / "adapter" / "adapter_model.bin")
+
     cases = {
         damaged(small_run, tmp_path / "cut", cut): "broken",
         damaged(small_run, tmp_path / "scribbled", scribble): "adapter_config.json",
         damaged(small_run, tmp_path / "unfinished", lambda run: shutil.rmtree(run / "adapter")): "--resume",
+        damaged(small_run, tmp_path / "pickled", pickle): "pickled weights are not read",
         str(tmp_path / "absent"): "neither a run folder nor",
     }
     capsys.readouterr()

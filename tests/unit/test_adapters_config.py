@@ -8,7 +8,7 @@ import pickle
 import pytest
 from peft import PeftConfig
 
-from manylora.adapters import FORMAT_VERSION, PRESETS, ManyLoraConfig, parameters_per_layer
+from manylora.adapters import FORMAT_VERSION, ManyLoraConfig, parameters_per_layer
 from manylora.errors import ConfigError, ManyLoraError, TargetModulesError
 
 BAD = [
@@ -68,12 +68,6 @@ def test_defaults_are_the_papers() -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout, config.num_experts) == (8, 16, 0.05, 3)
     assert (config.share, config.router) == ("B", "token")
     assert config.peft_type == "MANYLORA"
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_valid_settings(preset: str) -> None:
-    config = ManyLoraConfig(**PRESETS[preset])
-    assert config.num_experts == (1 if preset == "lora" else 3)
 
 
 def test_file_round_trip_with_stable_bytes(tmp_path) -> None:

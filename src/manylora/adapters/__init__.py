@@ -7,7 +7,6 @@ reach it, `targets` which layers get one, `model` PEFT's tuner, `card` the model
 
 from manylora.adapters.config import (
     FORMAT_VERSION,
-    PRESETS,
     ManyLoraConfig,
     ManyLoraType,
     RouterKind,
@@ -23,7 +22,6 @@ register()
 
 __all__ = [
     "FORMAT_VERSION",
-    "PRESETS",
     "ExpertBank",
     "ExpertIds",
     "ManyLoraConfig",

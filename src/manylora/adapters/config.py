@@ -24,15 +24,6 @@ RouterKind = Literal["token", "task", "uniform"]
 FORMAT_VERSION = 1
 """Version of the saved adapter's keys and fields that this code writes, and the newest it reads."""
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "lora": {"num_experts": 1, "router": None},
-    "alora": {"share": "B"},
-    "hydralora": {"share": "A"},
-    "moelora": {"share": "none"},
-}
-"""Published methods as settings of `ManyLoraConfig`: LoRA (2106.09685), ALoRA (2509.25414), HydraLoRA
-(2404.19245), and the mixture of LoRAs of MoELoRA / LoRAMoE without balance loss (2310.18339, 2312.09979)."""
-
 _BIASES = ("none", "all", "manylora_only", "lora_only")
 
 

@@ -102,6 +102,8 @@ def suite_baselines(tasks: list[str]) -> dict[str, dict[str, float]]:
 
     train, test = load_suite("train", tasks=tasks), load_suite("test", tasks=tasks)
     return {
-        name: score_all(test, {task: learn(train[task]).predict(rows) for task, rows in test.items()}).by_task()
+        name: score_all(
+            test, {task: learn(train[task]).predict(rows) for task, rows in test.items()}
+        ).by_task()
         for name, learn in {"majority": majority_baseline, "keyword": keyword_baseline}.items()
     }

@@ -37,9 +37,7 @@ class Subject:
             return None
         if task is None:
             raise ConfigError(f"This adapter routes by task: give --task, one of {', '.join(self.experts)}.")
-        if task not in self.experts:
-            raise ConfigError(f"Unknown task {task!r}; the adapter knows {', '.join(self.experts)}.")
-        return self.experts[task]
+        return self.model.active_peft_config.expert_of(task)
 
 
 def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: str) -> Subject:
@@ -60,8 +58,11 @@ def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: 
     config = adapted.active_peft_config
     experts = None
     if getattr(config, "router", None) == "task" and config.num_experts > 1:
-        names = config.task_names or [str(index) for index in range(config.num_experts)]
-        experts = {task: index for index, task in enumerate(names)}
+        if not config.task_names:
+            raise ModelError(
+                f"{folder} routes by task but does not name its tasks; add task_names to its adapter_config.json."
+            )
+        experts = {task: index for index, task in enumerate(config.task_names)}
     facts = folder.parent / "tasks.json"
     answer_tokens = {}
     if facts.is_file():

@@ -20,7 +20,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "lora": {"share": "B", "num_experts": 1},
 }
 """Methods are values: share B is ALoRA (arXiv 2509.25414), share A HydraLoRA (2404.19245), none a mixture of
-LoRAs (2310.18339); with one expert all three are LoRA (2106.09685). 3 experts as in 2509.25414."""
+LoRAs (2310.18339, 2312.09979); with one expert all three are LoRA (2106.09685). 3 experts as in 2509.25414."""
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     # Chosen on the suite's validation split, see docs/log.md.

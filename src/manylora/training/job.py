@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -81,6 +82,8 @@ def prepare(config: TrainConfig) -> Prepared:
         DataError, ModelError, ConfigError, TargetModulesError: what is wrong with the input.
     """
     config = config.resolved()
+    if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
+        raise ConfigError("report_to tensorboard needs another package: pip install 'manylora[tensorboard]'.")
     splits = load_splits(
         data=config.data,
         test=config.test,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -93,7 +94,8 @@ def load_base(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
     """
     load_config(model)
     place = pick_device(device)
-    base = _from_pretrained(AutoModelForCausalLM, model, dtype=pick_dtype(dtype, place))
+    # safetensors only: older weight files are pickles, which run what a stranger wrote
+    base = _from_pretrained(AutoModelForCausalLM, model, dtype=pick_dtype(dtype, place), use_safetensors=True)
     return base.to(place)
 
 
@@ -176,6 +178,8 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
         ModelError: broken files, or an adapter that was trained on another base.
     """
     folder = adapter_folder(adapter)
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ModelError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         expected = getattr(config, "base_fingerprint", None)
@@ -189,7 +193,8 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
         raise
     except RuntimeError as error:  # PEFT reports unequal shapes and keys this way
         raise ModelError(
-            f"{adapter} does not fit this base model ({first_line(error)}); give the base it was trained on with --model."
+            f"{adapter} does not fit this base model ({first_line(error)}); give the base it was trained on "
+            "with --model."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"Cannot load the adapter in {folder} ({first_line(error)}).") from error

@@ -158,7 +158,11 @@ def _kept_for_backward(model: PeftModel, *, rows: int, length: int, checkpointin
         _give_shapes(model)
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            # the second is its name before transformers 5.23
+            enable = (
+                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            )
+            enable()
             model.enable_input_require_grads()
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         ids = torch.zeros(rows, length, dtype=torch.long)

@@ -13,6 +13,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from manylora.training.config import TrainConfig
 from manylora.training.runs import RunFolder
 
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+"""The argument's name: the first since transformers 5.23, the second before."""
+
 SELECTION = "eval_mean_task_loss"
 """What `keep="best"` minimises: the validation loss, averaged within each task and then over tasks."""
 
@@ -190,7 +197,7 @@ def training_arguments(
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         label_names=["labels"],
-        activation_checkpointing=config.gradient_checkpointing,
+        **{_CHECKPOINTING: config.gradient_checkpointing},
         bf16=half == "bfloat16",
         fp16=half == "float16",
         use_cpu=not on_gpu,
