@@ -48,6 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         if options.max_new_tokens
         else subject.answer_tokens,
         batch_size=options.batch_size,
+        max_length=subject.max_length,
         experts=subject.experts,
     )
     baselines = suite_baselines(list(test)) if options.data == EMBEDDED and options.limit is None else {}

@@ -86,6 +86,7 @@ def _pieces(subject: Subject, example: Example, options: PredictOptions) -> Iter
         subject.tokenizer,
         example,
         max_new_tokens=options.max_new_tokens or limit,
+        max_length=subject.max_length,
         expert_id=subject.expert(options.task or example.task or None),
     )
 

@@ -37,6 +37,7 @@ def score_run(prepared: Prepared, folder: RunFolder, model: PeftModel) -> None:
         test,
         answer_tokens=prepared.answer_tokens,
         batch_size=prepared.config.eval_batch_size,
+        max_length=prepared.config.max_length,
         experts=experts if by_task else None,
     )
     baselines = suite_baselines(list(test)) if prepared.config.data == EMBEDDED else {}
@@ -51,6 +52,7 @@ def score(
     *,
     answer_tokens: Mapping[str, int],
     batch_size: int,
+    max_length: int,
     experts: Mapping[str, int] | None,
 ) -> Scores:
     """Generate an answer to every row, greedily, and score it.
@@ -61,6 +63,7 @@ def score(
         test: rows per task.
         answer_tokens: longest answer per task in tokens; a task that is not in it gets the largest of them.
         batch_size: rows per batch; the answers do not depend on it.
+        max_length: tokens a prompt may have.
         experts: task name to expert under the task router, else `None`.
 
     Raises:
@@ -80,6 +83,7 @@ def score(
             tokenizer,
             examples,
             batch_size=batch_size,
+            max_length=max_length,
             max_new_tokens=[answer_tokens.get(task, longest) for task in tasks],
             expert_ids=None if experts is None else [experts[task] for task in tasks],
             on_progress=lambda done, _: progress(done),

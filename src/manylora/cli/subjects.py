@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ModelError
+from manylora.evaluation import MAX_LENGTH
 from manylora.training import adapter_base_name, adapter_folder, load_adapter, load_base, load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Subject:
     """Task to expert under a task router, else `None`."""
     answer_tokens: Mapping[str, int]
     """Task to the longest answer worth generating, in tokens; empty where nothing is known."""
+    max_length: int = MAX_LENGTH
+    """Tokens a prompt may have, as in training."""
 
     def expert(self, task: str | None) -> int | None:
         """The expert of `task`; `None` where the adapter has no task router.
@@ -64,11 +67,18 @@ def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: 
             )
         experts = {task: index for index, task in enumerate(config.task_names)}
     facts = folder.parent / "tasks.json"
-    answer_tokens = {}
+    answer_tokens, max_length = {}, MAX_LENGTH
     if facts.is_file():
         try:
             known = json.loads(facts.read_text(encoding="utf-8"))
-            answer_tokens = {task: int(values["answer_tokens"]) for task, values in known.items()}
+            max_length = int(known["max_length"])
+            answer_tokens = {task: int(values["answer_tokens"]) for task, values in known["tasks"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{facts} is damaged ({error!r}); remove it to go on without.") from error
-    return Subject(model=adapted, tokenizer=tokenizer, experts=experts, answer_tokens=answer_tokens)
+    return Subject(
+        model=adapted,
+        tokenizer=tokenizer,
+        experts=experts,
+        answer_tokens=answer_tokens,
+        max_length=max_length,
+    )

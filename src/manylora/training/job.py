@@ -271,4 +271,4 @@ def _save(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
         }
         for index, task in enumerate(prepared.train)
     }
-    write_json(run.path / "tasks.json", facts)
+    write_json(run.path / "tasks.json", {"max_length": prepared.config.max_length, "tasks": facts})

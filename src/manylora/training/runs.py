@@ -6,7 +6,7 @@
     metrics.jsonl       one line per log or validation
     checkpoints/        checkpoint-STEP/, complete only where it holds complete.json
     adapter/            the result in PEFT format, renamed into place when whole
-    tasks.json          per task: expert, rows, tokens of the longest training answer
+    tasks.json          cut-off of prompts, and per task: expert, rows, tokens an answer may have
     predictions.jsonl   test rows with the model's answers
     scores.json         the table
 

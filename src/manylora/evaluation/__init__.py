@@ -1,0 +1,52 @@
+"""The evaluation room: answers from a model, and what they are worth.
+
+Generation is greedy and independent of the batch size; answer rules are those of LLM-Adapters, and
+every score comes with its n and standard error. Importing the room loads neither torch nor transformers: the
+functions that generate import them.
+"""
+
+from manylora.evaluation.generation import (
+    MAX_LENGTH,
+    generate_answers,
+    stop_token_ids,
+    stream_answer,
+    truncated_prompts,
+)
+from manylora.evaluation.metrics import chosen_option, exact_match, normalise, option_accuracy, rouge1
+from manylora.evaluation.rules import RULES, TASK_RULES, AnswerRule, rules_for
+from manylora.evaluation.score import (
+    Estimate,
+    ScoredExample,
+    Scores,
+    TaskScore,
+    score_all,
+    score_task,
+)
+from manylora.evaluation.statistics import delta_m, standard_error
+from manylora.evaluation.table import scores_table
+
+__all__ = [
+    "MAX_LENGTH",
+    "RULES",
+    "TASK_RULES",
+    "AnswerRule",
+    "Estimate",
+    "ScoredExample",
+    "Scores",
+    "TaskScore",
+    "chosen_option",
+    "delta_m",
+    "exact_match",
+    "generate_answers",
+    "normalise",
+    "option_accuracy",
+    "rouge1",
+    "rules_for",
+    "score_all",
+    "score_task",
+    "scores_table",
+    "standard_error",
+    "stop_token_ids",
+    "stream_answer",
+    "truncated_prompts",
+]
