@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -191,6 +192,129 @@ def test_other_verbs_complain_in_one_line(
 ) -> None:
     assert main(words) == 2
     assert wanted in only_line(capsys)
+
+
+def test_code_beside_a_model_never_runs(
+    tiny_base: Path,
+    in_empty_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("data.jsonl").write_text(GOOD, encoding="utf-8")
+    Path("strange").mkdir()
+    config = {"model_type": "weird", "auto_map": {"AutoConfig": "evil.Cfg"}}
+    Path("strange/config.json").write_text(json.dumps(config), encoding="utf-8")
+    Path("strange/evil.py").write_text("open('ran.txt', 'w')\nclass Cfg: pass\n", encoding="utf-8")
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("y\ny\n")
+    )  # the answer to the question that must not be asked
+    assert main(["train", "--model", "./strange", "--data", "data.jsonl", "--dry-run"]) == 2
+    assert "./strange" in only_line(capsys)
+    assert not Path("ran.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("test_row", "more", "wanted"),
+    [
+        (row(instruction="x", output="y", task="other"), ["--router", "task"], "other"),
+        (
+            row(messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]),
+            [],
+            "chat template",
+        ),
+        (row(instruction="x", output="y", answer="true") + row(instruction="z", output="y"), [], "answer"),
+    ],
+)
+def test_test_rows_that_cannot_be_scored_are_refused_before_training(
+    test_row: str,
+    more: list[str],
+    wanted: str,
+    tiny_base: Path,
+    in_empty_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = row(instruction="a", output="b", task="one") + row(instruction="c", output="d", task="two")
+    Path("data.jsonl").write_text(rows * 3, encoding="utf-8")
+    Path("test.jsonl").write_text(test_row, encoding="utf-8")
+    command = [
+        "train",
+        "--model",
+        str(tiny_base),
+        "--data",
+        "data.jsonl",
+        "--test",
+        "test.jsonl",
+        "--out",
+        "run",
+    ]
+    assert main([*command, "--device", "cpu", *more]) == 2
+    assert wanted in only_line(capsys)
+    assert not Path("run").exists()
+
+
+def test_task_names_are_text_and_not_markup(
+    tiny_base: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data.jsonl").write_text(row(instruction="a", output="b", task="[/red]y") * 3, encoding="utf-8")
+    assert (
+        main(["train", "--model", str(tiny_base), "--data", "data.jsonl", "--device", "cpu", "--dry-run"])
+        == 0
+    )
+    assert "[/red]y" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_and_a_changed_base_are_refused_on_resume(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (tmp_path / "data.jsonl").write_text(GOOD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--model", "./base", "--data", "data.jsonl", "--epochs", "4", "--batch-size", "1"]
+    assert main([*command, "--device", "cpu", "--save-steps", "2", "--out", "run"]) == 0
+    state = json.loads(Path("run/state.json").read_text(encoding="utf-8"))
+    Path("run/state.json").write_text(json.dumps({**state, "state": "failed"}), encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the paths above were relative
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    whole = (checkpoint / "optimizer.pt").read_bytes()
+    (checkpoint / "optimizer.pt").write_bytes(whole[:300])
+    capsys.readouterr()
+    assert main(["train", "--resume", "../run"]) == 2
+    assert f"{checkpoint.name} is damaged" in capsys.readouterr().err
+    (checkpoint / "optimizer.pt").write_bytes(whole)
+    assert main(["train", "--resume", "../run"]) == 0
+    state = json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))
+    (tmp_path / "run" / "state.json").write_text(json.dumps({**state, "state": "failed"}), encoding="utf-8")
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"] = -weights["model.embed_tokens.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["train", "--resume", "../run"]) == 2
+    assert "base of ../run has changed" in capsys.readouterr().err
+
+
+def test_odd_surroundings_end_cleanly(small_run: Path, tmp_path: Path) -> None:
+    def shell(line: str) -> subprocess.CompletedProcess[bytes]:
+        command = f"set -o pipefail; {sys.executable} -m manylora.cli {line}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ADAPTER": str(small_run)}
+        return subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            check=False,
+            timeout=120,
+        )
+
+    closed = shell('predict --adapter "$ADAPTER" <&-')
+    assert (closed.returncode, b"Traceback" in closed.stderr) == (2, False)
+    left = shell('evaluate --adapter "$ADAPTER" --data ' + str(small_run.parent / "data.jsonl") + " | true")
+    assert b"Traceback" not in left.stderr
+    ascii_only = shell("--help | PYTHONIOENCODING=ascii cat")
+    assert ascii_only.returncode == 0
 
 
 def test_predict_names_the_broken_row(

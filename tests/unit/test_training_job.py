@@ -146,7 +146,9 @@ def test_the_answer_is_what_the_loss_counts(tiny_base: Path, small_data: Path) -
 def test_the_fingerprint_survives_a_cast_and_tells_models_apart(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), device="cpu")
     print_32 = base_fingerprint(base)
-    assert base_fingerprint(base.to(torch.bfloat16)) == print_32
+    for dtype in (torch.bfloat16, torch.float16):
+        assert base_fingerprint(load_base(str(tiny_base), device="cpu").to(dtype)) == print_32
+    base = load_base(str(tiny_base), device="cpu")
     with torch.no_grad():
         base.get_input_embeddings().weight[3] += 1
     assert base_fingerprint(base) != print_32

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input (one line says what and how to mend it), 130 sto
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"manylora {__version__}")
         return 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "×" shows "?" instead of ending the run
     verb = arguments[0]
     if verb not in VERBS:
         complain(f"there is no verb {verb!r}; choose from {', '.join(VERBS)}.")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from manylora.cli.options import EvaluateOptions
 from manylora.cli.parsing import parse
-from manylora.data import EMBEDDED
 from manylora.errors import RunError
 
 DESCRIPTION = """\
 Generate an answer to every test row, greedily, and print a table of scores per task.
 
-  manylora evaluate --adapter runs/train-001                         the run's own kind of data: the embedded suite
+  manylora evaluate --adapter runs/train-001                         the test rows of that run
   manylora evaluate --adapter runs/train-001 --data flan8/test       other rows
   manylora evaluate --data embedded                                  the bare base model, zero-shot
 
@@ -24,16 +24,29 @@ files); option accuracy where a prompt lists OPTIONS."""
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
     options, _ = parse(EvaluateOptions, arguments, verb="evaluate", description=DESCRIPTION)
-    if options.out is not None and Path(options.out).exists():
-        raise RunError(f"{options.out} exists already; choose another --out.")
+    if options.out is not None:
+        if Path(options.out).exists():
+            raise RunError(f"{options.out} exists already; choose another --out.")
+        Path(options.out).mkdir(parents=True)  # at once, so that hours of answers are not lost to a bad name
+    try:
+        return _evaluate(options)
+    except BaseException:
+        if options.out is not None:
+            with contextlib.suppress(OSError):
+                Path(options.out).rmdir()  # only while it is empty
+        raise
+
+
+def _evaluate(options: EvaluateOptions) -> int:
     from manylora.cli.scoring import score, suite_baselines, write_scores
-    from manylora.cli.subjects import load_subject
+    from manylora.cli.subjects import load_subject, run_test_source
     from manylora.cli.tables import print_scores
     from manylora.data import load_examples
     from manylora.training.config import as_list
 
+    data = options.data or run_test_source(options.adapter)
     test = load_examples(
-        options.data,
+        data,
         task_column=options.task_column,
         tasks=as_list(options.tasks),
         split="test",
@@ -51,11 +64,10 @@ def run(arguments: Sequence[str]) -> int:
         max_length=subject.max_length,
         experts=subject.experts,
     )
-    baselines = suite_baselines(list(test)) if options.data == EMBEDDED and options.limit is None else {}
+    baselines = suite_baselines(data, list(test), limit=options.limit)
     print_scores(scores, baselines)
     if options.out is not None:
         folder = Path(options.out)
-        folder.mkdir(parents=True)
         write_scores(folder, scores, baselines)
         print(f"written to {folder}")
     return 0

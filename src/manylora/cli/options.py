@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from manylora.data import EMBEDDED
 from manylora.errors import ConfigError
 from manylora.training.config import TrainConfig
 
@@ -32,8 +31,9 @@ class EvaluateOptions:
 
     adapter: str | None = None
     """Run folder or PEFT adapter folder. Default: none, the bare model is scored."""
-    data: str = EMBEDDED
-    """Test rows: "embedded", a file or folder of JSON, JSONL, CSV or Parquet, or a Hub data set id."""
+    data: str | None = None
+    """Test rows: "embedded", a file or folder of JSON, JSONL, CSV or Parquet, or a Hub data set id. Default: those of
+    the adapter's run, else the embedded suite."""
     model: str | None = None
     """Base model. Default: the one the adapter was trained on, else the embedded one."""
     tasks: list[str] | str | None = None
@@ -66,7 +66,7 @@ class PredictOptions:
 
     adapter: str | None = None
     """Run folder or PEFT adapter folder."""
-    prompt: str | None = None
+    prompt: str = ""
     """The instruction; also without "--prompt". Default: standard input."""
     input: str = ""
     """Text that the instruction is about, where there is one."""
@@ -90,5 +90,5 @@ class PredictOptions:
             raise ConfigError("--adapter is missing; give a run folder, such as runs/train-001.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; give a value above 0.")
-        if self.file is not None and self.prompt is not None:
+        if self.file is not None and self.prompt:
             raise ConfigError("--file and a prompt were both given; give one of them.")

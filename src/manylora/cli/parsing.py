@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import re
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,7 +61,7 @@ def parse(
         positional: fields that may also be given without their name, in this order.
 
     Returns:
-        The configuration, and the names of the fields that were given at all.
+        The configuration, and the names of the fields given on the command line.
 
     Raises:
         ConfigError: an unknown option or a value of the wrong type.
@@ -79,7 +78,7 @@ def parse(
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(config_class, None)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    words = _normalise(arguments, fields, positional)
+    words, verbatim = _normalise(arguments, fields, positional)
     try:
         namespace = parser.parse_args(words)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
@@ -88,19 +87,20 @@ def parse(
         raise ConfigError(f"--config {error.filename}: {error.strerror}.") from error
     values = namespace.as_dict()
     values.pop("config", None)
-    given = {name for name in fields if values.get(name) != _default(fields[name])}
-    return config_class(**values), given
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return None if field.default is dataclasses.MISSING else field.default
+    given = {word[2:].partition("=")[0].rstrip("+") for word in words if word.startswith("--")} & set(fields)
+    return config_class(**{**values, **verbatim}), given | set(verbatim)
 
 
 def _normalise(
     arguments: Sequence[str], fields: dict[str, dataclasses.Field[Any]], positional: Sequence[str]
-) -> list[str]:
-    """Dashes become underscores, `--flag` alone becomes `--flag true`, bare words get their option's name."""
+) -> tuple[list[str], dict[str, str]]:
+    """Dashes become underscores, `--flag` alone `--flag=true`, `--option value` one word.
+
+    Texts of the `positional` options, named or not, are returned apart: the parser reads values as YAML, to which
+    "null" and "# c" are nothing.
+    """
     words: list[str] = []
+    verbatim: dict[str, str] = {}
     free = list(positional)
     waiting = False  # whether the last option still wants its value
     queue = list(arguments)
@@ -112,14 +112,23 @@ def _normalise(
             is_flag = name in fields and fields[name].type in ("bool", bool)
             if is_flag and not equals and (not queue or queue[0].lower() not in ("true", "false")):
                 equals, value = "=", "true"
-            words.append(f"--{name}{equals}{value}")
+            if not equals and name in fields and queue and not _is_option(queue[0]):
+                equals, value = "=", queue.pop(0)  # joined, so that a value may begin with a dash
+            if equals and name in positional:
+                verbatim[name] = value
+            else:
+                words.append(f"--{name}{equals}{value}")
             waiting = not equals and name != "help"
         elif waiting or not free or word == "-h":
             words.append(word)
             waiting = False
         else:
-            words.append(f"--{free.pop(0)}={word}")
-    return words
+            verbatim[free.pop(0)] = word
+    return words, verbatim
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("--") and len(word) > 2
 
 
 def _reason(error: Exception, verb: str, names: Sequence[str]) -> str:
@@ -145,18 +154,3 @@ def _reason(error: Exception, verb: str, names: Sequence[str]) -> str:
         )
         return f"--{option}{' ' + got[1] if got else ''}: {wanted.rstrip('.')}."
     return f"{text} (see manylora {verb} --help)"
-
-
-def require(value: Any, option: str, verb: str) -> None:
-    """Raise where a needed option was not given.
-
-    Raises:
-        ConfigError: `value` is `None`.
-    """
-    if value is None:
-        raise ConfigError(f"--{option} is missing; see manylora {verb} --help.")
-
-
-def interactive() -> bool:
-    """Whether a person, rather than a pipe, is at standard input."""
-    return sys.stdin is not None and sys.stdin.isatty()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.cli.options import PredictOptions
-from manylora.cli.parsing import interactive, parse
+from manylora.cli.parsing import parse
 from manylora.data import Example, Row, parse_row
 from manylora.errors import DataError
 
@@ -35,6 +35,8 @@ def run(arguments: Sequence[str]) -> int:
         PredictOptions, arguments, verb="predict", description=DESCRIPTION, positional=("prompt",)
     )
     examples = None if options.file is not None else [_single(options)]
+    if options.file == "-" and sys.stdin is None:
+        raise DataError("There is no standard input to read rows from; give a file.")
     if options.file not in (None, "-") and not Path(options.file or "").is_file():
         raise DataError(f"{options.file} is not a file; give a JSONL file of rows, or - for standard input.")
     from manylora.cli.subjects import load_subject
@@ -46,16 +48,17 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     for row, example in _rows(options):
         answer = "".join(_pieces(subject, example, options))
-        print(json.dumps({**row, "prediction": answer}, ensure_ascii=False), flush=True)
+        print(json.dumps({**row, "prediction": answer}), flush=True)
     return 0
 
 
 def _single(options: PredictOptions) -> Example:
     text = options.prompt
-    if text is None:
-        if interactive():
+    if not text:
+        if sys.stdin is not None and sys.stdin.isatty():
             print("prompt (end with Ctrl-D):", file=sys.stderr)
-        text = sys.stdin.read().strip()
+        text = sys.stdin.read().strip() if sys.stdin is not None else ""
+    text = text.encode("utf-8", "replace").decode("utf-8")  # what the shell gave may be no UTF-8
     if not text:
         raise DataError(
             "The prompt is empty; give it as an argument, on standard input, or rows with --file."
@@ -95,22 +98,21 @@ def _rows(options: PredictOptions) -> Iterator[tuple[dict[str, object], Example]
     """Rows one by one, so that answers flow while a pipe is still being written."""
     name = "standard input" if options.file == "-" else str(options.file)
     with contextlib.ExitStack() as open_files:
-        source = sys.stdin
+        source = sys.stdin.buffer
         if options.file != "-":
-            source = open_files.enter_context(Path(name).open(encoding="utf-8-sig"))
+            source = open_files.enter_context(Path(name).open("rb"))
         for number, line in enumerate(source, start=1):
-            if not line.strip():
-                continue
+            place = f"{name}:{number}"
             try:
-                row = json.loads(line)
+                text = line.decode("utf-8-sig").strip()
+                row = json.loads(text) if text else None
             except ValueError as error:
                 raise DataError(
-                    f"{name}:{number} is not valid JSON ({error}); write one object per line."
+                    f"{place} is not valid JSON ({error}); write one object per line, in UTF-8."
                 ) from error
+            if not text:
+                continue
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{name}:{number} is no object but {line.strip()[:40]!r}; write one object per line."
-                )
+                raise DataError(f"{place} is no object but {text[:40]!r}; write one object per line.")
             task = str(row.get("task") or options.task or "")
-            place = f"{name}:{number}"
             yield row, parse_row(Row(fields=row, place=place), task=task, require_output=False)

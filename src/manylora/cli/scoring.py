@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.cli.console import CountProgress
 from manylora.cli.tables import print_scores
-from manylora.data import EMBEDDED, TaskData
+from manylora.data import EMBEDDED, TaskData, encode_prompt
 from manylora.errors import RoutingError
 from manylora.evaluation import Scores, generate_answers, score_all
 from manylora.training import Prepared, RunFolder, write_json, write_text
@@ -21,6 +21,34 @@ if TYPE_CHECKING:
 
 DEFAULT_ANSWER_TOKENS = 64
 """Longest answer where neither the run nor the user says otherwise."""
+
+
+def check_test(prepared: Prepared) -> None:
+    """Refuse, before anything is trained, test rows that could not be scored afterwards.
+
+    Raises:
+        RoutingError, DataError: a task has no expert, a prompt cannot be rendered, labels do not fit.
+    """
+    test, config = prepared.splits.test, prepared.config
+    if config.router == "task" and config.num_experts != 1:
+        _check_experts(test, prepared.task_names)
+    cut = 0
+    for rows in test.values():
+        for example in rows:
+            cut += encode_prompt(example, prepared.tokenizer, max_length=config.max_length)[1]
+    if test:
+        score_all(test, {task: [""] * len(rows) for task, rows in test.items()})
+    if cut:
+        print(
+            f"{cut} of {sum(map(len, test.values()))} test prompts are longer than {config.max_length} tokens and cut"
+        )
+
+
+def _check_experts(test: TaskData, known: Collection[str]) -> None:
+    if unknown := sorted(set(test) - set(known)):
+        raise RoutingError(
+            f"The adapter has no expert for the tasks {', '.join(unknown)}; it knows {', '.join(known)}."
+        )
 
 
 def score_run(prepared: Prepared, folder: RunFolder, model: PeftModel) -> None:
@@ -40,7 +68,8 @@ def score_run(prepared: Prepared, folder: RunFolder, model: PeftModel) -> None:
         max_length=prepared.config.max_length,
         experts=experts if by_task else None,
     )
-    baselines = suite_baselines(list(test)) if prepared.config.data == EMBEDDED else {}
+    source = prepared.config.test or prepared.config.data
+    baselines = suite_baselines(source, list(test), limit=prepared.config.limit)
     write_scores(folder.path, scores, baselines)
     print_scores(scores, baselines)
 
@@ -69,10 +98,8 @@ def score(
     Raises:
         RoutingError: a test task has no expert.
     """
-    if experts is not None and (unknown := sorted(set(test) - set(experts))):
-        raise RoutingError(
-            f"The adapter has no expert for the tasks {', '.join(unknown)}; it knows {', '.join(experts)}."
-        )
+    if experts is not None:
+        _check_experts(test, experts)
     longest = max(answer_tokens.values(), default=DEFAULT_ANSWER_TOKENS)
     examples = [example for rows in test.values() for example in rows]
     tasks = [task for task, rows in test.items() for _ in rows]
@@ -99,8 +126,13 @@ def write_scores(folder: Path, scores: Scores, baselines: Mapping[str, Mapping[s
     write_json(folder / "scores.json", {**scores.to_dict(), "baselines": baselines})
 
 
-def suite_baselines(tasks: list[str]) -> dict[str, dict[str, float]]:
-    """What a constant answer and a keyword rule reach on the embedded suite: column → task → score."""
+def suite_baselines(source: str, tasks: list[str], *, limit: int | None) -> dict[str, dict[str, float]]:
+    """What a constant answer and a keyword rule reach on the embedded suite: column → task → score.
+
+    Empty where `source` is another one, or not all of it was scored.
+    """
+    if source != EMBEDDED or limit is not None:
+        return {}
     from manylora.data.suite import load_suite
     from manylora.data.suite.baselines import keyword_baseline, majority_baseline
 

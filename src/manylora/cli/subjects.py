@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ModelError
 from manylora.evaluation import MAX_LENGTH
-from manylora.training import adapter_base_name, adapter_folder, load_adapter, load_base, load_tokenizer
+from manylora.training import (
+    RunFolder,
+    adapter_base_name,
+    adapter_folder,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,6 +48,15 @@ class Subject:
         if task is None:
             raise ConfigError(f"This adapter routes by task: give --task, one of {', '.join(self.experts)}.")
         return self.model.active_peft_config.expert_of(task)
+
+
+def run_test_source(adapter: str | None) -> str:
+    """Where the test rows of an adapter's run come from; the embedded suite where there is no run to ask."""
+    folder = adapter_folder(adapter).parent if adapter is not None else None
+    if folder is None or not (folder / "config.yaml").is_file():
+        return EMBEDDED
+    run = RunFolder(folder).read_config()
+    return str(run.get("test") or run.get("data") or EMBEDDED)
 
 
 def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: str) -> Subject:

@@ -14,13 +14,19 @@ if TYPE_CHECKING:
     from manylora.training import Plan, RunFolder, TrainConfig
 
 _LEAST_WIDTH = 120
-"""Columns of a table that goes to a file or pipe, where rich would guess 80 and fold."""
+"""Columns of a table that goes to a file or pipe, which has no width of its own."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller what a reader who left means; rich would exit with 1."""
+        raise BrokenPipeError
 
 
 def console() -> Console:
     """Standard output, wide enough for our tables where it is no terminal."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=max(found.width, _LEAST_WIDTH))
+    found = _Console(highlight=False, markup=False)  # a task may be called "[red]"
+    return found if found.is_terminal else _Console(highlight=False, markup=False, width=_LEAST_WIDTH)
 
 
 def print_plan(plan: Plan, config: TrainConfig) -> None:

@@ -38,11 +38,13 @@ def run(arguments: Sequence[str]) -> int:
             raise ConfigError(f"--resume takes all settings from the run folder; leave out {extra}.")
         return _resume(options.resume)
     config = _settings(options)
+    from manylora.cli.scoring import check_test
     from manylora.cli.tables import print_plan
     from manylora.training import RunFolder, prepare
 
     prepared = prepare(config)
     print_plan(prepared.plan, prepared.config)
+    check_test(prepared)
     if options.dry_run:
         return 0
     with RunFolder.create(options.out, config=prepared.config.to_dict(), seed=config.seed) as folder:

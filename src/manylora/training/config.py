@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from manylora.data import EMBEDDED
@@ -44,6 +46,10 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "target_modules": ["q_proj", "v_proj"],
     },
 }
+
+
+_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
+"""Module names with commas between; any other text is a regular expression."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +156,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"{name} is {value}; give 0 or more.")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed is {self.seed}; give less than {2**32}, as numpy asks.")
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(
                 f"validation_fraction is {self.validation_fraction}; give a share between 0 and 1, such as 0.1."
@@ -174,10 +182,15 @@ class TrainConfig:
         if self.router == "task" and self.method != "lora":
             filled.pop("num_experts")
         updates = {key: value for key, value in filled.items() if getattr(self, key) is None}
-        for key in ("tasks", "target_modules"):
-            updates[key] = as_list(updates.get(key, getattr(self, key)))
-        if isinstance(updates["target_modules"], list) and len(updates["target_modules"]) == 1:
-            (updates["target_modules"],) = updates["target_modules"]  # "all-linear" or a regular expression
+        updates["tasks"] = as_list(self.tasks)
+        targets = updates.get("target_modules", self.target_modules)
+        if isinstance(targets, str) and targets != "all-linear" and _NAMES.fullmatch(targets):
+            targets = as_list(targets)
+        updates["target_modules"] = targets
+        for key in ("model", "data", "test", "validation"):  # a run must resume from any folder
+            value = getattr(self, key)
+            if value is not None and value != EMBEDDED and Path(value).expanduser().exists():
+                updates[key] = str(Path(value).expanduser().absolute())
         return dataclasses.replace(self, recipe=name, **updates)
 
     def to_dict(self) -> dict[str, Any]:

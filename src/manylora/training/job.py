@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import torch
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import set_seed
 
 from manylora.data import Splits, load_splits, mixture_schedule
 from manylora.errors import ConfigError, DataError, RunError
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
-from manylora.training.config import TrainConfig, as_list
-from manylora.training.models import base_fingerprint, load_base, load_config, load_tokenizer
+from manylora.training.config import TrainConfig
+from manylora.training.models import base_fingerprint, first_line, load_base, load_config, load_tokenizer
 from manylora.training.plan import (
     Plan,
     TaskPlan,
@@ -26,13 +28,11 @@ from manylora.training.plan import (
     shadow_model,
     step_counts,
 )
-from manylora.training.runs import RunFolder, write_json
+from manylora.training.runs import RunFolder, step_of, write_json
 from manylora.training.trainer import (
     ManyTaskTrainer,
     Reporter,
     RunRecorder,
-    best_step,
-    checkpoint_at,
     training_arguments,
 )
 
@@ -56,6 +56,8 @@ class Prepared:
     order: Sequence[int]
     """Rows of `train`, concatenated, in the order of the whole run."""
     steps_per_epoch: int
+    most_answer_tokens: int
+    """Half of the model's context: one long training answer must not take the prompts' room."""
     plan: Plan
 
     @property
@@ -67,12 +69,9 @@ class Prepared:
     def answer_tokens(self) -> dict[str, int]:
         """Per task the tokens a generated answer may have."""
         fixed = self.config.max_new_tokens
-        return {task.name: fixed or task.longest_answer + 8 for task in self.train}
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the encoded training rows."""
-        return data_fingerprint(self.train)
+        return {
+            task.name: fixed or min(task.longest_answer + 8, self.most_answer_tokens) for task in self.train
+        }
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -88,7 +87,7 @@ def prepare(config: TrainConfig) -> Prepared:
         data=config.data,
         test=config.test,
         validation=config.validation,
-        tasks=as_list(config.tasks),
+        tasks=config.tasks,
         task_column=config.task_column,
         seed=config.seed,
         validation_fraction=config.validation_fraction,
@@ -121,6 +120,7 @@ def prepare(config: TrainConfig) -> Prepared:
         validation=validation,
         order=order,
         steps_per_epoch=steps_per_epoch,
+        most_answer_tokens=(context or 2**20) // 2,
         plan=_plan(config, splits, train, order),
     )
 
@@ -177,6 +177,7 @@ def _plan(config: TrainConfig, splits: Splits, train: Sequence[EncodedTask], ord
             checkpointing=config.gradient_checkpointing,
         ),
         leaks=splits.leaks,
+        dropped=splits.dropped,
     )
 
 
@@ -201,22 +202,37 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
     Raises:
         RunError: the run was begun on other data.
     """
-    known = run.state.get("data_fingerprint")
-    if known not in (None, prepared.fingerprint):
-        raise RunError(
-            f"The training rows of {run.path} have changed since it was begun (fingerprint {known}, now "
-            f"{prepared.fingerprint}); put the old rows back, or start a new run."
-        )
-    run.set_state("running", data_fingerprint=prepared.fingerprint, steps=prepared.plan.steps)
-    run.drop_incomplete()
     model = build_model(prepared)
+    prints = {
+        "data": data_fingerprint([*prepared.train, *prepared.validation]),
+        "base": model.active_peft_config.base_fingerprint,
+    }
+    for what, known in run.state.get("fingerprints", prints).items():
+        if known != prints[what]:
+            raise RunError(
+                f"The {what} of {run.path} has changed since it was begun (fingerprint {known}, now "
+                f"{prints[what]}); put the old one back, or start a new run."
+            )
+    run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
+    run.drop_incomplete()
     trainer = _trainer(prepared, run, model, report)
     checkpoint = run.newest_checkpoint()
-    run.rewind_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    step = best_step(trainer)
+    run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        if (
+            checkpoint is None
+            or isinstance(error, torch.OutOfMemoryError)
+            or trainer.state.global_step > step_of(checkpoint)
+        ):
+            raise
+        raise RunError(
+            f"{checkpoint} is damaged ({first_line(error)}); remove it to go on from an older one or anew."
+        ) from error
+    step = trainer.state.best_global_step
     if prepared.config.keep == "best" and step is not None:
-        weights = load_peft_weights(str(checkpoint_at(run, step)), device=str(model.device))
+        weights = load_peft_weights(str(run.checkpoint(step)), device=str(model.device))
         set_peft_model_state_dict(model, weights)
     _save(prepared, run, model)
     return model
@@ -260,7 +276,7 @@ def _save(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
     partial = run.path / "adapter.partial"
     if partial.exists():
         shutil.rmtree(partial)
-    model.save_pretrained(str(partial))
+    model.save_pretrained(str(partial), save_embedding_layers=False)  # else PEFT asks the Hub about the base
     prepared.tokenizer.save_pretrained(str(partial))
     run.place_folder("adapter", partial)
     facts = {

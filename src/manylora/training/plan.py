@@ -78,6 +78,8 @@ class Plan:
     memory: MemoryPlan
     leaks: int
     """Test rows whose prompt also stands among the training rows."""
+    dropped: int
+    """Training and validation rows without an answer text, which are left out."""
 
 
 def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLoraConfig:
@@ -229,6 +231,10 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
         ("tokens", f"{plan.tokens:,}"),
         ("memory", f"about {memory.total / _MIB:,.0f} MiB at the peak ({parts})"),
     ]
+    if plan.dropped:
+        lines.append(("warning", f"{plan.dropped} rows have no answer text to learn and are left out"))
+    if plan.warmup_steps >= plan.steps > 1:
+        lines.append(("warning", "the warm-up takes all steps: the peak learning rate is never reached"))
     if plan.leaks:
         lines.append(
             ("warning", f"{plan.leaks} test rows have a prompt that also stands among the training rows")

@@ -15,6 +15,7 @@ Every file but `metrics.jsonl` and the checkpoints appears under its name only w
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -58,15 +59,13 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     @classmethod
-    def create(
-        cls, out: str | None, *, config: Mapping[str, Any], seed: int, stem: str = "train"
-    ) -> RunFolder:
-        """Make a new folder: `out`, or the next free `runs/<stem>-NNN`.
+    def create(cls, out: str | None, *, config: Mapping[str, Any], seed: int) -> RunFolder:
+        """Make a new folder: `out`, or the next free `runs/train-NNN`.
 
         Raises:
             RunError: `out` exists and is not an empty folder.
         """
-        path = Path(out).expanduser() if out is not None else _next_free(Path("runs"), stem)
+        path = Path(out).expanduser() if out is not None else _next_free()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(
                 f"{path} exists already; choose another --out, or continue that run with --resume {path}."
@@ -164,6 +163,10 @@ class RunFolder:
 
     # ---- checkpoints
 
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint of `step`."""
+        return self.checkpoints / f"checkpoint-{step}"
+
     @property
     def checkpoints(self) -> Path:
         """Folder of the trainer's checkpoints."""
@@ -176,11 +179,11 @@ class RunFolder:
         marker that `mark_complete` writes last.
         """
         complete = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
-        return max(complete, key=_step_of, default=None)
+        return max(complete, key=step_of, default=None)
 
     def mark_complete(self, step: int, *, keep: Iterable[int] = ()) -> None:
         """Declare a checkpoint whole, then remove the older ones except those in `keep`."""
-        folder = self.checkpoints / f"checkpoint-{step}"
+        folder = self.checkpoint(step)
         for path in folder.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
@@ -188,7 +191,7 @@ class RunFolder:
         write_json(folder / COMPLETE, {"step": step})
         kept = {step, *keep}
         for other in self.checkpoints.glob("checkpoint-*"):
-            if _step_of(other) not in kept:
+            if step_of(other) not in kept:
                 shutil.rmtree(other)
 
     def drop_incomplete(self) -> None:
@@ -251,13 +254,20 @@ def environment(seed: int) -> dict[str, Any]:
     }
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name; -1 where there is none."""
     suffix = checkpoint.name.rpartition("-")[2]
     return int(suffix) if suffix.isdigit() else -1
 
 
-def _next_free(parent: Path, stem: str) -> Path:
-    number = 1
-    while (parent / f"{stem}-{number:03d}").exists():
-        number += 1
-    return parent / f"{stem}-{number:03d}"
+def _next_free() -> Path:
+    """Make and return the first runs/train-NNN that is not there; of two processes each gets its own."""
+    Path("runs").mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        path = Path(f"runs/train-{number:03d}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,8 +70,6 @@ class ManyTaskTrainer(Trainer):
         self._add_up(inputs["task"][rows], losses.detach())
         items = losses.numel() if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / items
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -103,6 +100,10 @@ class ManyTaskTrainer(Trainer):
         if self._sums is None:
             self._sums = torch.zeros(len(self.task_names), 2, device=losses.device)
         self._sums.index_add_(0, tasks, torch.stack((losses.float(), torch.ones_like(losses.float())), 1))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the adapter alone; the inherited way asks the Hub about the base's vocabulary at every checkpoint."""
+        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training loss of each task since the last log."""
@@ -182,7 +183,7 @@ def training_arguments(
         if on_gpu and torch.cuda.is_bf16_supported()
         else ""
     )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=steps,
         per_device_train_batch_size=micro,
@@ -203,7 +204,6 @@ def training_arguments(
         use_cpu=not on_gpu,
         seed=config.seed,
         data_seed=config.seed,
-        full_determinism=False,
         logging_strategy="steps",
         logging_steps=10,
         logging_first_step=True,
@@ -218,15 +218,7 @@ def training_arguments(
         report_to=config.report_to,
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
-        push_to_hub=False,
     )
-
-
-def best_step(trainer: Trainer) -> int | None:
-    """Step with the lowest mean validation loss so far, if any was measured."""
-    return trainer.state.best_global_step
-
-
-def checkpoint_at(run: RunFolder, step: int) -> Path:
-    """Folder of the checkpoint of `step`."""
-    return run.checkpoints / f"checkpoint-{step}"
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # with more, the Trainer would multiply the batch behind the plan's back
+    return arguments
