@@ -4,12 +4,12 @@ No row content (the review, the story, the passage, the person) stands in two sp
 Labels are balanced, options come in random order, and every classification label depends on how words are related,
 not on which words occur; `baselines` measures what constants and keyword rules reach all the same.
 
-Sub-skills, so that transfer is possible: the three review tasks share the polarity of adjectives;
-`current_holder` and `story_sum` share the direction of verbs of giving, `current_holder` and `claim_check` the sides
-of a relation; the two record tasks share reading fields.
+Sub-skills, so that transfer is possible: the three review tasks share the polarity of adjectives and which noun they
+belong to; `former_owner`, `current_holder` and `story_sum` share the direction of verbs of giving; the two record
+tasks share reading fields.
 Conflicts, so that interference is possible: `praised_thing` and `blamed_thing` want opposite answers to the same kind
-of review and options, `review_verdict` wants a third answer to it; `record_to_text` and `register_entry` want
-different texts from the same kind of record.
+of review and options, `review_verdict` wants a third answer to it; `former_owner` and `current_holder` want the two
+sides of the same kind of story; `record_to_text` and `register_entry` want different texts from the same record.
 """
 
 from manylora.data.suite.build import SPLIT_SIZES, SUITE, SUITE_TASKS, load_suite, suite_table

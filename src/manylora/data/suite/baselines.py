@@ -145,18 +145,16 @@ def _nth(pattern: re.Pattern[str], text: str, place: int) -> str:
 
 
 def _place_rules() -> list[Baseline]:
-    rules = []
-    for kind, pattern in _PATTERNS.items():
-        for place in (0, 1, 2, 3, 4, 5, -1, -2, -3, -4, -5, -6):
-            rules.append(
-                Baseline(
-                    name=f"{kind} number {place + 1 if place >= 0 else place} of the text",
-                    rule=lambda row, pattern=pattern, place=place: _nth(  # type: ignore[misc]
-                        pattern, row.input or row.instruction, place
-                    ),
-                )
-            )
-    return rules
+    return [
+        Baseline(
+            name=f"{kind} number {place + 1 if place >= 0 else place} of the text",
+            rule=lambda row, pattern=pattern, place=place: _nth(  # type: ignore[misc]
+                pattern, row.input or row.instruction, place
+            ),
+        )
+        for kind, pattern in _PATTERNS.items()
+        for place in (0, 1, 2, 3, 4, 5, -1, -2, -3, -4, -5, -6)
+    ]
 
 
 def keyword_baseline(train: Sequence[Example]) -> Baseline:
@@ -171,7 +169,7 @@ def keyword_baseline(train: Sequence[Example]) -> Baseline:
     best = max(rules, key=lambda baseline: _accuracy(baseline.rule, train))
     if len(answers) > 10:
         return best
-    # Naive Bayes fits its own training rows far too well to be compared on them: it is judged on the half it did not see.
+    # Naive Bayes fits its own training rows far too well to be compared on them: it is judged on the unseen half.
     half = len(train) // 2
     bayes = _naive_bayes(train[:half], answers)
     if _accuracy(bayes.rule, train[half:]) > _accuracy(best.rule, train[half:]):

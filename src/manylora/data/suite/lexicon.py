@@ -7,12 +7,12 @@ The base model's pretraining corpus draws on the same words, never on the suite'
 from __future__ import annotations
 
 
-def _words(text: str) -> tuple[str, ...]:
+def word_list(text: str) -> tuple[str, ...]:
     """Split on white space; an underscore stands for a space inside an entry."""
     return tuple(word.replace("_", " ") for word in text.split())
 
 
-FEMALE = _words("""
+FEMALE = word_list("""
 Ada Agnes Aisha Alba Alma Amara Amelia Amina Anika Anna Astrid Aurora Ayla Bea Bella Bianca Bridget Camila Carla
 Celia Chloe Clara Cora Daisy Dana Daphne Delia Diana Dora Edith Elena Elif Elsa Emma Erika Esther Eva Farida Fatima
 Fiona Flora Freya Gemma Gloria Grace Greta Hana Hanna Hazel Heidi Helen Hilda Ida Ines Ingrid Irene Iris Isla Ivy
@@ -21,7 +21,7 @@ Lucia Luna Mabel Maja Mara Maria Marta Maya Mei Mina Mira Molly Nadia Naomi Nela
 Priya Rita Rosa Ruth Sara Selma Sofia Sonia Stella Tara Tessa Thea Uma Ursula Vera Viola Wendy Yara Zoe
 """)
 
-MALE = _words("""
+MALE = word_list("""
 Aaron Adam Ahmed Alan Albert Amir Anders Andre Anton Arjun Arno Arthur Ben Bernard Boris Bruno Carl Cedric Chen
 Claude Conrad Cyril Dan Dario David Dennis Diego Dmitri Edgar Edwin Eli Emil Enzo Eric Ethan Evan Felix Finn Frank
 Fred George Gerald Glen Gus Hakim Hans Harold Harry Hassan Hector Henry Hiro Hugo Ian Igor Ivan Ivo Jack Jacob
@@ -31,7 +31,7 @@ Owen Pablo Patrick Paul Pedro Peter Quentin Rafael Ralph Ravi Remy Robert Rolf R
 Simon Stefan Sven Tariq Theo Thomas Tim Tobias Tom Uwe Victor Viktor Walter Wei Will Xavier Yusuf Zane
 """)
 
-SURNAMES = _words("""
+SURNAMES = word_list("""
 Abbott Adler Almeida Archer Baker Barnes Bauer Becker Bell Berg Bishop Blake Bloom Boyd Brandt Brooks Brown Burke
 Carter Chavez Clark Cohen Cole Costa Cruz Dalton Diaz Dixon Doyle Drake Duarte Dunn Ellis Engel Evans Fischer
 Fleming Flores Ford Foster Fox Frost Garcia Gibson Gomez Grant Gray Green Gupta Hale Hansen Hardy Harper Hart Hayes
@@ -42,7 +42,7 @@ Santos Sato Schmidt Shaw Silva Singh Sloan Snow Stein Stone Tanaka Torres Turner
 Weber West White Wolf Wong Wood Wright Yang Young Zhang
 """)
 
-TOWNS = _words("""
+TOWNS = word_list("""
 Aberdeen Accra Amman Antwerp Athens Austin Bath Bergen Berlin Bern Bilbao Bologna Bonn Boston Bremen Brighton
 Bruges Cairo Calais Cardiff Chester Cologne Cork Dakar Dallas Delhi Denver Derby Dover Dresden Dublin Durham Essen
 Exeter Florence Galway Geneva Genoa Ghent Graz Hamburg Hanoi Havana Helsinki Houston Hull Istanbul Jaipur Kiel Kyoto
@@ -52,7 +52,7 @@ Quito Reims Riga Rome Rouen Salem Santiago Seattle Seoul Seville Siena Sydney Ta
 Toronto Trieste Tunis Turin Utrecht Valencia Venice Verona Vienna Vilnius Warsaw York Zagreb Zurich
 """)
 
-JOBS = _words("""
+JOBS = word_list("""
 accountant actor architect artist astronomer author baker banker barber beekeeper biologist bookbinder
 bookseller brewer bricklayer butcher carpenter cartoonist cellist chef chemist clerk clockmaker coach cobbler cook
 courier cyclist dancer dentist designer detective diver doctor driver editor electrician engineer farmer
@@ -63,9 +63,9 @@ professor reporter roofer sailor sculptor shepherd singer surgeon surveyor tailo
 umpire upholsterer vet violinist waiter weaver welder writer
 """)
 
-COLOURS = _words("red blue green yellow black white brown grey orange purple pink silver golden")
+COLOURS = word_list("red blue green yellow black white brown grey orange purple pink silver golden")
 
-THINGS = _words("""
+THINGS = word_list("""
 anchor apron armchair atlas axe bag ball banjo basket bell belt bicycle blanket bottle bowl box bracelet brush bucket
 camera candle canoe cap card carpet cello chain chair chart chest clock coat coin comb compass cradle crown cup
 cushion desk diary dictionary doll drill drum fan feather fiddle flag flask flute fork frame globe glove guitar
@@ -76,7 +76,7 @@ scooter shawl shovel sieve sled spade spoon stamp statue stool stove suitcase sw
 ticket torch towel toy tray trumpet trunk tuba typewriter umbrella vase violin wagon wallet watch whistle wig wrench
 """)
 
-COUNTED = _words("""
+COUNTED = word_list("""
 apple badge balloon bead biscuit block brick button candle card carrot chair chestnut coin cookie crayon cup egg
 envelope fig flower glass grape hat key lemon letter marble melon mug nail nut orange peach pear pebble pen pencil
 photo pillow plate plum poster potato ribbon ring rose shell spoon stamp sticker stone ticket tomato toy tulip
@@ -84,22 +84,22 @@ turnip walnut
 """)
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
-    "animal": _words(
+    "animal": word_list(
         "badger bear camel cat cow deer dog donkey fox goat horse lion monkey mouse otter rabbit sheep tiger"
     ),
-    "bird": _words(
+    "bird": word_list(
         "crow dove duck eagle falcon goose gull hawk heron owl parrot raven robin sparrow stork swan"
     ),
-    "fruit": _words("apple banana cherry fig grape kiwi lemon mango melon olive orange peach pear plum"),
-    "vegetable": _words(
+    "fruit": word_list("apple banana cherry fig grape kiwi lemon mango melon olive orange peach pear plum"),
+    "vegetable": word_list(
         "bean beet cabbage carrot celery garlic leek lettuce onion pea potato radish spinach turnip"
     ),
-    "flower": _words("aster daisy iris jasmine lilac lily orchid pansy poppy rose tulip violet"),
-    "tree": _words("ash beech birch cedar elm fir larch maple oak pine poplar willow"),
-    "tool": _words("axe chisel drill file hammer ladder rake saw shovel spade wrench"),
-    "instrument": _words("banjo cello drum fiddle flute guitar harp piano trumpet tuba violin"),
-    "garment": _words("apron belt cap coat glove hat jacket scarf shawl shirt skirt sock"),
-    "vehicle": _words("bicycle bus canoe ferry lorry scooter sled taxi tractor train tram van wagon"),
+    "flower": word_list("aster daisy iris jasmine lilac lily orchid pansy poppy rose tulip violet"),
+    "tree": word_list("ash beech birch cedar elm fir larch maple oak pine poplar willow"),
+    "tool": word_list("axe chisel drill file hammer ladder rake saw shovel spade wrench"),
+    "instrument": word_list("banjo cello drum fiddle flute guitar harp piano trumpet tuba violin"),
+    "garment": word_list("apron belt cap coat glove hat jacket scarf shawl shirt skirt sock"),
+    "vehicle": word_list("bicycle bus canoe ferry lorry scooter sled taxi tractor train tram van wagon"),
 }
 
 COMPARISONS: tuple[tuple[str, str, str], ...] = (
@@ -114,7 +114,7 @@ COMPARISONS: tuple[tuple[str, str, str], ...] = (
 )
 """(comparative, its opposite, plain form); every one of them fits people."""
 
-MONTHS = _words("January February March April May June July August September October November December")
+MONTHS = word_list("January February March April May June July August September October November December")
 
 PLURALS: dict[str, str] = {
     "box": "boxes", "brush": "brushes", "cherry": "cherries", "cherry tomato": "cherry tomatoes",

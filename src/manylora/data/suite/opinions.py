@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from manylora.data.suite.lexicon import _words
+from manylora.data.suite.lexicon import word_list
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,49 +23,49 @@ class Aspects:
         return self.singular + self.plural
 
 
-GOOD = _words("""
+GOOD = word_list("""
 excellent superb wonderful lovely brilliant splendid delightful perfect great impressive outstanding fantastic
 marvellous pleasant terrific remarkable charming first-rate
 """)
-BAD = _words("""
+BAD = word_list("""
 awful terrible dreadful horrible poor disappointing dismal lousy mediocre hopeless miserable shabby atrocious
 unpleasant dire appalling shoddy second-rate
 """)
 
 FOOD = Aspects(
-    singular=_words("""
+    singular=word_list("""
     soup bread coffee breakfast dinner dessert salad cake pizza pasta rice fish chicken cheese tea sauce stew curry
     omelette pudding sandwich porridge steak lunch pie
     """),
-    plural=_words("fries pancakes noodles dumplings vegetables mushrooms drinks starters"),
-    good=_words("delicious tasty fresh juicy crisp fragrant flavourful tender creamy mouth-watering"),
-    bad=_words("bland stale soggy burnt greasy tasteless mouldy rancid sour undercooked"),
+    plural=word_list("fries pancakes noodles dumplings vegetables mushrooms drinks starters"),
+    good=word_list("delicious tasty fresh juicy crisp fragrant flavourful tender creamy mouth-watering"),
+    bad=word_list("bland stale soggy burnt greasy tasteless mouldy rancid sour undercooked"),
 )
 STAFF = Aspects(
-    singular=_words(
+    singular=word_list(
         "waiter waitress receptionist manager driver guide host chef porter cleaner owner barman doorman"
     ),
-    plural=_words("cooks waiters guards helpers"),
-    good=_words("friendly polite helpful attentive cheerful kind patient courteous welcoming thoughtful"),
-    bad=_words("rude careless grumpy unhelpful impatient clumsy arrogant hostile lazy dishonest"),
+    plural=word_list("cooks waiters guards helpers"),
+    good=word_list("friendly polite helpful attentive cheerful kind patient courteous welcoming thoughtful"),
+    bad=word_list("rude careless grumpy unhelpful impatient clumsy arrogant hostile lazy dishonest"),
 )
 PLACE = Aspects(
-    singular=_words("""
+    singular=word_list("""
     room bed bathroom garden terrace pool lobby view balcony kitchen lounge sofa carpet shower beach cabin cottage
     dining_room bar gym sauna tent ferry bus train hall
     """),
-    plural=_words("towels pillows beds chairs curtains windows blankets tables"),
-    good=_words("clean cosy comfortable spotless elegant bright beautiful spacious stylish gorgeous"),
-    bad=_words("dirty noisy cramped smelly gloomy filthy damp ugly draughty dusty"),
+    plural=word_list("towels pillows beds chairs curtains windows blankets tables"),
+    good=word_list("clean cosy comfortable spotless elegant bright beautiful spacious stylish gorgeous"),
+    bad=word_list("dirty noisy cramped smelly gloomy filthy damp ugly draughty dusty"),
 )
 SHOW = Aspects(
-    singular=_words("""
+    singular=word_list("""
     plot acting music ending script dialogue film play concert book story novel opera museum tour lecture exhibition
     soundtrack singing dancing
     """),
-    plural=_words("songs jokes costumes actors pictures"),
-    good=_words("gripping funny clever moving thrilling original touching inspired witty memorable"),
-    bad=_words("boring dull tedious confusing predictable silly pointless shallow clumsy forgettable"),
+    plural=word_list("songs jokes costumes actors pictures"),
+    good=word_list("gripping funny clever moving thrilling original touching inspired witty memorable"),
+    bad=word_list("boring dull tedious confusing predictable silly pointless shallow clumsy forgettable"),
 )
 KINDS = (FOOD, STAFF, PLACE, SHOW)
 

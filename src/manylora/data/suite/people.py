@@ -1,10 +1,10 @@
-"""Three tasks about people: who holds a thing, how many there are, whether a claim follows."""
+"""Three tasks about people: who had a thing, who has it, and how many there are."""
 
 from __future__ import annotations
 
 from random import Random
 
-from manylora.data.suite.lexicon import COMPARISONS, COUNTED, FEMALE, MALE, THINGS, plural
+from manylora.data.suite.lexicon import COUNTED, FEMALE, MALE, THINGS, plural
 from manylora.data.suite.rows import Row, SuiteTask, fill, options, shuffled
 
 HOLDER_TEMPLATES = (
@@ -13,19 +13,17 @@ HOLDER_TEMPLATES = (
     "{text}\nIn whose hands is the {thing} at the end?",
     "Find the present holder of the {thing}.",
 )
+FORMER_TEMPLATES = (
+    "Read the story and say who had the {thing} before.\n{options}",
+    "Where did the {thing} come from?\n{options}",
+    "{text}\nWho gave the {thing} away?\n{options}",
+    "Find the former owner of the {thing}.\n{options}",
+)
 SUM_TEMPLATES = (
     "Solve the problem and answer with a number.\n{text} {question}",
     "{text} {question}",
     "Work out the answer to this little problem: {text} {question}",
 )
-CLAIM_TEMPLATES = (
-    "Given the text, is this claim true? {claim}\n{options}",
-    "Text: {text}\nClaim: {claim}\nDoes the claim follow from the text?\n{options}",
-    "Judge the claim by the passage alone.\nClaim: {claim}\n{options}",
-    "According to the passage, what can be said of the claim \"{claim}\"?\n{options}",
-)  # fmt: skip
-CLAIM_LABELS = ("true", "false", "unknown")
-
 TRANSFERS = (
     "{giver} gave the {thing} to {taker}.",
     "{giver} sold the {thing} to {taker}.",
@@ -59,13 +57,28 @@ def draw_holder(rng: Random, index: int) -> Row:
     return Row(instruction=instruction, input=given, output=answer, key=("holder", *moves))
 
 
+def draw_former(rng: Random, index: int) -> Row:
+    """One thing changes hands, in half of the rows a second one too; the giver of the asked one, of three people."""
+    giver, taker, third, fourth = draw_people(rng, 4)
+    asked, other = rng.sample(THINGS, 2)
+    moves = [(asked, giver, taker)]
+    if rng.random() < 0.5:
+        moves.append((other, third, fourth))
+        rng.shuffle(moves)
+    told = [rng.choice(TRANSFERS).format(thing=t, giver=g, taker=k) for t, g, k in moves]
+    listed = options(shuffled(rng, (giver, taker, rng.choice((third, fourth)))))
+    text = " ".join(told)
+    instruction, given = fill(rng.choice(FORMER_TEMPLATES), text=text, thing=asked, options=listed)
+    return Row(instruction=instruction, input=given, output=giver, key=("holder", *moves))
+
+
 def _problem(rng: Random) -> tuple[str, str, int]:
-    """(story, question, answer) of one small sum; no number over 40."""
+    """(story, question, answer) of one small sum; no number over 24."""
     who, other = draw_people(rng, 2)
     noun = rng.choice(COUNTED)
     many = plural(noun)
-    a, b = rng.randint(5, 20), rng.randint(5, 20)
-    change = rng.randint(2, min(a, 12) - 1)
+    a, b = rng.randint(4, 12), rng.randint(4, 12)
+    change = rng.randint(2, a - 1)
     shape = rng.randrange(5)
     if shape == 0:
         verb = rng.choice(("buys", "finds", "wins", "receives"))
@@ -92,53 +105,16 @@ def draw_sum(rng: Random, index: int) -> Row:
     return Row(instruction=instruction, output=str(answer), key=("sum", story, question))
 
 
-def _claim(rng: Random, label: str) -> tuple[str, str]:
-    """(passage, claim) with the wanted label.
-
-    The passage compares two pairs of people in two respects. A decidable claim is about one of the pairs in its own
-    respect, in the same word or in the opposite one; an undecidable one swaps the respects or mixes the pairs.
-    """
-    names = draw_people(rng, 4)
-    pairs = [(names[0], names[1]), (names[2], names[3])]
-    respects = rng.sample(COMPARISONS, 2)
-    words = [rng.choice(respect[:2]) for respect in respects]
-    told = [f"{low} is {word} than {high}." for word, (low, high) in zip(words, pairs, strict=True)]
-    which = rng.randrange(2)
-    (more, less), word = pairs[which], words[which]
-    if label == "unknown":
-        if rng.random() < 0.5:
-            word = rng.choice(respects[1 - which][:2])
-        else:
-            less = rng.choice(pairs[1 - which])
-        if rng.random() < 0.5:
-            more, less = less, more
-        return " ".join(told), f"{more} is {word} than {less}."
-    up, down, _ = respects[which]
-    if rng.random() < 0.5:
-        word, more, less = (down if word == up else up), less, more
-    if label == "false":
-        more, less = less, more
-    return " ".join(told), f"{more} is {word} than {less}."
-
-
-def draw_claim(rng: Random, index: int) -> Row:
-    """True, false, or not to be told from the passage."""
-    label = CLAIM_LABELS[index % 3]
-    text, claim = _claim(rng, label)
-    listed = options(shuffled(rng, CLAIM_LABELS))
-    instruction, given = fill(rng.choice(CLAIM_TEMPLATES), text=text, claim=claim, options=listed)
-    return Row(instruction=instruction, input=given, output=label, key=("claim", text))
-
-
 TASKS = (
     SuiteTask(
-        name="claim_check",
+        name="former_owner",
         kind="classification",
-        summary="Whether a comparison follows from a passage: true, false or cannot tell",
-        skills=("opposite comparatives", "who stands on which side of a relation"),
-        draw=draw_claim,
-        shares_with=("current_holder",),
-        templates=CLAIM_TEMPLATES,
+        summary="Which of three listed people gave a thing away: the opposite side of the same kind of story",
+        skills=("direction of verbs of giving", "binding a thing to its sentence"),
+        draw=draw_former,
+        shares_with=("current_holder", "story_sum"),
+        conflicts_with=("current_holder",),
+        templates=FORMER_TEMPLATES,
     ),
     SuiteTask(
         name="current_holder",
@@ -146,16 +122,17 @@ TASKS = (
         summary="Who holds a thing after two or three transfers told from either side",
         skills=("direction of verbs of giving", "binding a thing to its sentence"),
         draw=draw_holder,
-        shares_with=("story_sum", "claim_check"),
+        shares_with=("former_owner", "story_sum"),
+        conflicts_with=("former_owner",),
         templates=HOLDER_TEMPLATES,
     ),
     SuiteTask(
         name="story_sum",
         kind="arithmetic",
-        summary="One addition or subtraction up to 40, told as a story",
-        skills=("sums to 40", "direction of verbs of giving"),
+        summary="One addition or subtraction up to 24, told as a story",
+        skills=("sums to 24", "direction of verbs of giving"),
         draw=draw_sum,
-        shares_with=("current_holder",),
+        shares_with=("current_holder", "former_owner"),
         templates=SUM_TEMPLATES,
     ),
 )

@@ -64,7 +64,7 @@ class Person:
     def entry(self) -> str:
         """ "Okafor, Mara (baker), Dover, 5 March 1987"."""
         year, month, day = self.born
-        return f"{self.last}, {self.first} ({self.job}), {self.town}, {day} {MONTHS[month - 1]} {year}"
+        return f"{self.last}, {self.first[0]}. ({self.job}), {self.town}, {day} {MONTHS[month - 1]} {year}"
 
 
 def draw_person(rng: Random) -> Person:
@@ -118,8 +118,8 @@ TASKS = (
     SuiteTask(
         name="register_entry",
         kind="formatting",
-        summary="The same kind of record printed as a register line: surname first, date written out, one field dropped",
-        skills=("reading fields", "names of months"),
+        summary="The same kind of record as a register line: surname, initial, date written out, one field dropped",
+        skills=("reading fields", "names of months", "initials"),
         draw=draw_entry,
         shares_with=("record_to_text",),
         conflicts_with=("record_to_text",),

@@ -1,4 +1,4 @@
-"""Three tasks over the same reviews: the verdict, what was praised, what was blamed.
+"""Three tasks over the same kind of review: the verdict, what was praised, what was blamed.
 
 Every review praises one thing and blames another, and one of the two remarks is conceded ("although", "despite").
 So both polarities stand in every review, in either order: which words occur says nothing; how they are joined does.
@@ -6,10 +6,11 @@ So both polarities stand in every review, in either order: which words occur say
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from manylora.data.suite.lexicon import MONTHS, TOWNS, sentence
-from manylora.data.suite.opinions import KINDS, Remark, draw_pair
+from manylora.data.suite.opinions import KINDS, Aspects, Remark, draw_pair, draw_remark
 from manylora.data.suite.rows import Row, SuiteTask, fill, options, shuffled
 
 VERDICT_TEMPLATES = (
@@ -34,12 +35,11 @@ BLAME_TEMPLATES = (
 
 def review(rng: Random, main: Remark, conceded: Remark) -> str:
     """One sentence that asserts `main` against `conceded`, in one of six orders; a third have a lead-in."""
-    word = rng.choice(("although", "even though", "despite", "in spite of"))
+    words = ("although", "even though", "despite", "in spite of")
+    word = rng.choice(words[:2] if conceded.adjective.startswith("far from") else words)
     aside = conceded.clause() if word.endswith("though") else conceded.phrase()
-    if rng.random() < 0.5:
-        text = f"{word} {aside}, {main.clause()}."
-    else:
-        text = f"{main.clause()}, {word} {aside}."
+    first = rng.random() < 0.5
+    text = f"{word} {aside}, {main.clause()}." if first else f"{main.clause()}, {word} {aside}."
     lead = rng.random()
     if lead < 0.15:
         return f"We were in {rng.choice(TOWNS)} in {rng.choice(MONTHS)}. {sentence(text)}"
@@ -52,11 +52,19 @@ def _key(good: Remark, bad: Remark) -> tuple[str, ...]:
     return ("review", good.noun, good.adjective, bad.noun, bad.adjective)
 
 
+def deny(rng: Random, remark: Remark) -> Remark:
+    """The same judgement in the opposite word: "far from dull" for "gripping"."""
+    other = draw_remark(rng, good=not remark.good, kind=kind_of(remark))
+    return replace(remark, adjective=f"far from {other.adjective}")
+
+
 def draw_verdict(rng: Random, index: int) -> Row:
     """Positive if the main clause praises, negative if it blames."""
     good, bad = draw_pair(rng)
     positive = index % 2 == 0
-    text = review(rng, *((good, bad) if positive else (bad, good)))
+    pair = [deny(rng, remark) if rng.random() < 0.4 else remark for remark in (good, bad)]
+    main, conceded = pair if positive else reversed(pair)
+    text = review(rng, main, conceded)
     listed = options(shuffled(rng, ("positive", "negative")))
     instruction, given = fill(rng.choice(VERDICT_TEMPLATES), text=text, options=listed)
     return Row(
@@ -65,6 +73,11 @@ def draw_verdict(rng: Random, index: int) -> Row:
         output="positive" if positive else "negative",
         key=_key(good, bad),
     )
+
+
+def kind_of(remark: Remark) -> Aspects:
+    """The kind of thing a remark is about."""
+    return next(kind for kind in KINDS if remark.noun in kind.nouns)
 
 
 def _draw_target(rng: Random, templates: tuple[str, ...], *, praised: bool) -> Row:
@@ -93,8 +106,8 @@ TASKS = (
     SuiteTask(
         name="review_verdict",
         kind="classification",
-        summary="Overall sentiment of a review that both praises and blames; the main clause decides",
-        skills=("polarity of adjectives", "concession"),
+        summary="Overall sentiment of a review that praises and blames, at times by denial; the main clause decides",
+        skills=("polarity of adjectives", "concession", "denial"),
         draw=draw_verdict,
         shares_with=("praised_thing", "blamed_thing"),
         conflicts_with=("praised_thing", "blamed_thing"),

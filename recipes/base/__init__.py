@@ -1,0 +1,1 @@
+"""How the embedded base model is made: a corpus generator, a tokenizer, one pretraining command."""
