@@ -23,40 +23,49 @@ comparisons, records and dates) in many surface forms; the rest is plain prose. 
 OPTIONS list or a prompt template of the benchmark suite, and no exercise is a task of the suite. The corpus draws on
 the same lists of words.
 
-**Training.** `python -m recipes.base.pretrain --out DIR --seed {seed}`: {steps} steps of {batch} x {length} tokens
-({tokens:.1f} M tokens, whole documents, none seen twice, the first
-{easy_steps} steps on the easy kinds, from step {late_from} on more of what was still weak), Muon for the
-matrices of the blocks and AdamW for the rest, learning rate {lr} (flat, then linear to zero), {minutes:.0f} minutes
-on 2 CPU cores shared with other work. Answers and prose count fully in the loss, given text {context_weight}.
+**Training.** `python -m recipes.base.pretrain --out DIR --seed {seed}`: {tokens:.1f} M tokens in rows of {length}
+(whole documents, none seen twice), Muon for the matrices of the blocks and AdamW for the rest, a learning rate that is
+flat, then falls linearly to zero; {minutes:.0f} minutes on 2 CPU cores shared with other work. Answers and prose count
+fully in the loss, given text {context_weight}. The second stage starts from the weights of the first, rounded to bf16,
+with new optimizers.
 
-**Held-out generated text.** {held}
+| stage | steps | rows a step | peak learning rate | reads |
+|---|---|---|---|---|
+{stages}
 
-| step | training loss (weighted, smoothed) |
-|---|---|
+**Held-out generated text** (after {held_step} steps of the last stage). Perplexity {perplexity:.2f} over all tokens,
+{answer_perplexity:.3f} over answers and prose, where {right:.1f} % of the tokens are predicted right.
+
+| stage | step | training loss (weighted, smoothed) |
+|---|---|---|
 {curve}
 """
 
 
 def write_card(out: Path, history: dict) -> None:
     """Write OUT/README.md."""
-    settings, curve = history["settings"], history["curve"]
+    settings, curve, found = history["settings"], history["curve"], history["held_out"]
     stride = max(1, len(curve) // 20)
     shown = [*curve[stride - 1 :: stride]]
     if curve and shown[-1] != curve[-1]:
         shown.append(curve[-1])
-    done = curve[-1][0] if curve else 0
-    found = history["held_out"]
-    held = (
-        f"Perplexity {found['perplexity']:.2f} over all tokens, {found['answer_perplexity']:.3f} over answers and "
-        f"prose, where {100 * found['answer_token_accuracy']:.1f} % of the tokens are predicted right (step "
-        f"{found['step']})."
-    )
+    done = {name: step for name, step, _ in curve}
+    rows = sum(done.get(stage["name"], 0) * stage["batch"] for stage in history["stages"])
     text = CARD.format(
-        **settings | {"steps": done},
+        **settings,
         size=history["parameters"] / 1e6,
-        tokens=done * settings["batch"] * settings["length"] / 1e6,
+        tokens=rows * settings["length"] / 1e6,
         minutes=history["seconds"] / 60,
-        held=held,
-        curve="\n".join(f"| {step} | {loss:.3f} |" for step, loss in shown),
+        stages="\n".join(_stage(stage, done.get(stage["name"], 0)) for stage in history["stages"]),
+        held_step=found["step"],
+        perplexity=found["perplexity"],
+        answer_perplexity=found["answer_perplexity"],
+        right=100 * found["answer_token_accuracy"],
+        curve="\n".join(f"| {name} | {step} | {loss:.3f} |" for name, step, loss in shown),
     )
     (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def _stage(stage: dict, done: int) -> str:
+    reads = ", ".join(f"{phase} from step {first}" for first, phase in stage["phases"])
+    return f"| {stage['name']} | {done} | {stage['batch']} | {stage['lr']} | {reads} |"

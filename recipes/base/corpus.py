@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Literal
 
-from recipes.base import scenes, words
+from recipes.base import recall, scenes, words
 from recipes.base.wrappers import CLOSE, OPEN, Exercise, Scene, draw_wrapper, wrap, wrap_scene
 
 EXERCISES: dict[Callable[[Random], Exercise | Scene], float] = {
@@ -69,7 +69,7 @@ LATE: dict[Callable[[Random], Exercise | Scene], float] = {
 }
 """The diet of the second half: more of what the first half left weak."""
 
-Phase = Literal["easy", "main", "late"]
+Phase = Literal["easy", "main", "late", "recall"]
 
 
 def draw_document(rng: Random, phase: Phase = "main") -> str:
@@ -80,7 +80,9 @@ def draw_document(rng: Random, phase: Phase = "main") -> str:
         if isinstance(first, Scene):
             return wrap_scene(rng, first, 3)
         return wrap(draw_wrapper(rng), first)
-    mixture = LATE if phase == "late" else EXERCISES
+    if phase == "recall" and (kind := rng.random()) < 0.75:
+        return recall.bindings(rng) if kind < 0.4 else recall.recall(rng) if kind < 0.6 else scenes.drill(rng)
+    mixture = LATE if phase in ("late", "recall") else EXERCISES
     if phase == "late" and rng.random() < 0.25:
         return scenes.drill(rng)
     if rng.random() < 0.1:

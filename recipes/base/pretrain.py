@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recipes.base.card import write_card
+from recipes.base.corpus import Phase
 from recipes.base.muon import Muon
 from recipes.base.tokens import Rows, attention_mask, packed, train_tokenizer
 
@@ -27,23 +29,51 @@ CHUNK = 50  # steps whose rows are drawn together
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One pass of warm-up, flat and linearly falling learning rate, with optimizers that start anew."""
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    decay_from: int
+    phases: tuple[tuple[int, Phase], ...]
+    """(first step, what is read from there on)."""
+
+    def phase(self, step: int) -> Phase:
+        return [phase for first, phase in self.phases if first <= step][-1]
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, flat, then linear to zero."""
+        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.steps - self.decay_from))
+
+
+STAGES = (
+    # Copying, picking and polarity alone, then everything, then more of what the first half left weak.
+    Stage(
+        name="general",
+        steps=2800,
+        batch=11,
+        lr=6e-3,
+        warmup=50,
+        decay_from=1280,
+        phases=((0, "easy"), (300, "main"), (1400, "late")),
+    ),
+    # Dense recall: the first stage leaves looking things up in a text at chance.
+    Stage(name="recall", steps=1600, batch=12, lr=4e-3, warmup=40, decay_from=800, phases=((0, "recall"),)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     seed: int = 0
-    steps: int = 2800
-    easy_steps: int = 300
-    """First steps on copying, picking and polarity alone."""
-    decay_from: int = 1280
-    late_from: int = 1400
-    """Steps from here on: more of what the first half left weak."""
-    batch: int = 11
     length: int = 192
     vocab: int = 4096
     hidden: int = 192
     layers: int = 5
     heads: int = 6
     mlp: int = 512
-    lr: float = 6e-3
-    warmup: int = 50
     context_weight: float = 0.2
     """Loss weight of what is given (random names, questions); answers and prose count 1."""
 
@@ -88,21 +118,14 @@ def start_as_copier(model: LlamaForCausalLM) -> None:
         torch.nn.init.normal_(layer.mlp.down_proj.weight, std=0.01)
 
 
-def optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings and norms: fewer steps for the same loss."""
     blocks = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        Muon(blocks, lr=settings.lr, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+        Muon(blocks, lr=lr, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
     ]
-
-
-def rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, flat, then linear to zero."""
-    if step < settings.warmup:
-        return (step + 1) / settings.warmup
-    return min(1.0, (settings.steps - step) / (settings.steps - settings.decay_from))
 
 
 def token_losses(
@@ -158,80 +181,114 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
     write_card(out, history)
 
 
+class Pretraining:
+    """The state of one pretraining: which stage, which step of it, model, optimizers and history."""
+
+    def __init__(self, out: Path, work: Path, settings: Settings):
+        self.out, self.work, self.settings = out, work, settings
+        work.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if (work / "tokenizer.json").exists():
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(work)
+        else:
+            self.tokenizer = train_tokenizer(settings.seed, settings.vocab)
+            self.tokenizer.save_pretrained(work)
+        self.model = build_model(settings, self.tokenizer)
+        params = sum(p.numel() for p in self.model.parameters())
+        self.history: dict = {
+            "settings": asdict(settings),
+            "stages": [asdict(stage) for stage in STAGES],
+            "parameters": params,
+            "curve": [],
+            "seconds": 0.0,
+        }
+        self.stage, self.step = 0, 0
+        self.opts = optimizers(self.model, STAGES[0].lr)
+        if (work / "state.pt").exists():
+            saved = torch.load(work / "state.pt", weights_only=True)
+            self.stage, self.step = saved["stage"], saved["step"]
+            self.model.load_state_dict(saved["model"])
+            self.opts = optimizers(self.model, STAGES[self.stage].lr)
+            for opt, state in zip(self.opts, saved["opts"], strict=True):
+                opt.load_state_dict(state)
+            self.history = json.loads((work / "history.json").read_text())
+
+    def next_stage(self) -> None:
+        """Go on from the weights as released: rounded to bfloat16, with new optimizers."""
+        self.stage, self.step = self.stage + 1, 0
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(p.to(torch.bfloat16))
+        self.opts = optimizers(self.model, STAGES[self.stage].lr)
+
+    def save(self) -> None:
+        self.history["held_out"] = held_out(self.model, self.tokenizer) | {"step": self.step}
+        print(f"held out {self.history['held_out']}", flush=True)
+        save(self.model, self.tokenizer, self.out, self.history)
+        opts = [opt.state_dict() for opt in self.opts]
+        state = {"model": self.model.state_dict(), "opts": opts, "stage": self.stage, "step": self.step}
+        torch.save(state, self.work / "state.tmp")
+        (self.work / "history.json").write_text(json.dumps(self.history))
+        os.replace(self.work / "state.tmp", self.work / "state.pt")
+
+    def rows(self) -> Rows:
+        """The rows of the running chunk of steps; a stage draws documents that no other has seen."""
+        stage = STAGES[self.stage]
+        first = self.step // CHUNK * CHUNK
+        prefix = "" if self.settings.seed == 0 else f"{self.settings.seed}/"
+        return packed(
+            self.tokenizer,
+            seed=f"{prefix}s{self.stage + 1}/{first}"
+            if self.stage
+            else f"{self.settings.seed}/{first // CHUNK}",
+            rows=stage.batch * CHUNK,
+            length=self.settings.length,
+            context_weight=self.settings.context_weight,
+            phase=stage.phase(first),
+        )
+
+
 def train(out: Path, work: Path, settings: Settings, *, compiled: bool, minutes: float) -> dict:
-    work.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    if (work / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(work)
-    else:
-        tokenizer = train_tokenizer(settings.seed, settings.vocab)
-        tokenizer.save_pretrained(work)
-    model = build_model(settings, tokenizer)
-    opts = optimizers(model, settings)
-    params = sum(p.numel() for p in model.parameters())
-    history: dict = {"settings": asdict(settings), "parameters": params, "curve": [], "seconds": 0.0}
-    start = 0
-    if (work / "state.pt").exists():
-        saved = torch.load(work / "state.pt", weights_only=True)
-        model.load_state_dict(saved["model"])
-        for opt, state in zip(opts, saved["opts"], strict=True):
-            opt.load_state_dict(state)
-        start = saved["step"]
-        history = json.loads((work / "history.json").read_text()) | {"settings": asdict(settings)}
+    run = Pretraining(out, work, settings)
+    print(f"{run.history['parameters'] / 1e6:.2f} M parameters, vocabulary {len(run.tokenizer)}", flush=True)
     step_loss = torch.compile(weighted_loss) if compiled else weighted_loss
-    print(
-        f"{params / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, from step {start} of {settings.steps}",
-        flush=True,
-    )
+    while True:
+        train_stage(run, step_loss, minutes)
+        if run.stage + 1 == len(STAGES):
+            return run.history
+        run.next_stage()
+
+
+def train_stage(run: Pretraining, step_loss: Callable[..., torch.Tensor], minutes: float) -> None:
+    """The rest of the running stage."""
+    stage, mean, rows = STAGES[run.stage], None, None
     clock = last = time.time()
-    seconds, mean = history["seconds"], None
-    for step in range(start, settings.steps):
-        if step % CHUNK == 0 or step == start:
-            rows = packed(
-                tokenizer,
-                seed=f"{settings.seed}/{step // CHUNK}",
-                rows=settings.batch * CHUNK,
-                length=settings.length,
-                context_weight=settings.context_weight,
-                phase="easy"
-                if step < settings.easy_steps
-                else "main"
-                if step < settings.late_from
-                else "late",
-            )
-        for opt in opts:
+    seconds, start = run.history["seconds"], run.step
+    while run.step < stage.steps:
+        if rows is None or run.step % CHUNK == 0:
+            rows = run.rows()
+        for opt in run.opts:
             for group in opt.param_groups:
-                group["lr"] = settings.lr * rate(step, settings)
-        pick = slice((step % CHUNK) * settings.batch, (step % CHUNK + 1) * settings.batch)
-        part = rows.pick(pick)
-        loss = step_loss(model, part, attention_mask(part))
+                group["lr"] = stage.lr * stage.rate(run.step)
+        at = run.step % CHUNK * stage.batch
+        part = rows.pick(slice(at, at + stage.batch))
+        loss = step_loss(run.model, part, attention_mask(part))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        for opt in run.opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
-        value = loss.item()
-        mean = value if mean is None else 0.95 * mean + 0.05 * value
-        done = step + 1
-        if done % 25 == 0 or done == settings.steps:
-            history["curve"].append([done, round(mean, 4)])
-            history["seconds"] = seconds + time.time() - clock
-            speed = (done - start) * settings.batch * settings.length / (time.time() - clock)
-            left = (settings.steps - done) * settings.batch * settings.length / speed / 60
-            print(
-                f"step {done}/{settings.steps} loss {mean:.3f} {speed:.0f} tokens/s, {left:.1f} min left",
-                flush=True,
-            )
-        if done % CHUNK == 0 and (time.time() - last > 60 * minutes or done == settings.steps):
+        mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
+        run.step += 1
+        ended = run.step == stage.steps
+        if run.step % 25 == 0 or ended:
+            run.history["curve"].append([stage.name, run.step, round(mean, 4)])
+            run.history["seconds"] = seconds + time.time() - clock
+            left = (stage.steps - run.step) * (time.time() - clock) / (run.step - start) / 60
+            print(f"{stage.name} {run.step}/{stage.steps} loss {mean:.3f}, {left:.1f} min left", flush=True)
+        if ended or (run.step % CHUNK == 0 and time.time() - last > 60 * minutes):
             last = time.time()
-            history["held_out"] = held_out(model, tokenizer) | {"step": done}
-            print(f"held out {history['held_out']}", flush=True)
-            save(model, tokenizer, out, history)
-            state = {"model": model.state_dict(), "opts": [opt.state_dict() for opt in opts], "step": done}
-            torch.save(state, work / "state.tmp")
-            (work / "history.json").write_text(json.dumps(history))
-            os.replace(work / "state.tmp", work / "state.pt")
-    return history
+            run.save()
 
 
 def main() -> None:

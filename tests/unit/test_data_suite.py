@@ -202,7 +202,7 @@ def test_the_pretraining_corpus_holds_no_template_of_the_suite(monkeypatch: pyte
     )
     text = "\n".join(
         corpus.plain(document)
-        for phase in ("easy", "main", "late")
+        for phase in ("easy", "main", "late", "recall")
         for document in islice(corpus.documents("template-test", phase), 8_000)
     )
     for header in ("### Instruction", "### Input", "### Response", "OPTIONS"):
