@@ -39,25 +39,34 @@ class CallFacts:
     sequences: int | None = None
     """Number of packed sequences, where the call tells."""
     labels: Tensor | None = None
-    """Labels, -100 where there is no loss."""
+    """The labels that are predicted, -100 where there is no loss."""
     items: Tensor | float | None = None
     """Labels that count in the whole optimizer step, of which this call is a part."""
     gates: list[RouterCall] | None = None
     """Where token routers leave what the load-balance loss needs; None: nobody asks."""
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any], *, encoder_decoder: bool) -> CallFacts:
+    def of(cls, kwargs: Mapping[str, Any], *, one_sequence: bool, next_token: bool) -> CallFacts:
         """Read them from a forward's keywords.
 
-        An encoder-decoder has two kinds of tokens, so one mask would not fit all its layers: it gets none.
+        Args:
+            kwargs: what the forward was given.
+            one_sequence: whether all layers see the same tokens. The encoder and the decoder of one model do not,
+                so one mask would not fit: they get none.
+            next_token: whether the model's own loss shifts the labels by one.
         """
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         lengths = next((v for k in _SEQUENCE_LENGTHS if isinstance(v := kwargs.get(k), Tensor)), None)
+        labels = kwargs.get("labels")
+        if isinstance(kwargs.get("shift_labels"), Tensor):
+            labels = kwargs["shift_labels"]
+        elif isinstance(labels, Tensor) and next_token:
+            labels = labels[..., 1:]
         return cls(
-            mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 and not encoder_decoder else None,
+            mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 and one_sequence else None,
             positions=positions if isinstance(positions, Tensor) and positions.dim() == 2 else None,
             sequences=None if lengths is None else lengths.numel() - 1,
-            labels=kwargs.get("labels"),
+            labels=labels,
             items=kwargs.get("num_items_in_batch"),
         )
 

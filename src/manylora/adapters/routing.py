@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from manylora.adapters.balance import LoadBalance, add_to_loss
 from manylora.adapters.routes import CallFacts, ExpertIds, Routes
@@ -159,6 +160,9 @@ class _Enter:
         self.checkpointing = [
             module for module in model.modules() if hasattr(module, "gradient_checkpointing")
         ]
+        self.one_sequence = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+        self.next_token = self.one_sequence and loss is ForCausalLMLoss
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,8 +177,7 @@ class _Enter:
                 "PeftModel that get_peft_model or PeftModel.from_pretrained returns."
             )
         routes = ambient if ids is None else Routes(ids).with_adapters(ambient.adapters)
-        config = getattr(module, "config", None)
-        call = CallFacts.of(kwargs, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
+        call = CallFacts.of(kwargs, one_sequence=self.one_sequence, next_token=self.next_token)
         if module.training and torch.is_grad_enabled():
             call.gates = []
         self.state.leave_call()
