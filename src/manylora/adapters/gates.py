@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from manylora.adapters.balance import LoadBalance
@@ -153,7 +154,8 @@ def gate_statistics(
     Raises:
         RoutingError: the model has no such adapter, or `per_task` and a call without ids.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, ManyLoraLinear)}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {name: m for name, m in base.named_modules() if isinstance(m, ManyLoraLinear)}
     known = sorted({adapter for layer in layers.values() for adapter in layer.manylora_experts})
     if adapter_name is None:
         active = next((layer.active_adapters for layer in layers.values()), [])
@@ -168,7 +170,7 @@ def gate_statistics(
             if adapter_name in layer.manylora_experts:
                 bank = layer.bank(adapter_name)
                 totals = _Totals(num_experts=bank.num_experts, per_task=per_task)
-                statistics._layers[name.removeprefix("base_model.model.")] = totals
+                statistics._layers[name] = totals
                 stack.callback(bank.register_forward_pre_hook(totals).remove)
         yield statistics
 

@@ -48,7 +48,7 @@ class ManyLoraModel(BaseTuner):
         self, *, adapter_name: str | None = None, per_task: bool = False
     ) -> AbstractContextManager[GateStatistics]:
         """Watch how the experts are used inside the block; see `manylora.adapters.gate_statistics`."""
-        return gate_statistics(self, adapter_name=adapter_name, per_task=per_task)
+        return gate_statistics(self.model, adapter_name=adapter_name, per_task=per_task)
 
     def load_balance(self) -> AbstractContextManager[LoadBalance]:
         """Collect the load-balance loss inside the block; see `manylora.adapters.load_balance`."""
