@@ -13,19 +13,18 @@ VOCAB = 61
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
 
 
-def llama(**settings: object) -> LlamaForCausalLM:
-    """A random 2-layer Llama, 32 wide; the same one every time."""
+def llama(layers: int = 2) -> LlamaForCausalLM:
+    """A random Llama, 32 wide; the same one every time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=VOCAB,
         max_position_embeddings=64,
         pad_token_id=0,
-        **settings,
     )
     return LlamaForCausalLM(config).eval()
 
