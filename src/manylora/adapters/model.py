@@ -17,6 +17,7 @@ from manylora.adapters.config import ManyLoraConfig
 from manylora.adapters.gates import GateStatistics, gate_statistics, load_balance
 from manylora.adapters.layer import ManyLoraLinear
 from manylora.adapters.mixed import check_adapter_names, saved_modules_follow
+from manylora.adapters.quantised import keep_plain_layout
 from manylora.adapters.routes import ExpertIds, Routes
 from manylora.adapters.routing import RoutingState, install, uninstall
 
@@ -79,6 +80,7 @@ class ManyLoraModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         found = targets.check_targets(peft_config, model, self._check_target_module_exists)
         peft_config.fan_in_fan_out = any(targets.stores_transposed(layer) for layer in found)
+        keep_plain_layout(model)
         self.routing = install(model)
 
     def _create_and_replace(
