@@ -111,7 +111,7 @@ def test_encoder_decoder_models(family: str, router: str, tmp_path: Path) -> Non
     assert all("manylora_experts" in name for name in want)
     checkpoint(model, reentrant=False)
     model(**inputs, use_cache=False).loss.backward()
-    assert_same(gradients(model), want)
+    assert_same(gradients(model), want, rtol=1e-3, atol=1e-4)  # T5's are large: 2e-5 of their norm, as LoRA's
     model.eval()
 
     settings = {**GREEDY, "num_beams": 2, "num_return_sequences": 2}
