@@ -24,7 +24,7 @@ def logits(seed: int = 0, *shape: int) -> Tensor:
 
 def test_top_k_weights_are_the_softmax_of_the_k_largest() -> None:
     values = logits().requires_grad_()
-    w = ops.weights_of_logits(values, top_k=2)
+    w = ops.routing_weights(values, top_k=2)
     assert ((w > 0).sum(-1) == 2).all()
     torch.testing.assert_close(w.sum(-1), torch.ones(5, 7, dtype=torch.float64))
     for row, got in zip(values.detach().flatten(0, 1), w.detach().flatten(0, 1), strict=True):
@@ -34,29 +34,29 @@ def test_top_k_weights_are_the_softmax_of_the_k_largest() -> None:
     (gradient,) = torch.autograd.grad(w, values, logits(1))
     assert torch.isfinite(gradient).all()
     assert ((gradient != 0) == (w > 0)).all()  # what was not chosen has no say
-    assert torch.equal(ops.weights_of_logits(values, top_k=4), ops.weights_of_logits(values))
+    assert torch.equal(ops.routing_weights(values, top_k=4), ops.routing_weights(values))
 
 
 def test_top_1_keeps_its_probability_so_that_the_router_learns() -> None:
     values = logits().requires_grad_()
-    w = ops.weights_of_logits(values, top_k=1)
+    w = ops.routing_weights(values, top_k=1)
     torch.testing.assert_close(w.sum(-1), torch.softmax(values, -1).amax(-1))
     (gradient,) = torch.autograd.grad(w.sum(), values)
     assert (gradient.abs().sum(-1) > 0).all()
 
 
 def test_ties_still_choose_k() -> None:
-    assert (ops.weights_of_logits(torch.zeros(6, 4), top_k=2).gt(0).sum(-1) == 2).all()
+    assert (ops.routing_weights(torch.zeros(6, 4), top_k=2).gt(0).sum(-1) == 2).all()
 
 
 def test_temperature_divides_the_logits() -> None:
     values = logits()
     torch.testing.assert_close(
-        ops.weights_of_logits(values, temperature=0.25), torch.softmax(4 * values, dim=-1)
+        ops.routing_weights(values, temperature=0.25), torch.softmax(4 * values, dim=-1)
     )
     half = values.bfloat16()
     assert torch.equal(
-        ops.weights_of_logits(half, temperature=3.0), torch.softmax(half.float() / 3, dim=-1).bfloat16()
+        ops.routing_weights(half, temperature=3.0), torch.softmax(half.float() / 3, dim=-1).bfloat16()
     )
 
 

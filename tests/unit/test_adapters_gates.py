@@ -148,13 +148,13 @@ def test_training_inside_the_block_is_the_same_and_counts_once(reentrant: bool |
 def test_nothing_runs_outside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     calls = {"n": 0}
-    original = ExpertBank.routing_weights
+    original = ExpertBank.observed_weights
 
     def counted(self: ExpertBank, *args: object) -> Tensor:
         calls["n"] += 1
         return original(self, *args)
 
-    monkeypatch.setattr(ExpertBank, "routing_weights", counted)
+    monkeypatch.setattr(ExpertBank, "observed_weights", counted)
     banks = [module for module in model.modules() if isinstance(module, ExpertBank)]
     model(input_ids=tokens())
     with model.gate_statistics():

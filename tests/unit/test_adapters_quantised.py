@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(request: pytest.FixtureRequest, folder: Path) -> Load:
     """Loads the base quantised."""
     if request.param == "torchao":
-        pytest.importorskip("torchao", reason="torchao is not installed (pip install 'manylora[quantised]')")
+        pytest.importorskip("torchao", reason="not installed (pip install 'manylora[torchao]')")
         from torchao.quantization import Int8WeightOnlyConfig
 
         settings = TorchAoConfig(Int8WeightOnlyConfig())

@@ -94,7 +94,7 @@ class _Totals:
         x, _, routes = args
         self.router = bank.router
         wide = torch.float32 if x.device.type == "mps" else torch.float64
-        w_TN = bank.routing_weights(x, routes).to(wide)
+        w_TN = bank.observed_weights(x, routes).to(wide)
         mask = None if routes is None or routes.call is None else routes.call.mask_for(x)
         real_T = (
             torch.ones(x.shape[:-1], device=x.device, dtype=wide) if mask is None else (mask != 0).to(wide)

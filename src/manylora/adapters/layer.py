@@ -97,10 +97,10 @@ class ExpertBank(nn.Module):
         x = x.to(self.lora_A.dtype)
         dropped = F.dropout(x, self.dropout, self.training)  # one mask for all experts
         if self.router == "token":
-            logits = F.linear(x, self.lora_router)
+            logits_TN = F.linear(x, self.lora_router)
             if self.load_balance_weight:
-                self._note(logits, x, routes)
-            w = ops.weights_of_logits(logits, top_k=self.top_k, temperature=self.temperature)
+                self._note(logits_TN, x, routes)
+            w = ops.routing_weights(logits_TN, top_k=self.top_k, temperature=self.temperature)
         else:
             choice = self.choice(routes)
             if choice is not None:
@@ -113,7 +113,7 @@ class ExpertBank(nn.Module):
             y, dropped, w, self.lora_A, self.lora_B, layout=self.layout, scaling=self.scaling
         )
 
-    def routing_weights(self, x: Tensor, routes: Routes | None) -> Tensor:
+    def observed_weights(self, x: Tensor, routes: Routes | None) -> Tensor:
         """What `forward` weighs the experts with, (…, N); for statistics, so without gradients.
 
         Raises:
@@ -123,9 +123,8 @@ class ExpertBank(nn.Module):
             x = x.to(self.lora_A.dtype)
             shape = (*x.shape[:-1], self.num_experts)
             if self.router == "token":
-                return ops.routing_weights(
-                    x, self.lora_router, top_k=self.top_k, temperature=self.temperature
-                )
+                logits_TN = F.linear(x, self.lora_router)
+                return ops.routing_weights(logits_TN, top_k=self.top_k, temperature=self.temperature)
             choice = self.choice(routes)
             if choice is None:
                 assert routes is not None

@@ -81,15 +81,8 @@ class Layout:
         return A, B / self.num_experts
 
 
-def routing_weights(
-    x_TD: Tensor, router_ND: Tensor, *, top_k: int | None = None, temperature: float = 1.0
-) -> Tensor:
-    """softmax(W_g x) per token, (…, N), in x's dtype; see `weights_of_logits`."""
-    return weights_of_logits(F.linear(x_TD, router_ND), top_k=top_k, temperature=temperature)
-
-
-def weights_of_logits(logits_TN: Tensor, *, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
-    """The softmax of a router's logits, (…, N), in their dtype.
+def routing_weights(logits_TN: Tensor, *, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
+    """softmax(W_g x) per token, (…, N), in the logits' dtype.
 
     The softmax runs in float32 at least: in bfloat16 the weights would no longer sum to 1.
 
