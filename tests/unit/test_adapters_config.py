@@ -31,6 +31,15 @@ BAD = [
     ({"router": "token", "default_expert": 0}, "default_expert=0"),
     ({"router": "task", "task_names": ["a", "b"]}, "2 names for 3 experts"),
     ({"router": "task", "task_names": ["a", "b", "a"]}, "twice"),
+    ({"router_top_k": 0}, "router_top_k=0"),
+    ({"router_top_k": 4}, "router_top_k=4"),
+    ({"router_top_k": 1.0}, "router_top_k=1.0"),
+    ({"router_temperature": 0}, "router_temperature=0"),
+    ({"router_temperature": float("inf")}, "router_temperature=inf"),
+    ({"load_balance_weight": -0.1}, "load_balance_weight=-0.1"),
+    ({"router": "task", "router_top_k": 2}, "router_top_k=2 with router='task'"),
+    ({"router": "uniform", "router_temperature": 2}, "router_temperature=2 with router='uniform'"),
+    ({"num_experts": 1, "load_balance_weight": 0.01}, "load_balance_weight=0.01 with router='token'"),
     ({"task_names": "abc"}, "task_names='abc'"),
     ({"bias": "some"}, "bias='some'"),
     ({"init_weights": "gaussian"}, "init_weights='gaussian'"),
@@ -92,7 +101,34 @@ def test_file_round_trip_with_stable_bytes(tmp_path) -> None:
     fields = json.loads(first.read_text())
     assert fields["peft_type"] == "MANYLORA"
     assert fields["target_modules"] == ["k_proj", "q_proj", "v_proj"]
-    assert fields["format_version"] == FORMAT_VERSION
+    assert fields["format_version"] == 1  # the oldest that says it all
+
+
+@pytest.mark.parametrize(
+    ("settings", "version"),
+    [
+        ({"load_balance_weight": 0.01}, 1),  # changes training, not what the adapter computes
+        ({"router_top_k": 2}, 2),
+        ({"router_temperature": 0.5}, 2),
+    ],
+)
+def test_the_file_asks_for_a_reader_that_knows_its_router_options(
+    settings: dict, version: int, tmp_path
+) -> None:
+    ManyLoraConfig(**settings).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["format_version"] == version
+    assert PeftConfig.from_pretrained(tmp_path) == ManyLoraConfig(**settings)
+
+
+def test_a_file_from_before_the_router_options_loads_unchanged(tmp_path) -> None:
+    ManyLoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    for name in ("router_top_k", "router_temperature", "load_balance_weight"):
+        del fields[name]
+    path.write_text(json.dumps(fields))
+    assert PeftConfig.from_pretrained(tmp_path) == ManyLoraConfig(r=4, target_modules=["q_proj"])
 
 
 def test_a_newer_file_says_why_it_does_not_load(tmp_path) -> None:

@@ -382,12 +382,6 @@ def test_a_run_on_shapes_alone() -> None:
         assert real(input_ids=mode.from_tensor(tokens()), expert_ids=ids).logits.shape == (3, 8, VOCAB)
 
 
-def test_adapter_names_are_refused() -> None:
-    model = adapted(router="token")
-    with pytest.raises(RoutingError, match="adapter_names"):
-        model(input_ids=tokens(), adapter_names=["default", "default", "__base__"])
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_transformers_trainer_passes_ids(checkpointing: bool, tmp_path) -> None:

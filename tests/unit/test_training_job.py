@@ -21,9 +21,10 @@ from manylora.training import (
     load_tokenizer,
     prepare,
 )
-from manylora.training.batches import Collator
+from manylora.training.batches import Collator, EncodedRows
 from manylora.training.models import base_fingerprint
 from manylora.training.plan import adapter_config, estimate_memory, shadow_model
+from manylora.training.trainer import ManyTaskTrainer
 
 
 def config(base: Path, data: Path, **more: Any) -> TrainConfig:
@@ -169,3 +170,61 @@ def test_mixing_decides_how_often_a_task_is_read(mixing: Any, tiny_base: Path, t
     expected = {"proportional": 0.8, "uniform": 0.5, "temperature": 8 / (8 + 4)}[mixing]
     assert len(prepared.order) == 240
     assert share == pytest.approx(expected, abs=1 / 240)
+
+
+def test_router_options_reach_the_adapter_and_the_loss(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """One step over micro-batches moves the routers by the load-balance loss too, once."""
+    options = {
+        "epochs": 0.1,
+        "router_top_k": 2,
+        "router_temperature": 0.5,
+        "micro_batch_size": 4,
+        "warmup": 0.0,
+    }
+    updates = []
+    for weight in (0.0, 20.0):
+        prepared = prepare(config(tiny_base, small_data, load_balance_weight=weight, **options))
+        assert prepared.plan.steps == 1
+        plain = build_model(prepared)
+        saved = plain.peft_config["default"]
+        assert (saved.router_top_k, saved.router_temperature, saved.load_balance_weight) == (2, 0.5, weight)
+        with RunFolder.create(str(tmp_path / str(weight)), config=prepared.config.to_dict(), seed=0) as run:
+            trained = finetune(prepared, run)
+        moved = [
+            (p - plain.get_parameter(n)).abs().sum().item()
+            for n, p in trained.named_parameters()
+            if n.endswith("lora_router")
+        ]
+        updates.append(moved)
+        assert (
+            json.loads((tmp_path / str(weight) / "adapter" / "adapter_config.json").read_text())[
+                "format_version"
+            ]
+            == 2
+        )
+    assert (
+        updates[0] == [0.0] * 14
+    )  # B is zero at the first step, so the task's loss does not reach the routers
+    assert all(moved > 0 for moved in updates[1])
+
+
+def test_the_loss_of_a_step_has_the_load_balance_term_by_answer_tokens(
+    tiny_base: Path, small_data: Path
+) -> None:
+    prepared = prepare(config(tiny_base, small_data, load_balance_weight=2.0))
+    model = build_model(prepared).train()
+    rows = EncodedRows(prepared.train[0].rows[:4], [0] * 4)
+    batch = Collator(pad_token_id=0)([rows[i] for i in range(4)])
+    trainer = ManyTaskTrainer.__new__(ManyTaskTrainer)
+    trainer.route_by_task, trainer.task_names, trainer._sums = False, prepared.task_names, None
+    trainer.balanced = False
+    with model.load_balance() as balance:
+        plain = trainer.compute_loss(model, batch, num_items_in_batch=100)
+    trainer.balanced = True
+    answers = (batch["labels"][:, 1:] != -100).sum()
+    term = balance.loss()
+    assert term > 2.0  # 1 is the least, and the weight is 2
+    got = trainer.compute_loss(model, batch, num_items_in_batch=100)
+    torch.testing.assert_close(got, plain + term * answers / 100)

@@ -21,8 +21,10 @@ Share = Literal["A", "B", "none"]
 RouterKind = Literal["token", "task", "uniform"]
 """What decides how much each expert counts."""
 
-FORMAT_VERSION = 1
-"""Version of the saved adapter's keys and fields that this code writes, and the newest it reads."""
+FORMAT_VERSION = 2
+"""The newest version of the saved adapter's keys and fields that this code reads. It writes the oldest that can
+say what the adapter computes: 1, or 2 where `router_top_k` or `router_temperature` is set, which a reader of
+version 1 would drop with a warning."""
 
 _BIASES = ("none", "all", "manylora_only", "lora_only")
 
@@ -106,8 +108,21 @@ class ManyLoraConfig(PeftConfig):
     fan_in_fan_out: bool = False
     """Whether base weights are stored as (D, O). Found from the layers' type (Conv1D: yes), recorded here."""
 
-    format_version: int = FORMAT_VERSION
-    """Version of the saved format."""
+    router_top_k: int | None = None
+    """Token router: only the k largest weights of each token count, and sum to 1 as in Mixtral (2401.04088);
+    with k = 1 the one keeps its share of the full softmax, as in Switch (2101.03961). All experts are computed
+    all the same: this changes the result, not the cost. None: all count, as in the paper."""
+
+    router_temperature: float = 1.0
+    """Token router: softmax(W_g x / temperature). 1 as in the paper; less is sharper."""
+
+    load_balance_weight: float = 0.0
+    """Token router: weight of the load-balance loss (2101.03961, equations 4 to 6; 0.01 there), averaged over
+    the layers. In training it is added to the model's own loss; `model.load_balance()` hands it to code that
+    computes its loss itself. 0: none, as in the paper."""
+
+    format_version: int = 1
+    """Version of the saved format; 2 where a router option asks for it (see `FORMAT_VERSION`)."""
 
     task_names: list[str] | None = None
     """Names of the experts' tasks, in the order of the experts; under the task router one per expert."""
@@ -121,6 +136,9 @@ class ManyLoraConfig(PeftConfig):
         _check_version(self.format_version)
         _check_numbers(self)
         _check_experts(self)
+        _check_router(self)
+        if self.router_top_k is not None or self.router_temperature != 1:
+            self.format_version = max(self.format_version, 2)
         _check_patterns(self)
         _check_targets(self)
         # PEFT's matching wants sets (a set membership test per module), JSON brings lists.
@@ -219,6 +237,31 @@ def _check_experts(config: ManyLoraConfig) -> None:
             raise ConfigError(
                 f"task_names has {len(names)} names for {n} experts; "
                 "under router='task' give one per expert, in the experts' order."
+            )
+
+
+def _check_router(config: ManyLoraConfig) -> None:
+    k, temperature, balance = config.router_top_k, config.router_temperature, config.load_balance_weight
+    n = config.num_experts
+    if k is not None and (not _is_int(k) or not 1 <= k <= n):
+        raise ConfigError(f"router_top_k={k!r} is no number of experts; give 1 to {n}, or None for all.")
+    if not _is_number(temperature) or not 0 < temperature < float("inf"):
+        raise ConfigError(
+            f"router_temperature={temperature!r} cannot be used; give a positive number such as 1."
+        )
+    if not _is_number(balance) or not 0 <= balance < float("inf"):
+        raise ConfigError(f"load_balance_weight={balance!r} cannot be used; give 0 or more, such as 0.01.")
+    if config.router == "token" and n > 1:
+        return
+    for setting, value, off in (
+        ("router_top_k", k, None),
+        ("router_temperature", temperature, 1),
+        ("load_balance_weight", balance, 0),
+    ):
+        if value != off:
+            raise ConfigError(
+                f"{setting}={value!r} with router={config.router!r} and num_experts={n}: only a token router "
+                f"over several experts has it; leave {setting} out."
             )
 
 

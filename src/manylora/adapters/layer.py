@@ -17,8 +17,10 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from manylora.adapters import ops
+from manylora.adapters.balance import RouterCall
 from manylora.adapters.config import ManyLoraConfig, RouterKind
-from manylora.adapters.routing import Routes, RoutingState, in_backward
+from manylora.adapters.routes import Routes
+from manylora.adapters.routing import RoutingState, in_backward
 from manylora.adapters.targets import stores_transposed
 from manylora.errors import ManyLoraError, NotMergeableError, RoutingError
 
@@ -47,6 +49,9 @@ class ExpertBank(nn.Module):
         self.takes_ids = config.router == "task"
         self.default_expert = config.default_expert
         self.dropout = config.lora_dropout
+        self.top_k = config.router_top_k
+        self.temperature = config.router_temperature
+        self.load_balance_weight = config.load_balance_weight
         self.scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         self.lora_A = nn.Parameter(torch.empty(self.layout.a_count * rank, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, self.layout.b_count * rank))
@@ -92,7 +97,10 @@ class ExpertBank(nn.Module):
         x = x.to(self.lora_A.dtype)
         dropped = F.dropout(x, self.dropout, self.training)  # one mask for all experts
         if self.router == "token":
-            w = ops.routing_weights(x, self.lora_router)
+            logits_TN = F.linear(x, self.lora_router)
+            if self.load_balance_weight:
+                self._note(logits_TN, x, routes)
+            w = ops.routing_weights(logits_TN, top_k=self.top_k, temperature=self.temperature)
         else:
             choice = self.choice(routes)
             if choice is not None:
@@ -104,6 +112,28 @@ class ExpertBank(nn.Module):
         return ops.add_dynamic(
             y, dropped, w, self.lora_A, self.lora_B, layout=self.layout, scaling=self.scaling
         )
+
+    def observed_weights(self, x: Tensor, routes: Routes | None) -> Tensor:
+        """What `forward` weighs the experts with, (…, N); for statistics, so without gradients.
+
+        Raises:
+            RoutingError: as in `forward`.
+        """
+        with torch.no_grad():
+            x = x.to(self.lora_A.dtype)
+            shape = (*x.shape[:-1], self.num_experts)
+            if self.router == "token":
+                logits_TN = F.linear(x, self.lora_router)
+                return ops.routing_weights(logits_TN, top_k=self.top_k, temperature=self.temperature)
+            choice = self.choice(routes)
+            if choice is None:
+                assert routes is not None
+                return routes.weights(x, self.num_experts).expand(shape)
+            if choice == "all":
+                return x.new_full(shape, 1 / self.num_experts)
+            w = x.new_zeros(shape)
+            w[..., choice] = 1
+            return w
 
     def choice(self, routes: Routes | None) -> ops.Choice | None:
         """The static routing of a call without a token router; None if the ids differ between examples.
@@ -160,6 +190,26 @@ class ExpertBank(nn.Module):
         wide = torch.promote_types(self.lora_A.dtype, torch.float32)
         A, B = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
         return ops.static_delta(A, B, choice, layout=self.layout, scaling=self.scaling)
+
+    def _note(self, logits: Tensor, x: Tensor, routes: Routes | None) -> None:
+        """Leave the logits to the load-balance loss, if this call of the model asks for it."""
+        call = None if routes is None else routes.call
+        if call is None or call.gates is None:
+            return
+        if self.lora_router.requires_grad and not torch.is_grad_enabled():
+            raise RoutingError(
+                f"load_balance_weight={self.load_balance_weight:g} does not work with reentrant gradient "
+                "checkpointing, whose first pass has no gradients; set use_reentrant to False."
+            )
+        call.gates.append(
+            RouterCall(
+                logits=logits,
+                mask=call.mask_for(x),
+                top_k=self.top_k,
+                temperature=self.temperature,
+                weight=self.load_balance_weight,
+            )
+        )
 
     def extra_repr(self) -> str:
         """Shown when a model is printed."""
@@ -236,9 +286,20 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         routes = self.routing.current
+        if routes is not None and routes.adapters is not None:
+            return self._mixed(x, y, routes)
         for name in self.active_adapters:
             if name in self.manylora_experts:
                 y = self.manylora_experts[name](x, y, routes)
+        return y
+
+    def _mixed(self, x: Tensor, y: Tensor, routes: Routes) -> Tensor:
+        """Each row's own adapter (PEFT's `adapter_names`), where this layer has it."""
+        for part in routes.parts(x):
+            if part.adapter in self.manylora_experts:
+                rows_B = part.rows
+                some = self.manylora_experts[part.adapter](x[rows_B], y[rows_B], part.routes)
+                y = y.index_copy(0, rows_B, some)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

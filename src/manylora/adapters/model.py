@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
@@ -12,10 +12,14 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from manylora.adapters import targets
+from manylora.adapters.balance import LoadBalance
 from manylora.adapters.config import ManyLoraConfig
+from manylora.adapters.gates import GateStatistics, gate_statistics, load_balance
 from manylora.adapters.layer import ManyLoraLinear
-from manylora.adapters.routing import ExpertIds, Routes, RoutingState, install, uninstall
-from manylora.errors import RoutingError
+from manylora.adapters.mixed import check_adapter_names, saved_modules_follow
+from manylora.adapters.quantised import keep_plain_layout
+from manylora.adapters.routes import ExpertIds, Routes
+from manylora.adapters.routing import RoutingState, install, uninstall
 
 
 class ManyLoraModel(BaseTuner):
@@ -33,13 +37,23 @@ class ManyLoraModel(BaseTuner):
         For code that cannot pass `expert_ids` to the call. Ids given to a call go before these.
 
         Args:
-            expert_ids: one index per example, or one integer for all examples.
+            expert_ids: one index per example, (B,), one per token, (B, T), or one integer for all.
 
         Raises:
-            RoutingError: the ids are not integers or not one-dimensional.
+            RoutingError: the ids are not integers, or have not one or two dimensions.
         """
         with self.routing.routed(Routes(expert_ids)):
             yield
+
+    def gate_statistics(
+        self, *, adapter_name: str | None = None, per_task: bool = False
+    ) -> AbstractContextManager[GateStatistics]:
+        """Watch how the experts are used inside the block; see `manylora.adapters.gate_statistics`."""
+        return gate_statistics(self.model, adapter_name=adapter_name, per_task=per_task)
+
+    def load_balance(self) -> AbstractContextManager[LoadBalance]:
+        """Collect the load-balance loss inside the block; see `manylora.adapters.load_balance`."""
+        return load_balance(self)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's `merge_adapter`; every layer is asked before the first one is changed.
@@ -66,6 +80,7 @@ class ManyLoraModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         found = targets.check_targets(peft_config, model, self._check_target_module_exists)
         peft_config.fan_in_fan_out = any(targets.stores_transposed(layer) for layer in found)
+        keep_plain_layout(model)
         self.routing = install(model)
 
     def _create_and_replace(
@@ -108,13 +123,14 @@ class ManyLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            # PEFT would drop the keyword silently and use the active adapter for every row
-            raise RoutingError(
-                f"adapter_names={kwargs['adapter_names']!r}: several adapters in one batch do not work; "
-                "use set_adapter, or the experts of one adapter with expert_ids."
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        check_adapter_names(self, names)
+        routes = self.routing.ambient.with_adapters(names)
+        with self.routing.routed(routes), saved_modules_follow(self, self.routing):
+            yield
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():

@@ -81,14 +81,28 @@ class Layout:
         return A, B / self.num_experts
 
 
-def routing_weights(x_TD: Tensor, router_ND: Tensor) -> Tensor:
-    """softmax(W_g x) per token, (…, N), in x's dtype.
+def routing_weights(logits_TN: Tensor, *, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
+    """softmax(W_g x) per token, (…, N), in the logits' dtype.
 
     The softmax runs in float32 at least: in bfloat16 the weights would no longer sum to 1.
+
+    Args:
+        logits_TN: W_g x.
+        top_k: only the k largest count, and sum to 1 (2401.04088); None: all do. With k = 1 that one keeps its
+            share of the full softmax (2101.03961): a weight that is always 1 would never train the router.
+        temperature: the logits are divided by it.
     """
-    logits_TN = F.linear(x_TD, router_ND)
     wide = torch.promote_types(logits_TN.dtype, torch.float32)
-    return torch.softmax(logits_TN, dim=-1, dtype=wide).to(logits_TN.dtype)
+    scaled_TN = logits_TN if temperature == 1 else logits_TN.to(wide) / temperature
+    if top_k is None:
+        return torch.softmax(scaled_TN, dim=-1, dtype=wide).to(logits_TN.dtype)
+    chosen_TN = torch.zeros_like(logits_TN, dtype=torch.bool)
+    chosen_TN = chosen_TN.scatter(-1, logits_TN.detach().topk(top_k, dim=-1).indices, True)
+    if top_k == 1:
+        w_TN = torch.softmax(scaled_TN, dim=-1, dtype=wide) * chosen_TN
+    else:
+        w_TN = torch.softmax(scaled_TN.masked_fill(~chosen_TN, float("-inf")), dim=-1, dtype=wide)
+    return w_TN.to(logits_TN.dtype)
 
 
 def add_dynamic(

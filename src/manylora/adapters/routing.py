@@ -13,132 +13,24 @@ rerun sees the ids of the forward it belongs to, even when another forward came 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from manylora.adapters.balance import LoadBalance, add_to_loss
+from manylora.adapters.routes import CallFacts, ExpertIds, Routes
 from manylora.errors import RoutingError
 
 KEYWORD = "expert_ids"
+NAMES = "adapter_names"
 _ATTRIBUTE = "_manylora_routing"
 _CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 
-ExpertIds = Tensor | Sequence[int] | int
-"""One expert index per example, or one integer for all examples."""
-
 _Kind = Literal["around", "call", "rerun"]
-
-
-class Routes:
-    """The ids of one forward call: one per example, one for all, or none given.
-
-    Args:
-        ids: what the caller gave; None: nothing.
-
-    Raises:
-        RoutingError: the ids are not integers, or not one per example in one dimension.
-    """
-
-    __slots__ = ("_checked", "expert", "ids_B", "prompts")
-
-    def __init__(self, ids: ExpertIds | None = None) -> None:
-        self.prompts: int | None = None
-        self.expert: int | None = None
-        self.ids_B: Tensor | None = None
-        self._checked: set[int] = set()
-        if ids is None:
-            return
-        if isinstance(ids, int) and not isinstance(ids, bool):
-            self.expert = ids
-        else:
-            self.ids_B = _as_ids(ids)
-
-    @property
-    def given(self) -> bool:
-        """Whether the caller gave any ids."""
-        return self.expert is not None or self.ids_B is not None
-
-    def for_generation(self, prompts: int | None) -> Routes:
-        """The same ids inside a generation, whose batches hold each prompt once or several times in a row.
-
-        Args:
-            prompts: number of prompts; None: not known, taken to be the number of ids.
-        """
-        copy = Routes()
-        copy.expert, copy.ids_B = self.expert, self.ids_B
-        if self.ids_B is not None:
-            copy.prompts = self.ids_B.shape[0] if prompts is None else prompts
-        return copy
-
-    def check(self, num_experts: int) -> None:
-        """Raise RoutingError unless every id is one of `num_experts` experts; reads the values only once."""
-        if num_experts in self._checked:
-            return
-        if self.expert is not None:
-            low = high = self.expert
-        elif self.ids_B is None or self.ids_B.numel() == 0 or not _has_values(self.ids_B):
-            return
-        else:
-            # Reading the values makes a GPU wait, hence once per call of the model and not once per layer.
-            low, high = (int(bound) for bound in torch.aminmax(self.ids_B))
-        if low < 0 or high >= num_experts:
-            bad = low if low < 0 else high
-            raise RoutingError(f"expert_ids contain {bad}; the adapter's experts are 0 to {num_experts - 1}.")
-        self._checked.add(num_experts)
-
-    def single(self) -> int | None:
-        """The one expert that all ids name, None if they name several or none."""
-        if self.ids_B is not None and self.ids_B.numel() > 0:
-            low, high = (int(bound) for bound in torch.aminmax(self.ids_B))
-            return low if low == high else None
-        return self.expert
-
-    def weights(self, x: Tensor, num_experts: int) -> Tensor:
-        """One-hot routing weights for an input (B, …, D): (B, 1, …, N), in x's dtype and on its device.
-
-        Raises:
-            RoutingError: the number of ids is not the number of rows.
-        """
-        assert self.ids_B is not None
-        ids_B, rows = self.ids_B.to(x.device), x.shape[0]
-        count = ids_B.shape[0]
-        if count and count == self.prompts and rows % count == 0:
-            # transformers repeats every prompt in place, once per beam or returned sequence
-            ids_B = ids_B.repeat_interleave(rows // count)
-        elif self.prompts is not None or count != rows:
-            expected = rows if self.prompts in (None, count) else self.prompts
-            raise RoutingError(
-                f"{count} expert_ids for {expected} rows (input shape {tuple(x.shape)}); give one per example "
-                "and do not pack or flatten examples into one row under the task router."
-            )
-        experts_N = torch.arange(num_experts, device=x.device)
-        shape = (rows, *(1,) * (x.dim() - 2), num_experts)
-        return (ids_B.unsqueeze(-1) == experts_N).to(x.dtype).view(shape)
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """False for tensors that only stand for a shape, as in a run that estimates memory."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
-
-
-def _as_ids(ids: ExpertIds) -> Tensor:
-    try:
-        ids_B = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RoutingError(f"expert_ids={ids!r} are no integers; give one index per example.") from error
-    if ids_B.numel() == 0 and not isinstance(ids, Tensor):
-        ids_B = ids_B.long()
-    if ids_B.dtype == torch.bool or ids_B.is_floating_point() or ids_B.is_complex():
-        raise RoutingError(f"expert_ids have dtype {ids_B.dtype}; give integers, one index per example.")
-    if ids_B.dim() != 1:
-        raise RoutingError(
-            f"expert_ids have shape {tuple(ids_B.shape)}; give one index per example: (batch,)."
-        )
-    return ids_B
 
 
 class RoutingState:
@@ -178,11 +70,25 @@ class RoutingState:
         """A forward of the model begins."""
         self._stack().append((routes, "call"))
 
-    def leave_call(self) -> None:
-        """The forward is over. Does nothing where none began: another's hook may fail before ours has run."""
+    def leave_call(self) -> Routes | None:
+        """The forward is over. None where none began: another's hook may fail before ours has run."""
         stack = self._stack()
-        if stack and stack[-1][1] == "call":
-            stack.pop()
+        return stack.pop()[0] if stack and stack[-1][1] == "call" else None
+
+    @property
+    def collector(self) -> LoadBalance | None:
+        """Who asked, in this thread, for what the load-balance loss needs."""
+        return getattr(self._local, "collector", None)
+
+    @contextmanager
+    def collecting(self, collector: LoadBalance) -> Iterator[None]:
+        """Give the routers' calls inside the block, in this thread, to `collector`."""
+        before = self.collector
+        self._local.collector = collector
+        try:
+            yield
+        finally:
+            self._local.collector = before
 
     @contextmanager
     def routed(self, routes: Routes, kind: Literal["around", "rerun"] = "around") -> Iterator[None]:
@@ -254,17 +160,28 @@ class _Enter:
         self.checkpointing = [
             module for module in model.modules() if hasattr(module, "gradient_checkpointing")
         ]
+        self.one_sequence = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+        self.next_token = self.one_sequence and loss is ForCausalLMLoss
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = kwargs.pop(KEYWORD, None)
+        ambient = self.state.ambient
         # Entered before the ids are looked at: `_Leave` runs even when they are bad, and must find this call.
-        self.state.enter_call(self.state.ambient)
-        if ids is not None:
-            routes = Routes(ids)
-            self.state.leave_call()
-            self.state.enter_call(routes)
+        self.state.enter_call(ambient)
+        if kwargs.get(NAMES) is not None:
+            raise RoutingError(
+                f"{NAMES}={kwargs[NAMES]!r}: a model adapted in place cannot mix adapters in a batch; call the "
+                "PeftModel that get_peft_model or PeftModel.from_pretrained returns."
+            )
+        routes = ambient if ids is None else Routes(ids).with_adapters(ambient.adapters)
+        call = CallFacts.of(kwargs, one_sequence=self.one_sequence, next_token=self.next_token)
+        if module.training and torch.is_grad_enabled():
+            call.gates = []
+        self.state.leave_call()
+        self.state.enter_call(routes.during(call))
         for layer in self.checkpointing:
             # The trainer sets the function when training starts, and may set it anew: looked at every time.
             function = vars(layer).get(_CHECKPOINT_FUNCTION)
@@ -286,8 +203,19 @@ class _Leave:
     def __init__(self, state: RoutingState) -> None:
         self.state = state
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.state.leave_call()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        routes = self.state.leave_call()
+        call = None if routes is None else routes.call
+        if call is None or not call.gates:
+            return None
+        gates, call.gates = call.gates, None  # a checkpoint's rerun must not count a second time
+        if output is None:
+            return None  # the forward has failed
+        collector = self.state.collector
+        if collector is None:
+            return add_to_loss(output, LoadBalance(gates), call)
+        collector.calls.extend(gates)
+        return None
 
 
 class _Generate:
@@ -299,7 +227,9 @@ class _Generate:
         self.replaced: Callable[..., Any] | None = vars(model).get("generate")
 
     def __call__(self, *args: Any, expert_ids: ExpertIds | None = None, **kwargs: Any) -> Any:
-        routes = self.state.ambient if expert_ids is None else Routes(expert_ids)
+        routes = self.state.ambient
+        if expert_ids is not None:
+            routes = Routes(expert_ids).with_adapters(routes.adapters)
         with self.state.routed(routes.for_generation(_prompts(args, kwargs))):
             if self.replaced is not None:
                 return self.replaced(*args, **kwargs)

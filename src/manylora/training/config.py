@@ -90,6 +90,14 @@ class TrainConfig:
     """Number of experts N. Default: from `--method`; under the task router the number of tasks."""
     router: Literal["token", "task", "uniform"] = "token"
     """token: a softmax gate per token; task: one expert per task; uniform: all experts equally (a control)."""
+    router_top_k: int | None = None
+    """Token router: only the k largest weights of each token count (arXiv 2401.04088; k = 1: 2101.03961). All experts
+    are computed all the same. Default: all count, as in the paper."""
+    router_temperature: float = 1.0
+    """Token router: its logits are divided by this; less is sharper. 1 as in the paper."""
+    load_balance_weight: float = 0.0
+    """Token router: weight of the load-balance loss (arXiv 2101.03961; 0.01 there), averaged over the layers. 0 as
+    in the paper."""
     r: int = 8
     """Rank R of every expert."""
     lora_alpha: float = 16.0
@@ -147,12 +155,13 @@ class TrainConfig:
         positive = (
             "limit", "num_experts", "r", "lora_alpha", "learning_rate", "epochs", "batch_size", "micro_batch_size",
             "max_length", "mixing_temperature", "eval_steps", "save_steps", "eval_batch_size", "max_new_tokens",
+            "router_top_k", "router_temperature",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; give a value above 0.")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("warmup", "weight_decay", "max_grad_norm", "seed", "load_balance_weight"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"{name} is {value}; give 0 or more.")

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from manylora.adapters import ManyLoraConfig
+from manylora.adapters import ManyLoraConfig, load_balance
 from manylora.errors import ConfigError
 from manylora.training.models import load_config, pick_device, pick_dtype
 
@@ -96,6 +96,9 @@ def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLor
         num_experts=config.num_experts,
         share=config.share,
         router=config.router,
+        router_top_k=config.router_top_k,
+        router_temperature=config.router_temperature,
+        load_balance_weight=config.load_balance_weight,
         task_names=list(task_names) if by_task else None,
         target_modules=config.target_modules,
     )
@@ -171,7 +174,7 @@ def _kept_for_backward(model: PeftModel, *, rows: int, length: int, checkpointin
         routing = {}
         if model.active_peft_config.router == "task" and model.active_peft_config.num_experts > 1:
             routing["expert_ids"] = torch.zeros(rows, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), load_balance(model):
             logits = model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **routing
             ).logits
@@ -200,6 +203,16 @@ def step_counts(rows: int, config: TrainConfig) -> tuple[int, int]:
     return steps, math.ceil(warmup * steps) if warmup < 1 else int(warmup)
 
 
+def _router(config: TrainConfig) -> str:
+    options = [
+        f"top {config.router_top_k}" if config.router_top_k is not None else "",
+        f"temperature {config.router_temperature:g}" if config.router_temperature != 1 else "",
+        f"load balance {config.load_balance_weight:g}" if config.load_balance_weight else "",
+    ]
+    given = ", ".join(option for option in options if option)
+    return f"{config.router} ({given})" if given else config.router
+
+
 def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
     """The plan as label and text, for printing."""
     memory = plan.memory
@@ -213,7 +226,7 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
         ("model", config.model),
         (
             "adapter",
-            f"share {config.share}, {config.num_experts} experts, router {config.router}, r {config.r}, "
+            f"share {config.share}, {config.num_experts} experts, router {_router(config)}, r {config.r}, "
             f"alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}"
             if config.num_experts != 1
             else f"LoRA, r {config.r}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from manylora.adapters import has_load_balance, load_balance
 from manylora.training.config import TrainConfig
 from manylora.training.runs import RunFolder
 
@@ -39,6 +41,7 @@ class ManyTaskTrainer(Trainer):
         # The loss below is normalised over all micro-batches of a step, in training; the Trainer must not do it again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.balanced = has_load_balance(self.model)
         self._sums: torch.Tensor | None = None
 
     def _token_losses(
@@ -65,11 +68,14 @@ class ManyTaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean loss over the answer tokens of the whole optimizer step."""
-        losses, rows = self._token_losses(model, inputs)
+        """Mean loss over the answer tokens of the whole optimizer step, with the load-balance loss where asked for."""
+        with load_balance(model) if self.balanced else nullcontext() as balance:
+            losses, rows = self._token_losses(model, inputs)
         self._add_up(inputs["task"][rows], losses.detach())
         items = losses.numel() if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / items
+        if balance is not None:  # weighted by answer tokens, as the losses of a step's micro-batches are
+            loss = loss + balance.loss() * (losses.numel() / items)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
