@@ -2,7 +2,8 @@
 
 `config` holds the settings, `ops` the mathematics, `layer` the adapted linear layer, `routing` how expert ids
 reach it, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's lines on loading;
-`registration` tells PEFT about the method when this room is imported.
+`registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter,
+`from_lora` an adapter of plain LoRAs, `folders` reads and writes both.
 """
 
 from manylora.adapters.config import (
@@ -13,6 +14,9 @@ from manylora.adapters.config import (
     Share,
     parameters_per_layer,
 )
+from manylora.adapters.export import Gates, PlainLora, expert_names, export_lora
+from manylora.adapters.folders import find_loras, read_adapter, read_lora, write_folder
+from manylora.adapters.from_lora import import_loras
 from manylora.adapters.layer import ExpertBank, ManyLoraLinear
 from manylora.adapters.model import ManyLoraModel
 from manylora.adapters.registration import register
@@ -24,11 +28,20 @@ __all__ = [
     "FORMAT_VERSION",
     "ExpertBank",
     "ExpertIds",
+    "Gates",
     "ManyLoraConfig",
     "ManyLoraLinear",
     "ManyLoraModel",
     "ManyLoraType",
+    "PlainLora",
     "RouterKind",
     "Share",
+    "expert_names",
+    "export_lora",
+    "find_loras",
+    "import_loras",
     "parameters_per_layer",
+    "read_adapter",
+    "read_lora",
+    "write_folder",
 ]

@@ -5,6 +5,7 @@ every score comes with its n and standard error. Importing the room loads neithe
 functions that generate import them.
 """
 
+from manylora.evaluation.collapse import Loss, mean_gates, paired_loss
 from manylora.evaluation.generation import (
     MAX_LENGTH,
     generate_answers,
@@ -31,6 +32,7 @@ __all__ = [
     "TASK_RULES",
     "AnswerRule",
     "Estimate",
+    "Loss",
     "ScoredExample",
     "Scores",
     "TaskScore",
@@ -38,8 +40,10 @@ __all__ = [
     "delta_m",
     "exact_match",
     "generate_answers",
+    "mean_gates",
     "normalise",
     "option_accuracy",
+    "paired_loss",
     "rouge1",
     "rules_for",
     "score_all",
