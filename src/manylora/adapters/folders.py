@@ -112,6 +112,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
     try:
-        return load_file(path)
+        # copies: the loaded tensors are the file itself, which another program may replace
+        return {key: tensor.clone() for key, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ModelError(f"The weights in {folder} are broken ({error}).") from error
