@@ -20,7 +20,7 @@ from manylora.adapters import ManyLoraConfig, ManyLoraLinear, read_lora
 from manylora.cli import main
 from manylora.cli.subjects import load_subject
 from manylora.data import Example, encode, load_examples
-from manylora.evaluation import generate_answers, mean_gates
+from manylora.evaluation import collapse_router, generate_answers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -208,7 +208,7 @@ def test_mean_gates_against_rows_read_one_by_one(
 ) -> None:
     data = load_examples(small_data / "train", split="train", limit=7)
     subject = load_subject(str(adapters["token"]), model=None, dtype="float32", device="cpu")
-    gates = mean_gates(subject.model, subject.tokenizer, data, max_length=256, batch_size=3)
+    gates = collapse_router(subject.model, subject.tokenizer, data, how="mean", max_length=256, batch_size=3)
     assert list(gates) == list(data)
     for task, rows in data.items():
         wanted = naive_gates(adapters["token"], tiny_base, rows)
@@ -220,6 +220,30 @@ def test_mean_gates_against_rows_read_one_by_one(
     assert spread.std(0).max() > 0.01  # gates differ between layers: the test would see a mix-up
 
 
+def test_a_fit_in_several_passes_is_the_fit_in_one(adapters: dict[str, Path], small_data: Path) -> None:
+    data = load_examples(small_data / "train", split="train", limit=3, tasks=["swap"])
+    subject = load_subject(str(adapters["token"]), model=None, dtype="float32", device="cpu")
+    readings: list[tuple[int, int]] = []
+    one, several = (
+        collapse_router(
+            subject.model,
+            subject.tokenizer,
+            data,
+            how="fit",
+            max_length=256,
+            memory=memory,
+            on_progress=lambda *done: readings.append(done),
+        )["swap"]
+        for memory in (2**30, 2 * 8 * 64**2)
+    )
+    assert readings[0] == (3, 3)
+    assert readings[-1][0] == readings[-1][1] > 3
+    assert list(one) == list(several)
+    for name, fitted in one.items():
+        torch.testing.assert_close(fitted.A, several[name].A, rtol=0, atol=1e-12)
+    assert not any(layer._forward_pre_hooks for name, layer in subject.model.named_modules() if name in one)
+
+
 def test_a_token_router_is_measured_and_refused_above_the_limit(
     adapters: dict[str, Path],
     tiny_base: Path,
@@ -227,7 +251,16 @@ def test_a_token_router_is_measured_and_refused_above_the_limit(
     in_empty_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = ["export", str(adapters["token"]), "--to", "out", "--data", str(own_answers), "--device", "cpu"]
+    command = [
+        "export",
+        str(adapters["token"]),
+        "--to",
+        "out",
+        "--data",
+        str(own_answers),
+        "--collapse",
+        "mean",
+    ]
     assert main(command) == 2
     captured = capsys.readouterr()
     line = captured.err.splitlines()[-1]

@@ -2,10 +2,11 @@
 
 `config` holds the settings, `ops` the mathematics, `layer` the adapted linear layer, `routing` how expert ids
 reach it, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's lines on loading;
-`registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter,
-`from_lora` an adapter of plain LoRAs, `folders` reads and writes both.
+`registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter
+(`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both.
 """
 
+from manylora.adapters.collapse import Collapse, Fitted, How
 from manylora.adapters.config import (
     FORMAT_VERSION,
     ManyLoraConfig,
@@ -14,7 +15,7 @@ from manylora.adapters.config import (
     Share,
     parameters_per_layer,
 )
-from manylora.adapters.export import Gates, PlainLora, expert_names, export_lora
+from manylora.adapters.export import PlainLora, expert_names, export_lora
 from manylora.adapters.folders import find_loras, read_adapter, read_lora, write_folder
 from manylora.adapters.from_lora import import_loras
 from manylora.adapters.layer import ExpertBank, ManyLoraLinear
@@ -26,9 +27,11 @@ register()
 
 __all__ = [
     "FORMAT_VERSION",
+    "Collapse",
     "ExpertBank",
     "ExpertIds",
-    "Gates",
+    "Fitted",
+    "How",
     "ManyLoraConfig",
     "ManyLoraLinear",
     "ManyLoraModel",

@@ -1,7 +1,7 @@
 """An adapter as plain LoRAs: settings and weights in, settings and weights out; no disk, no model.
 
-Under static routing an expert, or all of them alike, is exactly one LoRA; under a token router mean routing weights
-give an approximation (method.md, "What can be merged"). Inference servers read less of a LoRA's settings than PEFT
+Under static routing an expert, or all of them alike, is exactly one LoRA; what stands for a token router (`collapse`)
+is an approximation. Inference servers read less of a LoRA's settings than PEFT
 does: vLLM and SGLang scale every layer by lora_alpha / r, whatever `alpha_pattern` and (SGLang) `use_rslora` say.
 So an exported LoRA has one scaling for all layers, written as a plain alpha; where the layers' scalings differ,
 their ratio goes into B.
@@ -22,14 +22,15 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from manylora.adapters import ops
+from manylora.adapters.collapse import Fitted
 from manylora.adapters.config import ManyLoraConfig
 from manylora.errors import ConfigError, ModelError, NotMergeableError
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in a saved adapter."""
 
-Gates = Mapping[str, Tensor]
-"""Module name to mean routing weights (N,), for collapsing a token router."""
+Collapsed = Mapping[str, Tensor | Fitted]
+"""Module name to mean routing weights (N,) or fitted factors: a token router collapsed."""
 
 _BANK = ".manylora_experts."
 _LEAVES = {"lora_A", "lora_B", "lora_router"}
@@ -69,15 +70,15 @@ def expert_names(config: ManyLoraConfig) -> list[str]:
 
 
 def export_lora(
-    config: ManyLoraConfig, weights: Mapping[str, Tensor], choice: ops.Choice | Gates
+    config: ManyLoraConfig, weights: Mapping[str, Tensor], choice: ops.Choice | Collapsed
 ) -> PlainLora:
     """The plain LoRA that an adapter is under one routing.
 
     Args:
         config: the adapter's settings.
         weights: the adapter's saved weights.
-        choice: an expert's index (task router), "all" (uniform router, or one expert), both exact; or mean routing
-            weights per module (token router), an approximation.
+        choice: an expert's index (task router), "all" (uniform router, or one expert), both exact; or what
+            stands for a token router per module, an approximation.
 
     Returns:
         A LoRA of rank R; of rank N·R where nothing is shared and `choice` names no expert.
@@ -90,8 +91,8 @@ def export_lora(
     single = config.num_experts == 1
     if config.router == "token" and not single and not isinstance(choice, Mapping):
         raise NotMergeableError(
-            "router='token' weighs the experts anew for each token, so no LoRA equals the adapter; collapse it with "
-            "the mean routing weights of a task's data."
+            "router='token' weighs the experts anew for each token, so no LoRA equals the adapter; collapse it "
+            "on a task's data."
         )
     if isinstance(choice, int) and not 0 <= choice < config.num_experts:
         raise ConfigError(
@@ -183,17 +184,20 @@ def _bank(config: ManyLoraConfig, module: str, parts: Mapping[str, Tensor]) -> _
     return _Bank(A=A, B=B, layout=layout, scaling=_scaling(config, alpha, rank))
 
 
-def _factors(module: str, bank: _Bank, choice: ops.Choice | Gates) -> tuple[Tensor, Tensor]:
+def _factors(module: str, bank: _Bank, choice: ops.Choice | Collapsed) -> tuple[Tensor, Tensor]:
     """A (R', D) and B (O, R') of the layer."""
     layout = bank.layout
     if not isinstance(choice, Mapping) or layout.num_experts == 1:
         return layout.static_factors(bank.A, bank.B, "all" if isinstance(choice, Mapping) else choice)
-    if module not in choice or choice[module].shape != (layout.num_experts,):
+    collapsed = choice.get(module)
+    if isinstance(collapsed, Fitted):
+        return collapsed.A.to(bank.A.dtype), collapsed.B.to(bank.B.dtype)
+    if collapsed is None or collapsed.shape != (layout.num_experts,):
         raise ModelError(
             f"There are no routing weights (N = {layout.num_experts}) for {module!r}; measure them anew."
         )
     wide = torch.promote_types(bank.A.dtype, torch.float32)
-    w_N, A, B = choice[module].to(wide), bank.A.to(wide), bank.B.to(wide)
+    w_N, A, B = collapsed.to(wide), bank.A.to(wide), bank.B.to(wide)
     if layout.share == "B":
         A = torch.einsum("n,nrd->rd", w_N, A.unflatten(0, (layout.num_experts, layout.rank)))
     else:  # B_n side by side, (O, N·R), each weighted

@@ -16,7 +16,7 @@ from manylora.cli.subjects import Subject, load_subject
 from manylora.cli.tables import print_loss
 from manylora.data import TaskData, available_splits, load_examples, load_splits
 from manylora.errors import ConfigError, NotMergeableError
-from manylora.evaluation import Loss, Scores, mean_gates, paired_loss
+from manylora.evaluation import Loss, Scores, collapse_router, paired_loss
 from manylora.training import RunFolder, write_json
 from manylora.training.config import as_list
 
@@ -32,7 +32,7 @@ def collapse(
     *,
     report_to: Path,
 ) -> tuple[dict[str, PlainLora], dict[str, str]]:
-    """One LoRA per task by the task's mean routing weights, and a sentence on each; writes collapse.json.
+    """One LoRA per task that stands for the router on the task's rows, and a sentence on each; writes collapse.json.
 
     Raises:
         NotMergeableError: the LoRAs lose more than `options.max_loss` points, and `options.force` is not set.
@@ -40,14 +40,17 @@ def collapse(
     """
     measured, scored, origin = _rows(options, source)
     subject = load_subject(str(source), model=options.model, dtype=options.dtype, device=options.device)
-    gates = mean_gates(
+    count = sum(map(len, measured.values()))
+    progress = CountProgress("rows read", count)
+    collapsed = collapse_router(
         subject.model,
         subject.tokenizer,
         measured,
+        how=options.collapse,
         max_length=subject.max_length,
-        on_progress=CountProgress("routing weights of rows", sum(map(len, measured.values()))),
+        on_progress=lambda done, total: progress(count * done // total),
     )
-    loras = {task: export_lora(config, weights, gates[task]) for task in gates}
+    loras = {task: export_lora(config, weights, found) for task, found in collapsed.items()}
     before, after = _compare(options, subject, loras, scored)
     loss = paired_loss(before, after)
     print_loss(before, after, loss, title=f"token router against its LoRAs, on {origin}")
@@ -61,17 +64,18 @@ def collapse(
         report_to / "collapse.json",
         {
             "data": origin,
+            "collapse": options.collapse,
             "rows_measured": {task: len(rows) for task, rows in measured.items()},
             "before": before.to_dict(),
             "after": after.to_dict(),
             "loss": loss.to_dict(),
         },
     )
-    return loras, {task: _note(before, after, loss, task, origin) for task in loras}
+    return loras, {task: _note(options, before, after, loss, task, origin) for task in loras}
 
 
 def _rows(options: ExportOptions, source: Path) -> tuple[TaskData, TaskData, str]:
-    """Rows to average routing weights over, rows to score on, and what the latter are."""
+    """Rows to collapse the router on, rows to score on, and what the latter are."""
     tasks = as_list(options.tasks)
     if options.data is not None:
         splits = available_splits(options.data)
@@ -133,9 +137,14 @@ def _compare(
     return before, scores({task: index for index, task in enumerate(loras)})
 
 
-def _note(before: Scores, after: Scores, loss: Loss, task: str, origin: str) -> str:
+def _note(options: ExportOptions, before: Scores, after: Scores, loss: Loss, task: str, origin: str) -> str:
+    how = (
+        "the token router and the matrices next to it are replaced by the nearest LoRA"
+        if options.collapse == "fit"
+        else "the token router is replaced by its mean weights"
+    )
     old, new = before.by_task()[task], after.by_task()[task]
     return (
-        "It approximates the adapter on this task: the token router is replaced by its mean weights over the task's "
-        f"rows. Score of the adapter {old:.1f}, of this LoRA {new:.1f} ({origin}, n = {loss.tasks[task].n})."
+        f"It approximates the adapter on this task: {how} on the task's rows. "
+        f"Score of the adapter {old:.1f}, of this LoRA {new:.1f} ({origin}, n = {loss.tasks[task].n})."
     )

@@ -29,7 +29,7 @@ What is written depends on the adapter's router:
   task       one LoRA per task, exact: exported/TASK/
   uniform    one LoRA, exact; so has an adapter with one expert
   token      one LoRA per task, an approximation: the router weighs the experts anew for each token, a LoRA
-             cannot. Their weights are averaged over the task's rows, adapter and LoRAs are scored on rows, and
+             cannot. Each LoRA is fitted to the adapter on the task's rows; adapter and LoRAs are scored on rows, and
              nothing is written if that loses more than --max-loss points, unless --force is given.
 
 Nothing is left behind half-written: the folder appears when it is whole."""

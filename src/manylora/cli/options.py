@@ -112,10 +112,13 @@ class ExportOptions:
     model: str | None = None
     """Base model to name in what is written. Default: the one the adapter was trained on."""
     data: str | None = None
-    """Token router: rows to measure routing weights and scores on. Default: the run's training rows for the weights
-    and its validation rows for the scores."""
+    """Token router: rows of its tasks, to fit the LoRAs and to score them on. Default: the run's training rows for the
+    fit and its validation rows for the scores."""
     task_column: str | None = None
     """Column of --data that names a row's task. Default: the column "task", else the file's name."""
+    collapse: Literal["fit", "mean"] = "fit"
+    """Token router: what stands for it. fit: the LoRA of the same rank that is nearest to the adapter on the task's
+    tokens; mean: the experts averaged with the task's mean routing weights."""
     limit: int | None = None
     """Token router: at most this many rows per task. Default: all."""
     max_loss: float = 1.0

@@ -5,7 +5,7 @@ every score comes with its n and standard error. Importing the room loads neithe
 functions that generate import them.
 """
 
-from manylora.evaluation.collapse import Loss, mean_gates, paired_loss
+from manylora.evaluation.collapse import Loss, collapse_router, paired_loss
 from manylora.evaluation.generation import (
     MAX_LENGTH,
     generate_answers,
@@ -37,10 +37,10 @@ __all__ = [
     "Scores",
     "TaskScore",
     "chosen_option",
+    "collapse_router",
     "delta_m",
     "exact_match",
     "generate_answers",
-    "mean_gates",
     "normalise",
     "option_accuracy",
     "paired_loss",

@@ -1,4 +1,4 @@
-"""What a token router costs to give up: mean routing weights of a task's data, and scores before and after."""
+"""What a token router costs to give up: what stands for it on a task's data, and scores before and after."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from manylora.adapters import Collapse, Fitted, How
+
 # torch and the adapters are imported by the functions that need them, as everywhere in this room.
 
+MEMORY = 2 * 2**30
+"""Bytes that sums over tokens may take; where a model's layers need more, its rows are read several times."""
 
-def mean_gates(
+
+def collapse_router(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     data: TaskData,
     *,
+    how: How,
     max_length: int,
     batch_size: int = 16,
-    on_progress: Callable[[int], None] | None = None,
-) -> dict[str, dict[str, Tensor]]:
-    """Per task and adapted layer, the mean of the router's weights over the tokens of the task's rows.
+    memory: int = MEMORY,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Tensor | Fitted]]:
+    """Per task and adapted layer, what stands for the token router on the task's rows (`adapters.collapse`).
 
     All tokens count alike, those of the prompt and of the answer; padding does not count.
 
@@ -38,12 +45,14 @@ def mean_gates(
         model: a model with a token router over several experts.
         tokenizer: the model's.
         data: task to rows, each with an answer.
+        how: "mean": the mean routing weights; "fit": the nearest LoRA.
         max_length: tokens that a row may have, as in training.
         batch_size: rows per forward pass.
-        on_progress: called with the number of rows done.
+        memory: bytes that the sums of one pass over a task's rows may take.
+        on_progress: called with the readings done and their number.
 
     Returns:
-        Task to module name to weights (N,), float64, each summing to 1.
+        Task to module name to mean weights (N,) or fitted factors, in float64.
 
     Raises:
         ConfigError: the adapter has no token router.
@@ -51,93 +60,99 @@ def mean_gates(
     """
     import torch
 
+    from manylora.adapters import Collapse
+
+    layers = _routed_layers(model)
+    groups = _groups({name: Collapse(bank, how).memory() for name, bank in layers.items()}, memory)
     context = getattr(model.config, "max_position_embeddings", None)
-    done = 0
-    gates: dict[str, dict[str, Tensor]] = {}
+    done, total = 0, len(groups) * sum(map(len, data.values()))
+    collapsed: dict[str, dict[str, Tensor | Fitted]] = {}
     was_training = model.training
     model.eval()
-    with _watched(model) as watch, torch.inference_mode():
+    try:
         for task, examples in data.items():
             rows = [
                 encode(row, tokenizer, max_length=max_length, context_length=context).input_ids
                 for row in examples
             ]
             rows.sort(key=len)  # rows of like length share a batch
-            watch.begin()
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                watch.read(model, batch, tokenizer.pad_token_id or 0)
-                done += len(batch)
-                if on_progress is not None:
-                    on_progress(done)
-            gates[task] = watch.means()
-    model.train(was_training)
-    return gates
+            collapsed[task] = {}
+            for group in groups:
+                sums = {name: Collapse(layers[name], how) for name in group}
+                with _counting(model, sums) as read, torch.inference_mode():
+                    for start in range(0, len(rows), batch_size):
+                        batch = rows[start : start + batch_size]
+                        read(batch, tokenizer.pad_token_id or 0)
+                        done += len(batch)
+                        if on_progress is not None:
+                            on_progress(done, total)
+                collapsed[task] |= {name: found.result() for name, found in sums.items()}
+    finally:
+        model.train(was_training)
+    return collapsed
 
 
-class _Watch:
-    """Sums routing weights of every adapted layer while a model reads."""
+def _routed_layers(model: PeftModel) -> dict[str, Any]:
+    """Module name to its bank, where that has a token router."""
+    from manylora.adapters import ManyLoraLinear
 
-    def __init__(self) -> None:
-        self.mask_T: Tensor | None = None
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, float] = {}
+    adapter = model.active_adapter
+    layers = {
+        name: layer.bank(adapter)
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, ManyLoraLinear)
+        and adapter in layer.manylora_experts
+        and layer.bank(adapter).router == "token"
+    }
+    if not layers:
+        raise ConfigError("The adapter has no token router, so there is nothing to collapse.")
+    return layers
 
-    def begin(self) -> None:
-        self.sums, self.counts = {}, {}
 
-    def read(self, model: PeftModel, rows: Sequence[Sequence[int]], pad: int) -> None:
-        import torch
+def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in groups whose sizes add up to `most` at the most (a larger one stands alone)."""
+    groups: list[list[str]] = []
+    left = -1
+    for name, size in sizes.items():
+        if left < size:
+            groups.append([])
+            left = most
+        groups[-1].append(name)
+        left -= size
+    return groups
 
+
+@contextmanager
+def _counting(
+    model: PeftModel, sums: Mapping[str, Collapse]
+) -> Iterator[Callable[[Sequence[Sequence[int]], int], None]]:
+    """Gives a function that has the model read a batch; the layers in `sums` count its tokens."""
+    import torch
+
+    mask_T = torch.zeros(0, dtype=torch.bool)
+
+    def hook_of(counted: Collapse) -> Callable[[Any, tuple[Any, ...]], None]:
+        def hook(_: Any, inputs: tuple[Any, ...]) -> None:
+            x_TD = inputs[0].flatten(0, -2)
+            # a layer that sees other tokens than the batch's (an expert of a mixture of experts) counts all of its own
+            counted.add(x_TD[mask_T] if x_TD.shape[0] == mask_T.shape[0] else x_TD)
+
+        return hook
+
+    def read(rows: Sequence[Sequence[int]], pad: int) -> None:
+        nonlocal mask_T
         longest = max(map(len, rows))
         ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=model.device)
         mask = torch.tensor(
             [[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device
         )
-        self.mask_T = mask.flatten().bool()
+        mask_T = mask.flatten().bool()
         model(input_ids=ids, attention_mask=mask)
 
-    def take(self, name: str, weights: Tensor) -> None:
-        """Add one layer's routing weights (…, N) of the batch that is being read."""
-        w_TN = weights.flatten(0, -2).double()
-        assert self.mask_T is not None
-        if w_TN.shape[0] == self.mask_T.shape[0]:
-            w_TN = w_TN[
-                self.mask_T
-            ]  # else a layer that sees other tokens (an expert of a mixture): all of them
-        self.sums[name] = self.sums.get(name, 0) + w_TN.sum(0).cpu()
-        self.counts[name] = self.counts.get(name, 0) + w_TN.shape[0]
-
-    def means(self) -> dict[str, Tensor]:
-        return {name: total / max(1.0, self.counts[name]) for name, total in self.sums.items()}
-
-
-@contextmanager
-def _watched(model: PeftModel) -> Iterator[_Watch]:
-    from manylora.adapters import ManyLoraLinear
-    from manylora.adapters.ops import routing_weights
-
-    watch = _Watch()
-    adapter = model.active_adapter
-
-    def hook_of(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
-        def hook(layer: Any, inputs: tuple[Any, ...]) -> None:
-            router = layer.bank(adapter).lora_router
-            watch.take(name, routing_weights(inputs[0].to(router.dtype), router))
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(hook_of(name))
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, ManyLoraLinear)
-        and adapter in layer.manylora_experts
-        and layer.bank(adapter).router == "token"
-    ]
-    if not handles:
-        raise ConfigError("The adapter has no token router, so there are no routing weights to average.")
+    modules = dict(model.get_base_model().named_modules())
+    handles = [modules[name].register_forward_pre_hook(hook_of(counted)) for name, counted in sums.items()]
     try:
-        yield watch
+        yield read
     finally:
         for handle in handles:
             handle.remove()
