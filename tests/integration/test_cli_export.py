@@ -291,6 +291,26 @@ def test_a_token_router_is_measured_and_refused_above_the_limit(
     assert f"of this LoRA {swap['score']:.1f}" in Path("out/swap/README.md").read_text()
 
 
+def test_a_run_is_measured_on_its_own_rows(
+    tiny_base: Path, small_data: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "--model", str(tiny_base), "--data", str(small_data / "train"), "--epochs", "1"]
+    assert main([*train, "--r", "2", "--device", "cpu", "--out", "run"]) == 0
+    assert main(["export", "run", "--to", "out", "--tasks", "swap,poems"]) == 2
+    assert "'poems'" in only_line(capsys, last=True)
+    assert not Path("out").exists()
+    assert main(["export", "run", "--to", "out", "--tasks", "swap,last_word", "--force"]) == 0
+    assert "scores on the run's validation rows" in capsys.readouterr().out
+    report = json.loads(Path("out/collapse.json").read_text())
+    assert report["collapse"] == "fit"
+    # a tenth of 24 rows is held out
+    assert report["rows_measured"] == {"swap": 22, "last_word": 22}
+    assert {name: task["n"] for name, task in report["loss"]["tasks"].items()} == {"swap": 2, "last_word": 2}
+    for task in ("swap", "last_word"):
+        assert read_lora(Path("out", task)).rank == 2  # B is shared
+        assert "nearest LoRA" in Path("out", task, "README.md").read_text()
+
+
 # ---- the way back
 
 
@@ -372,11 +392,12 @@ def words(adapters: dict[str, Path], tiny_base: Path, small_data: Path) -> dict[
     }
 
 
-def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+def only_line(capsys: pytest.CaptureFixture[str], *, last: bool = False) -> str:
+    """The error line; `last`: after the progress lines of earlier work."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("manylora: ")
-    return lines[0]
+    assert last or len(lines) == 1, lines
+    assert lines[-1].startswith("manylora: ")
+    return lines[-1]
 
 
 @pytest.mark.parametrize("case", CASES)

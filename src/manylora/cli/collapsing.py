@@ -53,7 +53,7 @@ def collapse(
     loras = {task: export_lora(config, weights, found) for task, found in collapsed.items()}
     before, after = _compare(options, subject, loras, scored)
     loss = paired_loss(before, after)
-    print_loss(before, after, loss, title=f"token router against its LoRAs, on {origin}")
+    print_loss(before, after, loss, title=f"scores on {origin}")
     if loss.mean > options.max_loss and not options.force:
         raise NotMergeableError(
             f"The LoRAs lose {loss.mean:.2f} points (mean over {len(loras)} tasks), more than --max-loss "
