@@ -227,6 +227,7 @@ def _lora_config(config: ManyLoraConfig, ranks: Mapping[str, int], scaling: floa
         layers_to_transform=config.layers_to_transform if by_name else None,
         layers_pattern=config.layers_pattern if by_name else None,
         modules_to_save=config.modules_to_save,
+        trainable_token_indices=getattr(config, "trainable_token_indices", None),
         bias=_BIASES.get(config.bias, config.bias),
         fan_in_fan_out=config.fan_in_fan_out,
     )

@@ -174,6 +174,8 @@ def _obstacles(lora: PlainLora) -> list[str]:
     found = []
     if lora.config.modules_to_save:
         found.append(f"it trains whole modules ({', '.join(sorted(lora.config.modules_to_save))})")
+    if lora.config.trainable_token_indices:
+        found.append("it trains single token embeddings (trainable_token_indices)")
     if lora.config.bias != "none":
         found.append(f"it trains biases (bias={lora.config.bias!r})")
     return found
