@@ -3,10 +3,19 @@
 `config` holds the settings, `ops` the mathematics, `layer` the adapted linear layer, `routes` what one call says
 about routing, `routing` how that reaches the layers, `mixed` several adapters in one batch, `balance` the
 load-balance loss, `gates` statistics, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's
-lines on loading; `registration` tells PEFT about the method when this room is imported.
+lines on loading; `registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs
+of an adapter (`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and
+writes both.
 """
 
 from manylora.adapters.balance import LoadBalance, load_balance_loss
+`config` holds the settings, `ops` the mathematics, `layer` the adapted linear layer, `routing` how expert ids
+reach it, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's lines on loading;
+`registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter
+(`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both.
+"""
+
+from manylora.adapters.collapse import Collapse, Fitted, How
 from manylora.adapters.config import (
     FORMAT_VERSION,
     ManyLoraConfig,
@@ -23,6 +32,9 @@ from manylora.adapters.gates import (
     has_load_balance,
     load_balance,
 )
+from manylora.adapters.export import PlainLora, expert_names, export_lora
+from manylora.adapters.folders import find_loras, read_adapter, read_lora, write_folder
+from manylora.adapters.from_lora import import_loras
 from manylora.adapters.layer import ExpertBank, ManyLoraLinear
 from manylora.adapters.model import ManyLoraModel
 from manylora.adapters.registration import register
@@ -33,20 +45,31 @@ register()
 __all__ = [
     "COLLAPSE",
     "FORMAT_VERSION",
+    "Collapse",
     "ExpertBank",
     "ExpertIds",
     "GateStatistics",
     "LayerGates",
     "LoadBalance",
+    "Fitted",
+    "How",
     "ManyLoraConfig",
     "ManyLoraLinear",
     "ManyLoraModel",
     "ManyLoraType",
+    "PlainLora",
     "RouterKind",
     "Share",
     "gate_statistics",
     "has_load_balance",
     "load_balance",
     "load_balance_loss",
+    "expert_names",
+    "export_lora",
+    "find_loras",
+    "import_loras",
     "parameters_per_layer",
+    "read_adapter",
+    "read_lora",
+    "write_folder",
 ]

@@ -92,3 +92,61 @@ class PredictOptions:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; give a value above 0.")
         if self.file is not None and self.prompt:
             raise ConfigError("--file and a prompt were both given; give one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export, where to, and what it may cost."""
+
+    adapter: str | None = None
+    """Run folder or adapter folder to export; also without "--adapter"."""
+    to: str | None = None
+    """Folder to write; must not exist. One LoRA goes into it, one per task into folders named after the tasks."""
+    tasks: list[str] | str | None = None
+    """Only these tasks, as "a,b" or a YAML list. Default: all the adapter (or, with a token router, its data) has."""
+    merge: bool = False
+    """Write whole models with the adapter merged into the weights, not LoRAs; as large as the base, each."""
+    from_loras: list[str] | str | None = None
+    """The other way: put these plain LoRA folders into one adapter, as "DIR,DIR" or "NAME=DIR,NAME=DIR"; a folder
+    of LoRA folders stands for all of them. Tasks are called by NAME, else by the folder's name."""
+    model: str | None = None
+    """Base model to name in what is written. Default: the one the adapter was trained on."""
+    data: str | None = None
+    """Token router: rows of its tasks, to fit the LoRAs and to score them on. Default: the run's training rows for the
+    fit and its validation rows for the scores."""
+    task_column: str | None = None
+    """Column of --data that names a row's task. Default: the column "task", else the file's name."""
+    collapse: Literal["fit", "mean"] = "fit"
+    """Token router: what stands for it. fit: the LoRA of the same rank that is nearest to the adapter on the task's
+    tokens; mean: the experts averaged with the task's mean routing weights."""
+    limit: int | None = None
+    """Token router: at most this many rows per task. Default: all."""
+    max_loss: float = 1.0
+    """Token router: refuse when the LoRAs score more than this many points below the adapter, mean over tasks."""
+    force: bool = False
+    """Token router: write the LoRAs whatever they lose."""
+    batch_size: int = 64
+    """Rows per batch when answers are generated. It does not change the answers."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base. auto: for merged weights that of the base's files; for scores float32 on CPU, bfloat16 on a
+    GPU that has it."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.to is None:
+            raise ConfigError("--to is missing; give a folder to write, such as --to exported.")
+        if (self.adapter is None) == (self.from_loras is None):
+            raise ConfigError(
+                "Give either an adapter to export (manylora export runs/train-001 --to exported) or LoRA folders to "
+                "put into one adapter (--from-loras)."
+            )
+        unused = [name for name in ("tasks", "data", "merge", "force") if getattr(self, name)]
+        if self.from_loras is not None and unused:
+            raise ConfigError(f"--from-loras does nothing with --{unused[0]}; leave it out.")
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give a value above 0.")
+        if not self.max_loss >= 0:
+            raise ConfigError(f"max_loss is {self.max_loss}; give points, 0 or more.")

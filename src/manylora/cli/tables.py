@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from manylora.evaluation import Scores, scores_table
+from manylora.evaluation import Loss, Scores, scores_table
 
 if TYPE_CHECKING:
     from manylora.training import Plan, RunFolder, TrainConfig
@@ -60,6 +60,31 @@ def print_plan(plan: Plan, config: TrainConfig) -> None:
 def print_scores(scores: Scores, baselines: Mapping[str, Mapping[str, float]]) -> None:
     """The table of scores, with the baselines as further columns."""
     console().print(scores_table(scores, title="test scores", extra=baselines))
+
+
+def print_loss(before: Scores, after: Scores, loss: Loss, *, title: str) -> None:
+    """Scores of an adapter and of its LoRAs per task, and the points lost with the paired standard error."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("task", overflow="fold")
+    for heading in ("adapter", "LoRAs", "points lost", "s.e.", "n"):
+        table.add_column(heading, justify="right")
+    new = after.by_task()
+    for task in before.tasks:
+        lost = loss.tasks[task.task]
+        table.add_row(
+            task.task,
+            f"{task.score:.1f}",
+            f"{new[task.task]:.1f}",
+            f"{lost.mean:.1f}",
+            f"{lost.standard_error:.1f}",
+            str(lost.n),
+        )
+    table.add_section()
+    table.add_row(
+        "mean", f"{before.mean:.1f}", f"{after.mean:.1f}", f"{loss.mean:.1f}", f"{loss.standard_error:.1f}",
+        str(before.n),
+    )  # fmt: skip
+    console().print(table)
 
 
 def print_saved_scores(folder: RunFolder) -> None:

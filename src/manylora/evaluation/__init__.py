@@ -5,6 +5,7 @@ every score comes with its n and standard error. Importing the room loads neithe
 functions that generate import them.
 """
 
+from manylora.evaluation.collapse import Loss, collapse_router, paired_loss
 from manylora.evaluation.generation import (
     MAX_LENGTH,
     generate_answers,
@@ -31,15 +32,18 @@ __all__ = [
     "TASK_RULES",
     "AnswerRule",
     "Estimate",
+    "Loss",
     "ScoredExample",
     "Scores",
     "TaskScore",
     "chosen_option",
+    "collapse_router",
     "delta_m",
     "exact_match",
     "generate_answers",
     "normalise",
     "option_accuracy",
+    "paired_loss",
     "rouge1",
     "rules_for",
     "score_all",

@@ -12,10 +12,12 @@ from manylora.training.config import METHODS, RECIPES, TrainConfig
 
 if TYPE_CHECKING:
     from manylora.training.job import Prepared, build_model, finetune, prepare
+    from manylora.training.merge import check_mergeable, write_merged
     from manylora.training.models import (
         adapter_base_name,
         adapter_folder,
         base_fingerprint,
+        base_location,
         load_adapter,
         load_base,
         load_config,
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "job": ("Prepared", "build_model", "finetune", "prepare"),
+    "merge": ("check_mergeable", "write_merged"),
     "models": (
         "adapter_base_name",
         "adapter_folder",
         "base_fingerprint",
+        "base_location",
         "load_adapter",
         "load_base",
         "load_config",
@@ -51,7 +55,9 @@ __all__ = [
     "adapter_base_name",
     "adapter_folder",
     "base_fingerprint",
+    "base_location",
     "build_model",
+    "check_mergeable",
     "environment",
     "finetune",
     "load_adapter",
@@ -61,6 +67,7 @@ __all__ = [
     "plan_lines",
     "prepare",
     "write_json",
+    "write_merged",
     "write_text",
 ]
 

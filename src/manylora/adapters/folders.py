@@ -1,0 +1,118 @@
+"""Adapter folders on disk: read ours and plain LoRAs, write both. Safetensors only: nothing unpickles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from manylora.adapters.config import ManyLoraConfig, ManyLoraType
+from manylora.adapters.export import PlainLora
+from manylora.errors import ManyLoraError, ModelError
+
+
+def read_adapter(folder: Path) -> tuple[ManyLoraConfig, dict[str, Tensor]]:
+    """Settings and weights of a saved ManyLoRA adapter.
+
+    Raises:
+        ModelError: no such adapter, one of another method, or damaged files.
+    """
+    values = _settings(folder)
+    kind = values.get("peft_type")
+    if kind != ManyLoraType.MANYLORA.value:
+        remedy = "a plain LoRA needs no export" if kind == "LORA" else "only those can be exported"
+        raise ModelError(f"{folder} holds a {kind} adapter, not one of ManyLoRA; {remedy}.")
+    return _built(ManyLoraConfig, values, folder), _weights(folder)
+
+
+def read_lora(folder: Path) -> PlainLora:
+    """A LoRA as PEFT saves it.
+
+    Raises:
+        ModelError: no such LoRA, an adapter of another method, settings this PEFT does not know, or damaged files.
+    """
+    values = _settings(folder)
+    if values.get("peft_type") != "LORA":
+        raise ModelError(
+            f"{folder} holds a {values.get('peft_type')} adapter, not a plain LoRA; give LoRA folders."
+        )
+    known = {field.name for field in dataclasses.fields(LoraConfig)} | {"peft_type", "peft_version"}
+    unknown = sorted(name for name, value in values.items() if name not in known and value)
+    if unknown:
+        raise ModelError(
+            f"{folder / CONFIG_NAME} has settings that the installed PEFT does not know ({', '.join(unknown)}); "
+            "install the PEFT it was made with."
+        )
+    values = {name: value for name, value in values.items() if name in known}
+    return PlainLora(config=_built(LoraConfig, values, folder), weights=_weights(folder))
+
+
+def find_loras(folder: Path) -> list[Path]:
+    """The LoRA folder meant: itself, or the adapter folders in it, by name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if not found:
+        raise ModelError(
+            f"{folder} is no adapter folder and holds none (no {CONFIG_NAME}); give folders that PEFT wrote."
+        )
+    return found
+
+
+def write_folder(folder: Path, config: PeftConfig, weights: Mapping[str, Tensor], *, card: str) -> None:
+    """Write settings, weights and README.md into a new folder; the same input gives the same bytes."""
+    folder.mkdir(parents=True)
+    save_file(dict(weights), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    path = folder / CONFIG_NAME
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("target_modules", "exclude_modules"):  # sets, which PEFT writes in any order
+        if isinstance(values.get(name), list):
+            values[name] = sorted(values[name])
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); give an adapter folder.") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); save the adapter again.") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds no settings; save the adapter again.")
+    return values
+
+
+def _built(kind: type[Any], values: dict[str, Any], folder: Path) -> Any:
+    try:
+        return kind.from_peft_type(**values)
+    except ManyLoraError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / CONFIG_NAME} cannot be used ({error}).") from error
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise ModelError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
+    try:
+        # copies: the loaded tensors are the file itself, which another program may replace
+        return {key: tensor.clone() for key, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise ModelError(f"The weights in {folder} are broken ({error}).") from error

@@ -1,0 +1,249 @@
+"""`manylora export`: an adapter as plain LoRAs or merged weights, and plain LoRAs as one adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from manylora.cli.options import ExportOptions
+from manylora.cli.parsing import parse
+from manylora.errors import ConfigError, ManyLoraError, RunError
+
+if TYPE_CHECKING:
+    from manylora.adapters import PlainLora
+
+DESCRIPTION = """\
+Write an adapter as plain LoRAs, which PEFT, vLLM and SGLang load without this package.
+
+  manylora export runs/train-001 --to exported                  LoRAs
+  manylora export runs/train-001 --to merged --merge            whole models with the adapter merged in
+  manylora export --from-loras loras/sums,loras/stories --to one   the other way: LoRAs into one adapter
+
+What is written depends on the adapter's router:
+
+  task       one LoRA per task, exact: exported/TASK/
+  uniform    one LoRA, exact; so has an adapter with one expert
+  token      one LoRA per task, an approximation: the router weighs the experts anew for each token, a LoRA
+             cannot. Each LoRA is fitted to the adapter on the task's rows; adapter and LoRAs are scored on rows, and
+             nothing is written if that loses more than --max-loss points, unless --force is given.
+
+Nothing is left behind half-written: the folder appears when it is whole."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the verb; see `DESCRIPTION`."""
+    options, _ = parse(
+        ExportOptions, arguments, verb="export", description=DESCRIPTION, positional=("adapter",)
+    )
+    with _placed(str(options.to)) as folder:
+        return _import(options, folder) if options.from_loras is not None else _export(options, folder)
+
+
+@contextlib.contextmanager
+def _placed(to: str) -> Iterator[Path]:
+    """A folder to fill, renamed to `to` when the block is through; after an error nothing is left.
+
+    Made at once, so that a name that cannot be written is refused before hours of scoring.
+
+    Raises:
+        RunError: `to` exists and is not an empty folder.
+    """
+    final = Path(os.path.abspath(Path(to).expanduser()))
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise RunError(f"{to} exists already; choose another --to.")
+    made = [parent for parent in final.parents if not parent.exists()]  # innermost first
+    partial = final.with_name(final.name + ".partial")
+    if partial.exists():  # a killed export's
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if final.exists():
+            final.rmdir()
+        partial.replace(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        raise
+
+
+def _export(options: ExportOptions, folder: Path) -> int:
+    from manylora.adapters import expert_names, export_lora, read_adapter
+    from manylora.training import adapter_base_name, adapter_folder
+    from manylora.training.config import as_list
+
+    source = adapter_folder(str(options.adapter))
+    config, weights = read_adapter(source)
+    base = options.model or adapter_base_name(source)
+    config.base_model_name_or_path = _outside_name(base)
+    tasks = as_list(options.tasks)
+    if config.num_experts == 1 or config.router == "uniform":
+        if tasks:
+            raise ConfigError(
+                f"{options.adapter} is one and the same LoRA for every task; leave out --tasks {','.join(tasks)}."
+            )
+        loras = {"": export_lora(config, weights, "all")}
+        notes = {"": "It gives what the adapter gives, to rounding."}
+    elif config.router == "task":
+        names = expert_names(config)
+        if unknown := [task for task in tasks or () if task not in names]:
+            raise ConfigError(f"The adapter has no task {unknown[0]!r}; its tasks: {', '.join(names)}.")
+        loras = {task: export_lora(config, weights, names.index(task)) for task in tasks or names}
+        notes = dict.fromkeys(loras, "It gives what the adapter gives for this task, to rounding.")
+    else:
+        from manylora.cli.collapsing import collapse
+
+        loras, notes = collapse(options, source, config, weights, report_to=folder)
+    _write(options, folder, loras, notes, base=base, source=str(options.adapter))
+    return 0
+
+
+def _write(
+    options: ExportOptions,
+    folder: Path,
+    loras: Mapping[str, PlainLora],
+    notes: Mapping[str, str],
+    *,
+    base: str,
+    source: str,
+) -> None:
+    """Fill `folder` and print what it holds."""
+    from manylora.adapters import write_folder
+    from manylora.adapters.card import lora_card, server_rank
+    from manylora.training import check_mergeable, write_merged
+
+    if options.merge:
+        for lora in loras.values():
+            check_mergeable(base, lora)
+    places = _places(list(loras))
+    obstacles: list[str] = []
+    for task, lora in loras.items():
+        place = folder / places[task]
+        obstacles = _obstacles(lora)
+        if options.merge:
+            write_merged(place, base, lora, dtype=options.dtype, device=options.device)
+        else:
+            name = places[task] or Path(str(options.to)).name
+            outside = lora.config.base_model_name_or_path
+            card = lora_card(
+                name, base=outside, hub=outside == base, rank=lora.rank, source=source, note=notes[task],
+                obstacles=obstacles,
+            )  # fmt: skip
+            if place == folder:
+                place.rmdir()
+            write_folder(place, lora.config, lora.weights, card=card)
+        what = "merged model" if options.merge else f"LoRA of rank {lora.rank}"
+        print(f"{Path(str(options.to)) / places[task]}: {what}")
+    if options.merge:
+        return
+    if obstacles:
+        print(f"vLLM and SGLang will refuse these: {'; '.join(obstacles)}. Use --merge for them.")
+        return
+    rank = server_rank(max(lora.rank for lora in loras.values()))
+    modules = " ".join(
+        f"{places[task] or Path(str(options.to)).name}={Path(str(options.to)) / places[task]}"
+        for task in loras
+    )
+    served = next(iter(loras.values())).config.base_model_name_or_path
+    print(
+        f"serve with vLLM: vllm serve {served} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+    )
+
+
+def _places(tasks: Sequence[str]) -> dict[str, str]:
+    """Task to a folder name; a task may be called "sums/easy"."""
+    places = {task: re.sub(r"[^\w.-]+", "_", task).strip(".") for task in tasks}
+    for task, place in places.items():
+        clash = [other for other in tasks if other != task and places[other].lower() == place.lower()]
+        if clash or (task and not place):
+            raise ConfigError(
+                f"The tasks {task!r} and {(clash or ['that name'])[0]!r} would share a folder; use --tasks."
+            )
+    return places
+
+
+def _obstacles(lora: PlainLora) -> list[str]:
+    """What vLLM's and SGLang's documentation and loaders refuse in a LoRA."""
+    found = []
+    if lora.config.modules_to_save:
+        found.append(f"it trains whole modules ({', '.join(sorted(lora.config.modules_to_save))})")
+    if lora.config.trainable_token_indices:
+        found.append("it trains single token embeddings (trainable_token_indices)")
+    if lora.config.bias != "none":
+        found.append(f"it trains biases (bias={lora.config.bias!r})")
+    return found
+
+
+def _outside_name(base: str) -> str:
+    """The base as a program without this package finds it: a Hub id, or an absolute path."""
+    from manylora.training import base_location
+
+    location = base_location(base)
+    return str(Path(location).absolute()) if Path(location).is_dir() else location
+
+
+def _import(options: ExportOptions, folder: Path) -> int:
+    from manylora.adapters import import_loras, read_lora, write_folder
+    from manylora.adapters.card import add_loading_section, combined_card
+
+    paths = _lora_folders(options)
+    loras = {name: read_lora(path) for name, path in paths.items()}
+    for lora in loras.values():
+        if options.model is not None:
+            lora.config.base_model_name_or_path = options.model
+        lora.config.base_model_name_or_path = _inside_name(lora.config.base_model_name_or_path)
+    config, weights = import_loras(loras)
+    base = config.base_model_name_or_path
+    folder.rmdir()
+    hub = base is not None and not os.path.isabs(base) and "/" in base
+    write_folder(folder, config, weights, card=combined_card(list(loras), base=base, hub=hub))
+    add_loading_section(folder)
+    print(f"{options.to}: {len(loras)} experts of rank {config.r}, for the tasks {', '.join(loras)}")
+    print(f"next: manylora predict --adapter {options.to} --task {next(iter(loras))} 'your prompt'")
+    return 0
+
+
+def _lora_folders(options: ExportOptions) -> dict[str, Path]:
+    """Task name to LoRA folder, from "DIR" and "NAME=DIR"."""
+    from manylora.adapters import find_loras
+    from manylora.training.config import as_list
+
+    paths: dict[str, Path] = {}
+    for word in as_list(options.from_loras) or ():
+        name, equals, text = word.partition("=")
+        given = Path(text if equals else word).expanduser()
+        found = find_loras(given)
+        if equals and len(found) > 1:
+            raise ConfigError(
+                f"{word}: {given} holds {len(found)} LoRAs; one name cannot stand for all, leave it out."
+            )
+        for path in found:
+            task = name if equals else path.resolve().name
+            if task in paths:
+                raise ConfigError(
+                    f"Two LoRAs are called {task!r}; name them: --from-loras one={paths[task]},two={path}."
+                )
+            paths[task] = path
+    if not paths:
+        raise ConfigError(
+            "--from-loras names no folder; give LoRA folders, such as --from-loras loras/a,loras/b."
+        )
+    return paths
+
+
+def _inside_name(base: str | None) -> str | None:
+    """The base's name as this package writes it: the embedded base by its word."""
+    from manylora.assets import embedded_base_path
+    from manylora.data import EMBEDDED
+
+    with contextlib.suppress(OSError, ManyLoraError):
+        if base is not None and Path(base).resolve() == Path(embedded_base_path()).resolve():
+            return EMBEDDED
+    return base
