@@ -106,9 +106,7 @@ class ManyLoraModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, *args: Any, state_dict: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
-        found: dict[str, Any] = super()._get_adapter_state_dict(
-            model, *args, state_dict=state_dict, **kwargs
-        )
+        found: dict[str, Any] = super()._get_adapter_state_dict(model, *args, state_dict=state_dict, **kwargs)
         # PEFT looks for the names of the layers, into which FSDP1 puts words of its own; the keys stay as they were
         return {**{key: value for key, value in state_dict.items() if _BANK in key}, **found}
 

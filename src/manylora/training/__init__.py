@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.training.config import METHODS, RECIPES, TrainConfig
 
 if TYPE_CHECKING:
+    from manylora.training.batches import ExpertCollator
     from manylora.training.job import Prepared, build_model, finetune, prepare
     from manylora.training.models import (
         adapter_base_name,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from manylora.training.runs import RunFolder, environment, write_json, write_text
 
 _HOME = {
+    "batches": ("ExpertCollator",),
     "job": ("Prepared", "build_model", "finetune", "prepare"),
     "models": (
         "adapter_base_name",
@@ -42,6 +44,7 @@ _HOME = {
 __all__ = [
     "METHODS",
     "RECIPES",
+    "ExpertCollator",
     "MemoryPlan",
     "Plan",
     "Prepared",
