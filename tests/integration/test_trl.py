@@ -157,9 +157,14 @@ def test_what_sft_saved_loads_everywhere(
     assert texts[0][0]["generated_text"]
 
 
-@pytest.mark.parametrize("setting", ["packing", "padding_free"])
-def test_packed_batches_work_with_the_token_router(setting: str, base: Path, tmp_path: Path) -> None:
-    sft = trainer(base, tmp_path, rows(), max_steps=2, **{setting: True})
+PADDING_FREE = {"padding_free": True, "max_length": None}
+
+
+@pytest.mark.parametrize("settings", [{"packing": True}, PADDING_FREE], ids=["packing", "padding_free"])
+def test_packed_batches_work_with_the_token_router(
+    settings: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    sft = trainer(base, tmp_path, rows(), max_steps=2, **settings)
     sft.train()
     assert len(losses(sft)) == 2
     assert all(0 < loss < 20 for loss in losses(sft))
@@ -201,7 +206,7 @@ def test_the_task_router_without_ids_says_what_it_needs(base: Path, tmp_path: Pa
 
 
 def test_the_task_router_refuses_packed_batches(base: Path, tmp_path: Path) -> None:
-    sft = trainer(base, tmp_path, rows(), adapter=TASK, padding_free=True)
+    sft = trainer(base, tmp_path, rows(), adapter=TASK, **PADDING_FREE)
     with pytest.raises(RoutingError, match="pack"), sft.model.base_model.route(EXPERTS[:8]):
         sft.train()
 
