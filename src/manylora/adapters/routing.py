@@ -82,6 +82,14 @@ class Routes:
             low = high = self.expert
         elif self.ids_B is None or self.ids_B.numel() == 0 or not _has_values(self.ids_B):
             return
+        elif torch.compiler.is_compiling():
+            # A graph cannot branch on values: it checks them when it runs, with torch's error in place of ours.
+            good = ((self.ids_B >= 0) & (self.ids_B < num_experts)).all()
+            torch._assert_async(
+                good, f"expert_ids out of range; the adapter's experts are 0 to {num_experts - 1}."
+            )
+            self._checked.add(num_experts)
+            return
         else:
             # Reading the values makes a GPU wait, hence once per call of the model and not once per layer.
             low, high = (int(bound) for bound in torch.aminmax(self.ids_B))
