@@ -20,7 +20,12 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from peft import get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
+from peft import (
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor
@@ -190,6 +195,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     held = kept_parameters(model)
     model.train()
     losses = []
+    unplaced: list[str] = []
     for step in range(STEPS):
         ids = tokens[step, mine]
         routing = {"expert_ids": experts[step, mine]} if case.router == "task" else {}
@@ -205,6 +211,9 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
         # what accelerate does, but for its offload to the CPU: torch frees the weights there, which are on the CPU
         with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
             state = model.state_dict()
+            bare = tool.unwrap_model(model)
+            placed = set_peft_model_state_dict(bare, get_peft_model_state_dict(bare, state_dict=state))
+            unplaced = [key for key in (*placed.missing_keys, *placed.unexpected_keys) if "manylora" in key]
     else:
         state = tool.get_state_dict(model)
     adapter = get_peft_model_state_dict(tool.unwrap_model(model), state_dict=state) if RANK == 0 else {}
@@ -212,6 +221,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
         "losses": losses,
         "adapter": {key: value.float().tolist() for key, value in adapter.items()},
         "held": held,
+        "unplaced": unplaced,
         "wrapper": type(model).__name__,
         "seconds": round(time.monotonic() - began, 2),
     }

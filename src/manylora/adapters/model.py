@@ -110,6 +110,21 @@ class ManyLoraModel(BaseTuner):
         # PEFT looks for the names of the layers, into which FSDP1 puts words of its own; the keys stay as they were
         return {**{key: value for key, value in state_dict.items() if _BANK in key}, **found}
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        # The way back from above: PEFT leaves the keys of layers that FSDP1 has renamed as they are in the file
+        return {
+            key.replace(_BANK, f"{_BANK}{adapter_name}.")
+            if key in state_dict and _BANK in key
+            else key: value
+            for key, value in remapped.items()
+        }
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
