@@ -234,6 +234,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, nargs="+", default=[1, 3, 8])
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--share", nargs="+", choices=("A", "B", "none"), default=["B", "A", "none"])
+    parser.add_argument(
+        "--kind", nargs="+", choices=("released", "ours"), default=["released", "ours"], help="beside the two"
+    )
     parser.add_argument("--repeats", type=int, default=None, help="repetitions (9; quick: 2)")
     parser.add_argument("--layers", type=int, default=None, help="other than the preset's")
     parser.add_argument("--rows", type=int, default=None, help="other than the preset's")
@@ -258,6 +261,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     repeats = options.repeats or (2 if options.quick else 9)
     variants = all_variants(tuple(options.experts), tuple(options.dropout), tuple(options.share))
+    variants = [v for v in variants if v.kind in ("floor", "lora", *options.kind)]
     seconds: dict[str, list[float]] = {variant.key: [] for variant in variants}
     if not options.no_time:
         seconds = timed(variants, size, device, repeats)

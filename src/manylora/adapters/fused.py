@@ -33,6 +33,7 @@ class Project(Function):
     def forward(
         ctx: Any, x_TD: Tensor, a_MD: Tensor, router_ND: Tensor | None, places: Tensor | None, p: float
     ) -> tuple[Tensor, Tensor | None]:
+        """The projections (T, M), and the logits (T, N) where there is a router."""
         ctx.save_for_backward(x_TD, a_MD, router_ND, places)
         ctx.set_materialize_grads(False)
         ctx.p = p
@@ -48,6 +49,7 @@ class Project(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Gradients:
+        """Gradients of x, A and the router."""
         x_TD, a_MD, router_ND, places = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[0]
         wide_TD = x_TD.to(a_MD.dtype)
@@ -121,6 +123,7 @@ class AddProduct(Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h_TR: Tensor, b_OR: Tensor, scaling: float, in_place: bool) -> Tensor:
+        """The sum, in the shape of y."""
         ctx.save_for_backward(h_TR, b_OR)
         ctx.scaling = scaling
         if in_place:
@@ -140,6 +143,7 @@ class AddProduct(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Gradients:
+        """Gradients of y (as it came), h and B."""
         (y,) = gradients
         h_TR, b_OR = ctx.saved_tensors
         y_TO = y.reshape(-1, b_OR.shape[0]).to(b_OR.dtype)

@@ -117,14 +117,12 @@ class ExpertBank(nn.Module):
 
     def _operands(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """A, B and W_g, in the lower precision where autocast asks for it, as it does for nn.Linear's weights."""
-        operands = (self.lora_A, self.lora_B, self.lora_router if self.router == "token" else None)
+        A, B, router = self.lora_A, self.lora_B, self.lora_router if self.router == "token" else None
         lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-        if not lowered or self.lora_A.dtype == torch.float64:
-            return operands
+        if not lowered or A.dtype == torch.float64:
+            return A, B, router
         dtype = torch.get_autocast_dtype(device.type)
-        A, B, router = (None if operand is None else operand.to(dtype) for operand in operands)
-        assert A is not None and B is not None
-        return A, B, router
+        return A.to(dtype), B.to(dtype), None if router is None else router.to(dtype)
 
     def choice(self, routes: Routes | None) -> ops.Choice | None:
         """The static routing of a call without a token router; None if the ids differ between examples.

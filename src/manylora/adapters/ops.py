@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -105,22 +105,14 @@ class Layout:
         return A, B / self.num_experts
 
 
-class Projections(NamedTuple):
-    """x through the down-projections and the router."""
-
-    u_TM: Tensor
-    """Projections of the experts side by side, M = nA·R (or R' of a static routing)."""
-
-    logits_TN: Tensor | None
-    """The router's logits; None without a router."""
-
-
-def project(x_TD: Tensor, A: Tensor, router_ND: Tensor | None, *, dropout: float) -> Projections:
-    """(dropout(x) Aᵀ, x W_gᵀ), one mask for all experts and none for the router.
+def project(
+    x_TD: Tensor, A: Tensor, router_ND: Tensor | None, *, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    """(dropout(x) Aᵀ, x W_gᵀ): (…, M) and (…, N), one mask for all experts and none for the router.
 
     Args:
         x_TD: the layer's input, (…, D), in any dtype; computed in the dtype of A.
-        A: stacked down-projections, (M, D).
+        A: stacked down-projections, (M, D) with M = nA·R, or R' for those of a static routing.
         router_ND: W_g; None: no token router.
         dropout: probability of a zero; 0 where not in training.
     """
@@ -131,14 +123,14 @@ def project(x_TD: Tensor, A: Tensor, router_ND: Tensor | None, *, dropout: float
         u_TM, logits_TN = Project.apply(flat_TD, A, router_ND, places, dropout)
         if router_ND is not None:
             logits_TN = logits_TN.view(*leading, router_ND.shape[0])
-        return Projections(u_TM.view(*leading, A.shape[0]), logits_TN)
+        return u_TM.view(*leading, A.shape[0]), logits_TN
     x_TD = x_TD.to(A.dtype)
     dropped_TD = x_TD
     if dropout:
         # The reference draws the mask that the fused computation draws; a compiler fuses torch's own.
         places = draw_drops(x_TD, dropout) if how == "reference" else None
         dropped_TD = F.dropout(x_TD, dropout) if places is None else dropped_out(x_TD, places, dropout)
-    return Projections(F.linear(dropped_TD, A), None if router_ND is None else F.linear(x_TD, router_ND))
+    return (F.linear(dropped_TD, A), None if router_ND is None else F.linear(x_TD, router_ND))
 
 
 def routing_weights(logits_TN: Tensor) -> Tensor:
