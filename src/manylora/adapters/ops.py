@@ -116,14 +116,12 @@ def project(
         router_ND: W_g; None: no token router.
         dropout: probability of a zero; 0 where not in training.
     """
-    leading, how = x_TD.shape[:-1], computation()
+    how = computation()
     if how == "fused":
         flat_TD = x_TD.reshape(-1, A.shape[1])
         places = draw_drops(flat_TD, dropout) if dropout else None
-        u_TM, logits_TN = Project.apply(flat_TD, A, router_ND, places, dropout)
-        if router_ND is not None:
-            logits_TN = logits_TN.view(*leading, router_ND.shape[0])
-        return u_TM.view(*leading, A.shape[0]), logits_TN
+        u_MT, logits_NT = Project.apply(flat_TD, A, router_ND, places, dropout)
+        return _tokens_first(u_MT, x_TD), None if logits_NT is None else _tokens_first(logits_NT, x_TD)
     x_TD = x_TD.to(A.dtype)
     dropped_TD = x_TD
     if dropout:
@@ -170,14 +168,21 @@ def add_dynamic(
         scaling: s.
         in_place: whether y is the caller's alone, so that the sum may be written into it.
     """
-    u_TnR = u_TM.unflatten(-1, (layout.a_count, layout.rank))
     w_TN = w_TN.to(u_TM.dtype)
-    if computation() == "reference":
+    how = computation()
+    if how == "reference":
+        u_TnR = u_TM.unflatten(-1, (layout.a_count, layout.rank))
         return _loop(y_TO, u_TnR, w_TN, B, layout=layout, scaling=scaling)
-    p_TNR = w_TN.unsqueeze(-1) * u_TnR
     # B is linear, so with one shared B the experts are combined before it, in R dimensions;
     # with N of them, the weighted projections side by side meet the B's side by side in one product.
-    h_TR = p_TNR.sum(-2) if layout.b_count == 1 else p_TNR.flatten(-2)
+    if how == "fused":
+        w_TN = w_TN.expand(*u_TM.shape[:-1], layout.num_experts)
+        w_NT = _tokens_last(w_TN).contiguous()
+        p_NRT = w_NT.unsqueeze(1) * _tokens_last(u_TM).unflatten(0, (layout.a_count, layout.rank))
+        h_TR = _tokens_first(p_NRT.sum(0) if layout.b_count == 1 else p_NRT.flatten(0, 1), u_TM)
+    else:
+        p_TNR = w_TN.unsqueeze(-1) * u_TM.unflatten(-1, (layout.a_count, layout.rank))
+        h_TR = p_TNR.sum(-2) if layout.b_count == 1 else p_TNR.flatten(-2)
     return add_static(y_TO, h_TR, B, scaling=scaling, in_place=in_place)
 
 
@@ -191,14 +196,13 @@ def add_static(y_TO: Tensor, h_TR: Tensor, b_OR: Tensor, *, scaling: float, in_p
         scaling: s.
         in_place: as in `add_dynamic`.
     """
-    flat_TR = h_TR.reshape(-1, b_OR.shape[1])
     if computation() == "fused":
         # A view's history would be rewritten with copies, a leaf's must not change.
         owned = in_place and y_TO.is_contiguous() and not y_TO._is_view()
         owned = owned and not (y_TO.is_leaf and y_TO.requires_grad)
-        return AddProduct.apply(y_TO, flat_TR, b_OR, scaling, owned)
+        return AddProduct.apply(y_TO, _tokens_last(h_TR), b_OR, scaling, owned)
     if y_TO.dtype == h_TR.dtype == b_OR.dtype:
-        flat_TO = y_TO.reshape(-1, b_OR.shape[0])
+        flat_TO, flat_TR = y_TO.reshape(-1, b_OR.shape[0]), h_TR.reshape(-1, b_OR.shape[1])
         return torch.addmm(flat_TO, flat_TR, b_OR.t(), alpha=scaling).view(y_TO.shape)
     return (y_TO + F.linear(h_TR, b_OR) * scaling).to(y_TO.dtype)
 
@@ -207,6 +211,16 @@ def static_delta(A: Tensor, B: Tensor, choice: Choice, *, layout: Layout, scalin
     """The weight (O, D) that a static routing adds to the base weight."""
     a_RD, b_OR = layout.static_factors(A, B, choice)
     return (b_OR @ a_RD) * scaling
+
+
+def _tokens_first(narrow_MT: Tensor, like: Tensor) -> Tensor:
+    """(M, T) seen as (…, M), with the leading dimensions of `like`; the memory stays as it is."""
+    return narrow_MT.t().view(*like.shape[:-1], narrow_MT.shape[0])
+
+
+def _tokens_last(narrow: Tensor) -> Tensor:
+    """(…, M) seen as (M, T); no copy of what `_tokens_first` made."""
+    return narrow.reshape(-1, narrow.shape[-1]).t()
 
 
 def _loop(y_TO: Tensor, u_TnR: Tensor, w_TN: Tensor, B: Tensor, *, layout: Layout, scaling: float) -> Tensor:
