@@ -6,8 +6,9 @@
 
 Time: all variants live in one process and take turns, in an order drawn anew for every repetition, so that a busy
 machine slows all of them; each repetition gives one ratio to PEFT's LoRA with the same dropout. Memory: every variant
-in a process of its own (peak growth over what the process held before its first step; kept activations as distinct
-storages that autograd saves, parameters apart). Prints the table and the targets; writes JSON.
+in a process of its own (peak growth over what the process held before its first step, on a CPU with the allocator as it
+comes, which gives back less than was freed; kept activations as distinct storages that autograd saves, parameters
+apart). Prints the table and the targets; writes JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import random
 import resource
@@ -77,12 +77,8 @@ def memory_of(variant: Variant, size: Size, device: str, steps: int) -> Row:
 
 def measured_apart(variant: Variant, words: Sequence[str]) -> Row:
     """`memory_of` in a fresh process of this same command."""
-    # One arena that gives large blocks back at once: what is counted is what is held, not what was once held.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.step", *words, "--measure", json.dumps(asdict(variant))]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, cwd=Path(__file__).parents[1]
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     if done.returncode:
         if "OutOfMemoryError" in done.stderr:
             return {"kept": None, "growth": None}

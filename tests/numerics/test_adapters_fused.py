@@ -183,7 +183,9 @@ def test_backward_keeps_no_copy_of_the_input(dropout: float) -> None:
         layer(x)
     assert x.untyped_storage().data_ptr() in kept  # by reference
     rest = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at != x.untyped_storage().data_ptr())
-    narrow = tokens * 4 * (n * R + n + 2 * n + R)  # projections and logits, weights in both orders, weighted sum
+    narrow = (
+        tokens * 4 * (n * R + n + 2 * n + R)
+    )  # projections and logits, weights in both orders, weighted sum
     places = 4 * math.ceil(x.numel() * dropout * 1.2 + 16)
     assert rest <= narrow + (places if dropout else 0)
 
