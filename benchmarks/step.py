@@ -16,15 +16,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import platform
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,33 @@ def memory_of(variant: Variant, size: Size, device: str, steps: int) -> Row:
     return {"kept": kept, "growth": peak - before}
 
 
-def measured_apart(variant: Variant, words: Sequence[str]) -> Row:
-    """`memory_of` in a fresh process of this same command."""
-    command = [sys.executable, "-m", "benchmarks.step", *words, "--measure", json.dumps(asdict(variant))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
-    if done.returncode:
-        if "OutOfMemoryError" in done.stderr:
-            return {"kept": None, "growth": None}
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+def send_memory(channel: Connection, variant: Variant, size: Size, device: str) -> None:
+    """The work of `measured_apart`'s process."""
+    try:
+        channel.send(memory_of(variant, size, device, steps=2))
+    except torch.OutOfMemoryError:
+        channel.send({"kept": None, "growth": None})
+
+
+def measured_apart(variants: Sequence[Variant], size: Size, device: str) -> dict[str, Row]:
+    """`memory_of` every variant in a process of its own, forked from one that has imported and done nothing."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["benchmarks.variants"])
+    found = {}
+    for variant in variants:
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=send_memory, args=(there, variant, size, device))
+        process.start()
+        there.close()
+        try:
+            found[variant.key] = here.recv()
+        except EOFError as error:
+            raise RuntimeError(f"measuring the memory of {variant.key} failed; see above") from error
+        finally:
+            process.join()
+    return found
 
 
 def timed(variants: Sequence[Variant], size: Size, device: str, repeats: int) -> dict[str, list[float]]:
@@ -239,7 +258,6 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--no-time", action="store_true", help="memory only")
     parser.add_argument("--out", type=Path, default=Path("build/step.json"))
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # one variant's memory, in a process of its own
     return parser.parse_args(words)
 
 
@@ -252,9 +270,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     preset = PRESETS["quick"] if options.quick else PRESETS[options.preset]
     size = resized(preset, layers=options.layers, rows=options.rows)
-    if options.measure:
-        print(json.dumps(memory_of(Variant(**json.loads(options.measure)), size, device, steps=2)))
-        return 0
     repeats = options.repeats or (2 if options.quick else 9)
     variants = all_variants(tuple(options.experts), tuple(options.dropout), tuple(options.share))
     variants = [v for v in variants if v.kind in ("floor", "lora", *options.kind)]
@@ -262,13 +277,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not options.no_time:
         seconds = timed(variants, size, device, repeats)
         gc.collect()
-    memory = {}
-    if not options.no_memory:
-        shapes = ["--preset", options.preset, *(["--quick"] if options.quick else [])]
-        for name in ("layers", "rows"):
-            if getattr(options, name) is not None:
-                shapes += [f"--{name}", str(getattr(options, name))]
-        memory = {variant.key: measured_apart(variant, shapes) for variant in variants}
+    memory = {} if options.no_memory else measured_apart(variants, size, device)
     rows = table_rows(variants, seconds, memory)
     checks = targets(rows, seconds, device)
     show(rows, checks, size, device, repeats)

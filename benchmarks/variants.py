@@ -94,7 +94,9 @@ def all_variants(
     experts: tuple[int, ...], dropouts: tuple[float, ...], shares: tuple[str, ...]
 ) -> list[Variant]:
     """Every row: the floor, PEFT's LoRA, the as-released loop and ours."""
-    rows = [Variant(kind="floor")]
+    rows = [
+        Variant(kind="floor", dropout=min(dropouts))
+    ]  # its dropout only names the row it is compared with
     for dropout in dropouts:
         rows.append(Variant(kind="lora", dropout=dropout))
         rows += [
