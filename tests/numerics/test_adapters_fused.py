@@ -298,3 +298,28 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str) -> N
             assert leaf.grad is None
         else:
             torch.testing.assert_close(leaf.grad, full[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_compiles_without_a_graph_break(router: str) -> None:
+    layer = make_layer(router=router, default_expert=1 if router == "task" else None)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+    results = []
+    for run in (compiled, layer):
+        y = run(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *parameters(layer)])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_dropout_compiles_too() -> None:
+    layer = make_layer(lora_dropout=0.5)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(64, T, D, dtype=torch.float64)
+    dropped = [(compiled(x) - layer.base_layer(x)).detach() for _ in range(200)]
+    layer.eval()
+    want = (layer(x) - layer.base_layer(x)).detach()
+    assert not torch.equal(dropped[0], dropped[1])
+    mean = torch.stack(dropped).mean(0)
+    assert float((mean - want).norm() / want.norm()) < 0.2
