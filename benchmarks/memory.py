@@ -47,11 +47,11 @@ class Case:
 CASES = (
     Case(name="192 x 5 layers, 16 rows", hidden=192, layers=5, rows=16),
     Case(name="384 x 6 layers, 8 rows", hidden=384, layers=6, rows=8),
-    Case(name="512 x 8 layers, 16 rows", hidden=512, layers=8, rows=16),
+    Case(name="512 x 8 layers, 8 rows", hidden=512, layers=8, rows=8),
 )
 EXTRA = (
     Case(name="384 x 6 layers, 8 rows, dropout 0", hidden=384, layers=6, rows=8, dropout=0.0),
-    Case(name="512 x 8 layers, 16 rows, checkpointing", hidden=512, layers=8, rows=16, checkpointing=True),
+    Case(name="384 x 6 layers, 8 rows, checkpointing", hidden=384, layers=6, rows=8, checkpointing=True),
 )
 
 
@@ -186,7 +186,11 @@ def main(words: Sequence[str] | None = None) -> int:
             print(json.dumps(measure(case, Path(folder))))
         return 0
     cases = CASES[:1] if options.quick else (*CASES, *(EXTRA if options.extra else ()))
-    found = [(case, measured_apart(case, steps=2 if options.quick else 6)) for case in cases]
+    found = []
+    for case in cases:
+        found.append((case, measured_apart(case, steps=2 if options.quick else 4)))
+        row = found[-1][1]
+        print(f"{case.name}: {row['estimate'] / row['measured']:.3f}", file=sys.stderr, flush=True)
     show(found)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     record = [{**asdict(case), **row} for case, row in found]

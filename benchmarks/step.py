@@ -5,7 +5,8 @@
     python -m benchmarks.step --quick              # tiny shapes: does it run at all
 
 Time: all variants live in one process and take turns, in an order drawn anew for every repetition, so that a busy
-machine slows all of them; each repetition gives one ratio to PEFT's LoRA with the same dropout. Memory: every variant
+machine slows all of them; with OMP_NUM_THREADS=1 it is the thread's processor time, which other processes do not
+stretch, else wall-clock time. Each repetition gives one ratio to PEFT's LoRA with the same dropout. Memory: every variant
 in a process of its own (peak growth over what the process held before its first step, on a CPU with the allocator as it
 comes, which gives back less than was freed; kept activations as distinct storages that autograd saves, parameters
 apart). Prints the table and the targets; writes JSON.
@@ -23,7 +24,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -105,6 +106,11 @@ def measured_apart(variants: Sequence[Variant], size: Size, device: str) -> dict
     return found
 
 
+def clock_for(device: str) -> Callable[[], float]:
+    """Processor time where one thread does all the work, else wall-clock time."""
+    return time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def timed(variants: Sequence[Variant], size: Size, device: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of each repetition's step per variant; a variant that runs out of memory gets none."""
     torch.manual_seed(0)
@@ -112,9 +118,10 @@ def timed(variants: Sequence[Variant], size: Size, device: str, repeats: int) ->
     steps = {variant.key: Step(variant, base, size, device) for variant in variants}
     seconds: dict[str, list[float]] = {key: [] for key in steps}
     order = random.Random(0)
+    clock = clock_for(device)
     for repeat in range(-1, repeats):  # the first round warms up
         for key in order.sample(list(steps), len(steps)):
-            begin = time.perf_counter()
+            begin = clock()
             try:
                 steps[key]()
             except torch.OutOfMemoryError:
@@ -122,7 +129,7 @@ def timed(variants: Sequence[Variant], size: Size, device: str, repeats: int) ->
                 torch.cuda.empty_cache()
                 continue
             if repeat >= 0:
-                seconds[key].append(time.perf_counter() - begin)
+                seconds[key].append(clock() - begin)
         print(f"repetition {repeat + 1} of {repeats} done", file=sys.stderr, flush=True)
     return {key: values if len(values) == repeats else [] for key, values in seconds.items()}
 
@@ -234,7 +241,8 @@ def device_name(device: str) -> str:
     """What the numbers were measured on."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} threads" if threads > 1 else "CPU, 1 thread, processor time"
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
