@@ -6,10 +6,11 @@
 
 Time: all variants live in one process and take turns, in an order drawn anew for every repetition, so that a busy
 machine slows all of them; with OMP_NUM_THREADS=1 it is the thread's processor time, which other processes do not
-stretch, else wall-clock time. Each repetition gives one ratio to PEFT's LoRA with the same dropout. Memory: every variant
-in a process of its own (peak growth over what the process held before its first step, on a CPU with the allocator as it
-comes, which gives back less than was freed; kept activations as distinct storages that autograd saves, parameters
-apart). Prints the table and the targets; writes JSON.
+stretch, else wall-clock time. Each repetition gives one ratio to PEFT's LoRA with the same dropout.
+
+Memory: every variant has a process of its own. Peak growth is over what the process held before its first step, on a
+CPU with the allocator as it comes, which gives back less than was freed; kept activations are the distinct storages
+that autograd saves, parameters apart. Prints the table and the targets; writes JSON.
 """
 
 from __future__ import annotations
