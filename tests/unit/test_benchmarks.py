@@ -101,3 +101,16 @@ def test_the_released_loop_computes_what_ours_does_without_dropout() -> None:
     torch.testing.assert_close(
         got.grad, layers["model.layers.0.self_attn.q_proj"].lora_B.weight.grad, rtol=1e-4, atol=1e-6
     )
+
+
+def test_the_memory_plan_is_within_15_percent_of_a_real_training(tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    done = run("memory", "--quick", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(out.read_text(encoding="utf-8"))
+    assert row["steps"] == 2
+    assert row["estimate"] / row["measured"] == pytest.approx(1, abs=0.15)
+    # the process alone is not the peak: the part that the plan works out is most of the rest
+    assert row["measured"] - row["after_planning"] > 300 * 2**20
+    worked_out = row["estimate"] - row["parts"]["process"]
+    assert worked_out == pytest.approx(row["measured"] - row["after_planning"], rel=0.35)
