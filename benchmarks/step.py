@@ -4,11 +4,13 @@
     python -m benchmarks.step --preset cuda        # Llama-3-8B's layers, 8,192 tokens, bfloat16 (CUDA)
     python -m benchmarks.step --quick              # tiny shapes: does it run at all
 
-Time: all variants live in one process and take turns, in an order drawn anew for every repetition, so that a busy
-machine slows all of them; with OMP_NUM_THREADS=1 it is the thread's processor time, which other processes do not
-stretch, else wall-clock time. Each repetition gives one ratio to PEFT's LoRA with the same dropout.
+Time: all variants are alive together and take turns, in an order drawn anew for every repetition, so that a busy
+machine slows all of them. On a CPU each has a process of its own, because what one leaves behind in the allocator
+changes the speed of the next; on CUDA one process has them all, with one copy of the frozen weights. With
+OMP_NUM_THREADS=1 it is the thread's processor time, which other processes do not stretch, else wall-clock time. Each
+repetition gives one ratio to PEFT's LoRA with the same dropout.
 
-Memory: every variant has a process of its own. Peak growth is over what the process held before its first step, on a
+Memory: in processes of their own. Peak growth is over what the process held before its first step, on a
 CPU with the allocator as it comes, which gives back less than was freed; kept activations are the distinct storages
 that autograd saves, parameters apart. Prints the table and the targets; writes JSON.
 """
@@ -16,6 +18,7 @@ that autograd saves, parameters apart. Prints the table and the targets; writes 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import multiprocessing
@@ -59,10 +62,8 @@ def forget_peak() -> None:
         record.write_text("5", encoding="ascii")
 
 
-def memory_of(variant: Variant, size: Size, device: str, steps: int) -> Row:
-    """Kept activations and peak growth; for a process that does nothing else."""
-    torch.manual_seed(0)
-    step = Step(variant, make_base(size, device), size, device)
+def memory_of(step: Step, device: str, steps: int) -> Row:
+    """Kept activations and peak growth; for a process that has done nothing else."""
     kept = step.kept_bytes()
     gc.collect()
     if device == "cuda":
@@ -78,61 +79,107 @@ def memory_of(variant: Variant, size: Size, device: str, steps: int) -> Row:
     return {"kept": kept, "growth": peak - before}
 
 
-def send_memory(channel: Connection, variant: Variant, size: Size, device: str) -> None:
-    """The work of `measured_apart`'s process."""
-    try:
-        channel.send(memory_of(variant, size, device, steps=2))
-    except torch.OutOfMemoryError:
-        channel.send({"kept": None, "growth": None})
-
-
-def measured_apart(variants: Sequence[Variant], size: Size, device: str) -> dict[str, Row]:
-    """`memory_of` every variant in a process of its own, forked from one that has imported and done nothing."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(["benchmarks.variants"])
-    found = {}
-    for variant in variants:
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=send_memory, args=(there, variant, size, device))
-        process.start()
-        there.close()
-        try:
-            found[variant.key] = here.recv()
-        except EOFError as error:
-            raise RuntimeError(f"measuring the memory of {variant.key} failed; see above") from error
-        finally:
-            process.join()
-    return found
-
-
 def clock_for(device: str) -> Callable[[], float]:
     """Processor time where one thread does all the work, else wall-clock time."""
     return time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def timed(variants: Sequence[Variant], size: Size, device: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repetition's step per variant; a variant that runs out of memory gets none."""
-    torch.manual_seed(0)
-    base = make_base(size, device)
-    steps = {variant.key: Step(variant, base, size, device) for variant in variants}
-    seconds: dict[str, list[float]] = {key: [] for key in steps}
-    order = random.Random(0)
+def seconds_of(step: Step, device: str) -> float:
+    """Duration of one step."""
     clock = clock_for(device)
+    begin = clock()
+    step()
+    return clock() - begin
+
+
+def serve(channel: Connection, variant: Variant, size: Size, device: str, with_memory: bool) -> None:
+    """The work of a `Worker`'s process: the memory first, then one timed step for every True."""
+    torch.manual_seed(0)
+    try:
+        step = Step(variant, make_base(size, device), size, device)
+        channel.send(memory_of(step, device, steps=2) if with_memory else {})
+    except torch.OutOfMemoryError:
+        channel.send({})
+        return
+    while channel.recv():
+        channel.send(seconds_of(step, device))
+
+
+class Worker:
+    """One variant in a process of its own, forked from one that has imported everything and done nothing."""
+
+    def __init__(self, variant: Variant, size: Size, device: str, *, with_memory: bool) -> None:
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            context.set_forkserver_preload(["benchmarks.variants"])
+        self.channel, there = context.Pipe()
+        self.process = context.Process(target=serve, args=(there, variant, size, device, with_memory))
+        self.process.start()
+        there.close()
+        self.memory: Row = self._answer()
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        self.channel.send(True)
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.is_alive():
+            self.channel.send(False)
+        self.process.join()
+
+    def _answer(self) -> Any:
+        try:
+            return self.channel.recv()
+        except EOFError as error:
+            raise RuntimeError("a variant's process has ended early; its error stands above") from error
+
+
+def timed(runners: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repetition's step per variant; a variant that runs out of memory gets none."""
+    seconds: dict[str, list[float]] = {key: [] for key in runners}
+    order = random.Random(0)
     for repeat in range(-1, repeats):  # the first round warms up
-        for key in order.sample(list(steps), len(steps)):
-            begin = clock()
+        for key in order.sample(list(runners), len(runners)):
             try:
-                steps[key]()
+                taken = runners[key]()
             except torch.OutOfMemoryError:
-                del steps[key]
+                del runners[key]
                 torch.cuda.empty_cache()
                 continue
             if repeat >= 0:
-                seconds[key].append(clock() - begin)
+                seconds[key].append(taken)
         print(f"repetition {repeat + 1} of {repeats} done", file=sys.stderr, flush=True)
     return {key: values if len(values) == repeats else [] for key, values in seconds.items()}
+
+
+def measured(
+    variants: Sequence[Variant], size: Size, device: str, *, repeats: int, with_memory: bool
+) -> tuple[dict[str, list[float]], dict[str, Row]]:
+    """Seconds and memory by variant; no repetitions: memory alone."""
+    memory: dict[str, Row] = {}
+    workers: dict[str, Worker] = {}
+    try:
+        for variant in variants:
+            if device == "cpu" or with_memory:
+                worker = Worker(variant, size, device, with_memory=with_memory)
+                workers[variant.key], memory[variant.key] = worker, worker.memory
+                if device == "cuda" or not repeats:
+                    worker.close()
+        if not repeats:
+            return {variant.key: [] for variant in variants}, memory
+        if device == "cpu":
+            return timed({key: worker.step for key, worker in workers.items()}, repeats), memory
+        torch.manual_seed(0)
+        base = make_base(size, device)
+        steps = {variant.key: Step(variant, base, size, device) for variant in variants}
+        runners = {key: functools.partial(seconds_of, step, device) for key, step in steps.items()}
+        return timed(runners, repeats), memory
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 def quartiles(values: Sequence[float]) -> list[float] | None:
@@ -282,11 +329,13 @@ def main(words: Sequence[str] | None = None) -> int:
     repeats = options.repeats or (2 if options.quick else 9)
     variants = all_variants(tuple(options.experts), tuple(options.dropout), tuple(options.share))
     variants = [v for v in variants if v.kind in ("floor", "lora", *options.kind)]
-    seconds: dict[str, list[float]] = {variant.key: [] for variant in variants}
-    if not options.no_time:
-        seconds = timed(variants, size, device, repeats)
-        gc.collect()
-    memory = {} if options.no_memory else measured_apart(variants, size, device)
+    seconds, memory = measured(
+        variants,
+        size,
+        device,
+        repeats=0 if options.no_time else repeats,
+        with_memory=not options.no_memory,
+    )
     rows = table_rows(variants, seconds, memory)
     checks = targets(rows, seconds, device)
     show(rows, checks, size, device, repeats)
