@@ -59,7 +59,7 @@ def test_a_graph_still_refuses_ids_out_of_range() -> None:
     fast = compiled(model)
     with torch.no_grad():
         fast(input_ids=tokens(), expert_ids=torch.tensor([2, 0, 1]), use_cache=False)
-        with pytest.raises(RuntimeError, match="expert_ids are outside 0 to 2"):
+        with pytest.raises(RuntimeError, match=r"expert_ids out of range.*0 to 2"):
             fast(input_ids=tokens(), expert_ids=torch.tensor([2, 3, 1]), use_cache=False)
 
 

@@ -191,7 +191,10 @@ class Routes:
         elif torch.compiler.is_compiling():
             # A compiled graph cannot look at values and then raise an error of ours, only assert.
             inside = ((self.ids >= 0) & (self.ids < num_experts)).all()
-            torch._assert_async(inside, f"expert_ids are outside 0 to {num_experts - 1}")
+            torch._assert_async(
+                inside, f"expert_ids out of range; the adapter's experts are 0 to {num_experts - 1}."
+            )
+            self._checked.add(num_experts)
             return
         else:
             # Reading the values makes a GPU wait, hence once per call of the model and not once per layer.
