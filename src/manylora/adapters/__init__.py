@@ -1,8 +1,8 @@
 """Adapters: the multi-LoRA layer as a PEFT method.
 
-`config` holds the settings, `ops` the mathematics, `layer` the adapted linear layer, `routing` how expert ids
-reach it, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's lines on loading;
-`registration` tells PEFT about the method when this room is imported.
+`config` holds the settings, `ops` the mathematics (`fused` its autograd functions, `dropout` their mask), `layer` the
+adapted linear layer, `routing` how expert ids reach it, `targets` which layers get one, `model` PEFT's tuner, `card`
+the model card's lines on loading; `registration` tells PEFT about the method when this room is imported.
 """
 
 from manylora.adapters.config import (
