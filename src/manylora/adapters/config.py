@@ -57,8 +57,8 @@ class ManyLoraConfig(PeftConfig):
     """The scaling is lora_alpha / r. 16 at rank 8 in the paper's multi-task runs."""
 
     lora_dropout: float = 0.05
-    """Dropout on the adapter's input, not on the router's; one mask per layer call serves all experts. 0.05
-    as in the paper's multi-task runs."""
+    """Dropout on the adapter's input, not on the router's; one mask per layer call serves all experts (with one
+    expert it is the mask that PEFT's LoRA would draw). 0.05 as in the paper's multi-task runs."""
 
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (2312.03732). Off, as in the paper."""
