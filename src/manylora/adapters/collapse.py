@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from manylora.adapters.layer import ExpertBank
-from manylora.adapters.ops import routing_weights
 
 How = Literal["fit", "mean"]
 """How a token router is collapsed."""
@@ -53,10 +52,9 @@ class Collapse:
     """
 
     def __init__(self, bank: ExpertBank, how: How) -> None:
-        self.layout, self.how = bank.layout, how
-        self.router_ND = bank.lora_router.detach()
+        self.bank, self.layout, self.how = bank, bank.layout, how
         # sums of many small numbers; some accelerators have no float64
-        self.dtype = torch.float32 if self.router_ND.device.type == "mps" else torch.float64
+        self.dtype = torch.float32 if bank.lora_A.device.type == "mps" else torch.float64
         self.A, self.B = (p.detach().to(self.dtype) for p in (bank.lora_A, bank.lora_B))
         self.tokens = 0
         self.gate_N: Tensor = self.A.new_zeros(bank.num_experts)
@@ -69,7 +67,7 @@ class Collapse:
 
     def add(self, x_TD: Tensor) -> None:
         """Count the layer's input at some tokens, (T, D)."""
-        w_TN = routing_weights(x_TD.to(self.router_ND.dtype), self.router_ND).to(self.dtype)
+        w_TN = self.bank.observed_weights(x_TD, None).to(self.dtype)
         self.tokens += x_TD.shape[0]
         self.gate_N += w_TN.sum(0)
         if self.how == "mean":
