@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapters import ExpertBank, ManyLoraConfig, ManyLoraLinear, ops
+from manylora.adapters.dropout import draw_drops, with_zeros
 from manylora.adapters.routing import Routes, RoutingState
 from manylora.errors import RoutingError
 
@@ -57,7 +58,7 @@ def parameters(layer: ManyLoraLinear) -> dict[str, Tensor]:
     return dict(layer.manylora_experts.named_parameters())
 
 
-@pytest.mark.parametrize("computation", ["stacked", "reference"])
+@pytest.mark.parametrize("computation", ["fused", "stacked", "reference"])
 @pytest.mark.parametrize(("kind", "bias"), [("linear", True), ("linear", False), ("conv1d", True)])
 @pytest.mark.parametrize(
     ("share", "router", "n", "shape"),
@@ -133,16 +134,18 @@ def test_merged_expert_refuses_ids_of_another() -> None:
         layer(x)
 
 
+@pytest.mark.parametrize("computation", ["fused", "reference"])
 @pytest.mark.parametrize("share", SHARES)
-def test_dropout_uses_one_mask_for_all_experts_and_none_for_the_router(share: str) -> None:
+def test_dropout_uses_one_mask_for_all_experts_and_none_for_the_router(share: str, computation: str) -> None:
     torch.manual_seed(0)
     layer = make_layer("linear", True, num_experts=3, share=share, router="token", lora_dropout=0.5)
     layer.train()
     x = torch.randn(B, T, D, dtype=torch.float64)
     torch.manual_seed(7)
-    y = layer(x)
+    with ops.computed_by(computation):
+        y = layer(x)
     torch.manual_seed(7)
-    dropped = nn.functional.dropout(x, 0.5)
+    dropped = 2 * with_zeros(x, draw_drops(x, 0.5))
     bank = layer.bank("default")
     w = torch.softmax(x @ bank.lora_router.T, dim=-1)
     expected = twin(dropped, layer, w, share, 3) - layer.base_layer(dropped) + layer.base_layer(x)

@@ -75,10 +75,12 @@ def test_the_memory_plan_is_what_autograd_keeps(
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     ids = torch.ones(4, 48, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0  # as in any batch of unequal rows: transformers leaves out a mask that hides nothing
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     measured = sum(size for address, size in kept.items() if address not in own) + logits.nbytes
-    assert plan.activations == pytest.approx(measured, rel=0.05)
+    assert plan.activations == pytest.approx(measured, rel=0.01)
     assert plan.adapter == 16 * prepared.plan.trainable
     assert plan.base == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
 

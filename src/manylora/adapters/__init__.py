@@ -9,12 +9,6 @@ writes both.
 """
 
 from manylora.adapters.balance import LoadBalance, load_balance_loss
-`config` holds the settings, `ops` the mathematics, `layer` the adapted linear layer, `routing` how expert ids
-reach it, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's lines on loading;
-`registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter
-(`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both.
-"""
-
 from manylora.adapters.collapse import Collapse, Fitted, How
 from manylora.adapters.config import (
     FORMAT_VERSION,
@@ -24,6 +18,9 @@ from manylora.adapters.config import (
     Share,
     parameters_per_layer,
 )
+from manylora.adapters.export import PlainLora, expert_names, export_lora
+from manylora.adapters.folders import find_loras, read_adapter, read_lora, write_folder
+from manylora.adapters.from_lora import import_loras
 from manylora.adapters.gates import (
     COLLAPSE,
     GateStatistics,
@@ -32,9 +29,6 @@ from manylora.adapters.gates import (
     has_load_balance,
     load_balance,
 )
-from manylora.adapters.export import PlainLora, expert_names, export_lora
-from manylora.adapters.folders import find_loras, read_adapter, read_lora, write_folder
-from manylora.adapters.from_lora import import_loras
 from manylora.adapters.layer import ExpertBank, ManyLoraLinear
 from manylora.adapters.model import ManyLoraModel
 from manylora.adapters.registration import register
@@ -48,11 +42,11 @@ __all__ = [
     "Collapse",
     "ExpertBank",
     "ExpertIds",
+    "Fitted",
     "GateStatistics",
+    "How",
     "LayerGates",
     "LoadBalance",
-    "Fitted",
-    "How",
     "ManyLoraConfig",
     "ManyLoraLinear",
     "ManyLoraModel",
@@ -60,14 +54,14 @@ __all__ = [
     "PlainLora",
     "RouterKind",
     "Share",
-    "gate_statistics",
-    "has_load_balance",
-    "load_balance",
-    "load_balance_loss",
     "expert_names",
     "export_lora",
     "find_loras",
+    "gate_statistics",
+    "has_load_balance",
     "import_loras",
+    "load_balance",
+    "load_balance_loss",
     "parameters_per_layer",
     "read_adapter",
     "read_lora",

@@ -98,6 +98,9 @@ class ManyLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     """Modules to train in full and save beside the adapter."""
 
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the input embedding (a list), or of the named embeddings, to train and save beside the adapter."""
+
     bias: str = "none"
     """Base biases to train: "none", "all", or "manylora_only" (also "lora_only"): of adapted layers."""
 

@@ -83,35 +83,53 @@ class ExpertBank(nn.Module):
         """N."""
         return self.layout.num_experts
 
-    def forward(self, x: Tensor, y: Tensor, routes: Routes | None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, routes: Routes | None, *, in_place: bool = False) -> Tensor:
         """The base output with this adapter's contribution added.
 
         Args:
             x: the layer's input, (…, D); under the task router the first dimension counts the examples.
             y: the base layer's output, (…, O).
             routes: expert ids of the running call; None outside any call of the model.
+            in_place: whether y is the caller's alone, so that the sum may be written into it.
 
         Raises:
             RoutingError: under the task router, ids are missing, too few or too many, or out of range.
         """
-        x = x.to(self.lora_A.dtype)
-        dropped = F.dropout(x, self.dropout, self.training)  # one mask for all experts
-        if self.router == "token":
-            logits_TN = F.linear(x, self.lora_router)
-            if self.load_balance_weight:
-                self._note(logits_TN, x, routes)
-            w = ops.routing_weights(logits_TN, top_k=self.top_k, temperature=self.temperature)
-        else:
-            choice = self.choice(routes)
-            if choice is not None:
-                return ops.add_static(
-                    y, dropped, choice, self.lora_A, self.lora_B, layout=self.layout, scaling=self.scaling
-                )
-            assert routes is not None
-            w = routes.weights(x, self.num_experts)
-        return ops.add_dynamic(
-            y, dropped, w, self.lora_A, self.lora_B, layout=self.layout, scaling=self.scaling
-        )
+        layout, scaling = self.layout, self.scaling
+        choice = None if self.router == "token" else self.choice(routes)
+        A, B, router = self._operands(x.device)
+        dropout = self.dropout if self.training else 0.0
+        if self.num_experts == 1 and dropout:
+            x, dropout = F.dropout(x.to(A.dtype), dropout), 0.0  # PEFT's LoRA to the mask
+        if choice is not None and ops.computation() != "reference":
+            a_RD, b_OR = layout.static_factors(A, B, choice)
+            h_TR, _ = ops.project(x, a_RD, None, dropout=dropout)
+            return ops.add_static(y, h_TR, b_OR, scaling=scaling, in_place=in_place)
+        u_TM, logits_TN = ops.project(x, A, router, dropout=dropout)
+        if logits_TN is not None and self.load_balance_weight:
+            self._note(logits_TN, x, routes)
+        w_TN = self.routing_weights(x, logits_TN, choice, routes)
+        return ops.add_dynamic(y, u_TM, w_TN, B, layout=layout, scaling=scaling, in_place=in_place)
+
+    def routing_weights(
+        self, x: Tensor, logits_TN: Tensor | None, choice: ops.Choice | None, routes: Routes | None
+    ) -> Tensor:
+        """How much each expert counts, broadcastable to (…, N)."""
+        if logits_TN is not None:
+            return ops.routing_weights(logits_TN, top_k=self.top_k, temperature=self.temperature)
+        if choice is not None:
+            return ops.choice_weights(choice, self.num_experts, like=x)
+        assert routes is not None
+        return routes.weights(x, self.num_experts)
+
+    def _operands(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and W_g, in the lower precision where autocast asks for it, as it does for nn.Linear's weights."""
+        A, B, router = self.lora_A, self.lora_B, self.lora_router if self.router == "token" else None
+        lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        if not lowered or A.dtype == torch.float64:
+            return A, B, router
+        dtype = torch.get_autocast_dtype(device.type)
+        return A.to(dtype), B.to(dtype), None if router is None else router.to(dtype)
 
     def observed_weights(self, x: Tensor, routes: Routes | None) -> Tensor:
         """What `forward` weighs the experts with, (…, N); for statistics, so without gradients.
@@ -121,19 +139,10 @@ class ExpertBank(nn.Module):
         """
         with torch.no_grad():
             x = x.to(self.lora_A.dtype)
-            shape = (*x.shape[:-1], self.num_experts)
-            if self.router == "token":
-                logits_TN = F.linear(x, self.lora_router)
-                return ops.routing_weights(logits_TN, top_k=self.top_k, temperature=self.temperature)
-            choice = self.choice(routes)
-            if choice is None:
-                assert routes is not None
-                return routes.weights(x, self.num_experts).expand(shape)
-            if choice == "all":
-                return x.new_full(shape, 1 / self.num_experts)
-            w = x.new_zeros(shape)
-            w[..., choice] = 1
-            return w
+            logits_TN = F.linear(x, self.lora_router) if self.router == "token" else None
+            choice = None if self.router == "token" else self.choice(routes)
+            w_TN = self.routing_weights(x, logits_TN, choice, routes)
+            return w_TN.expand(*x.shape[:-1], self.num_experts)
 
     def choice(self, routes: Routes | None) -> ops.Choice | None:
         """The static routing of a call without a token router; None if the ids differ between examples.
@@ -285,12 +294,12 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
             return y
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
-        routes = self.routing.current
+        routes, in_place = self.routing.current, self._owns_output()
         if routes is not None and routes.adapters is not None:
             return self._mixed(x, y, routes)
         for name in self.active_adapters:
             if name in self.manylora_experts:
-                y = self.manylora_experts[name](x, y, routes)
+                y = self.manylora_experts[name](x, y, routes, in_place=in_place)
         return y
 
     def _mixed(self, x: Tensor, y: Tensor, routes: Routes) -> Tensor:
@@ -301,6 +310,23 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
                 some = self.manylora_experts[part.adapter](x[rows_B], y[rows_B], part.routes)
                 y = y.index_copy(0, rows_B, some)
         return y
+
+    def _owns_output(self) -> bool:
+        """Whether the base layer's output is new memory that nothing but this layer has seen.
+
+        True of nn.Linear itself, which does not keep its output for backward, unless hooks or a replaced
+        forward (as offloading makes) may have handed it on.
+        """
+        base, hooks = self.base_layer, torch.nn.modules.module
+        return type(base) is nn.Linear and not (
+            "forward" in vars(base)
+            or base._forward_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or hooks._global_forward_hooks
+            or hooks._global_backward_hooks
+            or hooks._global_backward_pre_hooks
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' deltas to the base weight.

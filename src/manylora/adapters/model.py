@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from manylora.adapters import targets
@@ -20,6 +20,8 @@ from manylora.adapters.mixed import check_adapter_names, saved_modules_follow
 from manylora.adapters.quantised import keep_plain_layout
 from manylora.adapters.routes import ExpertIds, Routes
 from manylora.adapters.routing import RoutingState, install, uninstall
+
+_BANK = f".{ManyLoraLinear.adapter_layer_names[0]}."
 
 
 class ManyLoraModel(BaseTuner):
@@ -105,6 +107,38 @@ class ManyLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is set active
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # PEFT would copy the wrapper's `weight`, which is computed and no parameter, into what it unloads
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, *args: Any, state_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = super()._get_adapter_state_dict(model, *args, state_dict=state_dict, **kwargs)
+        # PEFT looks for the names of the layers, into which FSDP1 puts words of its own; the keys stay as they were
+        return {**{key: value for key, value in state_dict.items() if _BANK in key}, **found}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        # The way back from above: PEFT leaves the keys of layers that FSDP1 has renamed as they are in the file
+        return {
+            key.replace(_BANK, f"{_BANK}{adapter_name}.")
+            if key in state_dict and _BANK in key
+            else key: value
+            for key, value in remapped.items()
+        }
 
     def _unload_and_optionally_merge(
         self,

@@ -110,6 +110,8 @@ class RoutingState:
 
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass (where only a checkpoint's rerun calls a layer)."""
+    if torch.compiler.is_compiling():  # what is traced is a forward
+        return False
     return bool(torch._C._current_graph_task_id() != -1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ Without options this is the main job: ALoRA (3 experts, one shared B, rank 8) on
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
     options, given = parse(TrainOptions, arguments, verb="train", description=DESCRIPTION)
+    _refuse_launcher()
     if options.resume is not None:
         if given - {"resume"}:
             extra = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - {"resume"}))
@@ -49,6 +51,23 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     with RunFolder.create(options.out, config=prepared.config.to_dict(), seed=config.seed) as folder:
         return _work(prepared, folder)
+
+
+def _refuse_launcher() -> None:
+    """One run is one process: several would each train all of it and write over each other's run folder.
+
+    Raises:
+        ConfigError: torchrun or `accelerate launch` started several; the first one says so, the others just end.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" not in os.environ or processes in ("", "0", "1"):
+        return
+    if os.environ["RANK"] != "0":
+        raise SystemExit(2)
+    raise ConfigError(
+        f"manylora train runs in one process, but a launcher started {processes}; start it without torchrun or "
+        "accelerate launch. For several processes use the adapter with TRL or accelerate (docs/trl.md)."
+    )
 
 
 def _settings(options: TrainOptions) -> TrainConfig:

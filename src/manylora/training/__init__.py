@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.training.config import METHODS, RECIPES, TrainConfig
 
 if TYPE_CHECKING:
+    from manylora.training.batches import ExpertCollator
     from manylora.training.job import Prepared, build_model, finetune, prepare
     from manylora.training.merge import check_mergeable, write_merged
     from manylora.training.models import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from manylora.training.runs import RunFolder, environment, write_json, write_text
 
 _HOME = {
+    "batches": ("ExpertCollator",),
     "job": ("Prepared", "build_model", "finetune", "prepare"),
     "merge": ("check_mergeable", "write_merged"),
     "models": (
@@ -46,6 +48,7 @@ _HOME = {
 __all__ = [
     "METHODS",
     "RECIPES",
+    "ExpertCollator",
     "MemoryPlan",
     "Plan",
     "Prepared",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from manylora.data import Encoded, LossOn, TaskData, encode
+from manylora.errors import RoutingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,3 +131,39 @@ def data_fingerprint(tasks: Sequence[EncodedTask]) -> str:
         for row in task.rows:
             digest.update(repr((row.input_ids, row.prompt_length)).encode())
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertCollator:
+    """Let another library's collator carry each row's expert to a task router, as `expert_ids`, (B,).
+
+    For trainers outside this package, such as TRL's; with `remove_unused_columns=False`, which else drops the column.
+
+    Args:
+        collator: makes a batch of rows, one row of the batch per row (no packing).
+        column: where a row says which expert is its own.
+
+    Raises:
+        RoutingError: a row has no such column, or the collator has packed rows together.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    column: str = "expert_ids"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate the rows without the column, then add it; see the class."""
+        for row in rows:
+            if self.column not in row:
+                raise RoutingError(
+                    f"A row has no column {self.column!r}, it has {sorted(row)}; add one to the data set and set "
+                    "remove_unused_columns=False."
+                )
+        ids = torch.tensor([row[self.column] for row in rows], dtype=torch.long)
+        batch = self.collator([{k: v for k, v in row.items() if k != self.column} for row in rows])
+        count = batch["input_ids"].shape[0]
+        if count != len(rows):
+            raise RoutingError(
+                f"The collator made {count} rows of {len(rows)} examples; turn packing and padding-free batches off "
+                "under the task router."
+            )
+        return {**batch, "expert_ids": ids}

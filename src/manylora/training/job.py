@@ -18,7 +18,14 @@ from manylora.data import Splits, load_splits, mixture_schedule
 from manylora.errors import ConfigError, DataError, RunError
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
 from manylora.training.config import TrainConfig
-from manylora.training.models import base_fingerprint, first_line, load_base, load_config, load_tokenizer
+from manylora.training.models import (
+    base_fingerprint,
+    first_line,
+    load_base,
+    load_config,
+    load_tokenizer,
+    pick_device,
+)
 from manylora.training.plan import (
     Plan,
     TaskPlan,
@@ -121,7 +128,7 @@ def prepare(config: TrainConfig) -> Prepared:
         order=order,
         steps_per_epoch=steps_per_epoch,
         most_answer_tokens=(context or 2**20) // 2,
-        plan=_plan(config, splits, train, order),
+        plan=_plan(config, splits, train, validation, order),
     )
 
 
@@ -145,7 +152,13 @@ def _refuse_unknown(validation: Sequence[EncodedTask], train: Sequence[EncodedTa
         )
 
 
-def _plan(config: TrainConfig, splits: Splits, train: Sequence[EncodedTask], order: Sequence[int]) -> Plan:
+def _plan(
+    config: TrainConfig,
+    splits: Splits,
+    train: Sequence[EncodedTask],
+    validation: Sequence[EncodedTask],
+    order: Sequence[int],
+) -> Plan:
     model = shadow_model(config, adapter_config(config, task_names=[task.name for task in train]))
     trainable, total = model.get_nb_trainable_parameters()
     modules = count_modules(model)
@@ -175,6 +188,8 @@ def _plan(config: TrainConfig, splits: Splits, train: Sequence[EncodedTask], ord
             rows=min(config.micro_batch_size or config.batch_size, len(order)),
             length=max(lengths),
             checkpointing=config.gradient_checkpointing,
+            validation_rows=min(config.eval_batch_size, sum(len(task.rows) for task in validation)),
+            on_cpu=pick_device(config.device).type == "cpu",
         ),
         leaks=splits.leaks,
         dropped=splits.dropped,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _ADAM_BYTES = 16
 """Per trainable float32 parameter: the weight, its gradient and Adam's two moments."""
+_SLACK = 1.45
+"""What a CPU's allocator holds over what is in use. Freed blocks between living ones are not given back; measured in
+`benchmarks/memory.py` (docs/log.md): 1.4 to 1.5 times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +52,26 @@ class MemoryPlan:
     """Adapter weights, gradients and Adam's moments in float32."""
     activations: int
     """What one forward pass keeps for the backward pass, at the longest row of the data."""
+    recomputed: int
+    """With checkpointing, the activations of the one layer that the backward pass is in."""
     logits: int
     """The gradient of the logits, which lives beside them when the backward pass starts."""
+    validation: int
+    """What a forward pass over a validation batch needs, when nothing is kept for backward."""
+    slack: int
+    """What the allocator holds beyond all that, having freed it: nothing on a GPU, whose allocator reuses it."""
     process: int
     """What the process held before: Python, libraries, data."""
 
     @property
+    def step(self) -> int:
+        """The larger of what a training step and what a validation batch need for themselves."""
+        return max(self.activations + self.recomputed + self.logits, self.validation)
+
+    @property
     def total(self) -> int:
         """Peak in bytes."""
-        return self.base + self.adapter + self.activations + self.logits + self.process
+        return self.base + self.adapter + self.step + self.slack + self.process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +141,15 @@ def count_modules(model: PeftModel) -> Counter[str]:
     )
 
 
-def estimate_memory(model: PeftModel, *, rows: int, length: int, checkpointing: bool) -> MemoryPlan:
+def estimate_memory(
+    model: PeftModel,
+    *,
+    rows: int,
+    length: int,
+    checkpointing: bool,
+    validation_rows: int = 0,
+    on_cpu: bool = True,
+) -> MemoryPlan:
     """Run one forward pass on tensors without data and add up what autograd keeps.
 
     Args:
@@ -135,18 +157,33 @@ def estimate_memory(model: PeftModel, *, rows: int, length: int, checkpointing: 
         rows: rows of one forward pass.
         length: tokens of the longest row.
         checkpointing: whether activations are recomputed.
+        validation_rows: rows of one validation batch; 0: there is no validation.
+        on_cpu: whether the CPU's allocator serves the training.
     """
     parameters = list(model.parameters())
     base = sum(p.nbytes for p in parameters if not p.requires_grad)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    kept, logits = _kept_for_backward(model, rows=rows, length=length, checkpointing=checkpointing)
-    return MemoryPlan(
+    text = model.config.get_text_config()
+    kept, logits = _kept_for_backward(model, rows=rows, length=length, checkpointing=False)
+    recomputed = 0
+    if checkpointing:
+        recomputed = (kept - logits) // getattr(text, "num_hidden_layers", 1)
+        kept, _ = _kept_for_backward(model, rows=rows, length=length, checkpointing=True)
+    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    itemsize = logits // (rows * length * text.vocab_size)
+    # The logits, or in a layer the MLP's three wide tensors beside the stream and what is added to it.
+    per_token = max(text.vocab_size + text.hidden_size, 3 * wide + 2 * text.hidden_size) * itemsize
+    memory = MemoryPlan(
         base=base,
         adapter=trainable * _ADAM_BYTES,
         activations=kept,
+        recomputed=recomputed,
         logits=logits,
+        validation=validation_rows * length * per_token,
+        slack=0,
         process=psutil.Process().memory_info().rss,
     )
+    return replace(memory, slack=round((_SLACK - 1) * memory.step)) if on_cpu else memory
 
 
 def _kept_for_backward(model: PeftModel, *, rows: int, length: int, checkpointing: bool) -> tuple[int, int]:
@@ -213,12 +250,19 @@ def _router(config: TrainConfig) -> str:
     return f"{config.router} ({given})" if given else config.router
 
 
+def _step_text(memory: MemoryPlan) -> str:
+    if memory.step == memory.validation:
+        return f"a validation batch {memory.validation / _MIB:,.0f}"
+    activations = memory.activations + memory.recomputed
+    return f"activations {activations / _MIB:,.0f}, logits {memory.logits / _MIB:,.0f}"
+
+
 def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
     """The plan as label and text, for printing."""
     memory = plan.memory
     parts = (
         f"base {memory.base / _MIB:,.0f}, adapter {memory.adapter / _MIB:,.0f}, "
-        f"activations {memory.activations / _MIB:,.0f}, logits {memory.logits / _MIB:,.0f}, "
+        f"{_step_text(memory)}, allocator's slack {memory.slack / _MIB:,.0f}, "
         f"process {memory.process / _MIB:,.0f}"
     )
     modules = ", ".join(f"{count} × {name}" for name, count in sorted(plan.modules.items()))
