@@ -25,6 +25,8 @@ from manylora.evaluation import collapse_router, generate_answers
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 TASKS = ["first_word", "last_word", "swap"]
+LOGITS = 5e-5
+"""The tiny base has weights of 0.3, so float32 rounding grows; to 1e-5: tests/numerics/test_adapters_export.py."""
 
 
 def make_adapter(base: Path, folder: Path, *, factor: float = 1.5, **settings: Any) -> Path:
@@ -95,7 +97,7 @@ def test_a_task_router_becomes_one_folder_per_task(
         values = json.loads((out / task / "adapter_config.json").read_text())
         assert values["base_model_name_or_path"] == str(tiny_base)
         wanted = logits_of(adapters["task"], tiny_base, expert_ids=torch.tensor([expert] * 2))
-        torch.testing.assert_close(logits_of(out / task, tiny_base), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits_of(out / task, tiny_base), wanted, rtol=0, atol=LOGITS)
         card = (out / task / "README.md").read_text()
         assert "rank 2" in card
         assert f"--max-lora-rank 8 --lora-modules {task}=" in card
@@ -115,7 +117,7 @@ def test_one_lora_goes_into_the_folder_itself(
 ) -> None:
     assert main(["export", str(adapters[kind]), "--to", "out"]) == 0
     wanted = logits_of(adapters[kind], tiny_base)
-    torch.testing.assert_close(logits_of(Path("out"), tiny_base), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(Path("out"), tiny_base), wanted, rtol=0, atol=LOGITS)
 
 
 def test_the_same_export_twice_gives_the_same_bytes(adapters: dict[str, Path], in_empty_folder: Path) -> None:
@@ -330,7 +332,7 @@ def test_loras_become_one_adapter_and_come_out_again(
     assert subject.experts == {task: index for index, task in enumerate(TASKS)}
     wanted = logits_of(adapters["task"], tiny_base, expert_ids=torch.tensor([2, 0]))
     found = logits(subject.model, expert_ids=torch.tensor([2, 0]))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=LOGITS)
 
 
 def test_names_can_be_given(adapters: dict[str, Path], in_empty_folder: Path) -> None:

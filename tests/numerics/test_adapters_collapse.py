@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,10 +14,10 @@ from manylora.adapters.collapse import RIDGE
 D, OUT, R, N, T = 12, 10, 2, 3, 400
 
 
-def bank(share: str, *, sharpness: float = 3.0) -> ExpertBank:
+def bank(share: str, *, sharpness: float = 3.0, **settings: Any) -> ExpertBank:
     torch.manual_seed(0)
     config = ManyLoraConfig(
-        r=R, num_experts=N, share=share, router="token", lora_dropout=0.0, init_weights=False
+        **settings, r=R, num_experts=N, share=share, router="token", lora_dropout=0.0, init_weights=False
     )
     made = ExpertBank(in_features=D, out_features=OUT, rank=R, alpha=4, config=config).double().eval()
     with torch.no_grad():
@@ -90,6 +92,15 @@ def test_the_mean_is_the_mean() -> None:
     found = collapsed(made, "mean", x_TD)
     assert isinstance(found, Tensor)
     torch.testing.assert_close(found, gates(made, x_TD).mean(0), rtol=0, atol=1e-12)
+
+
+def test_the_mean_follows_the_routers_options() -> None:
+    made, x_TD = bank("B", router_top_k=2, router_temperature=0.5), inputs()
+    logits = x_TD @ made.lora_router.detach().T / 0.5
+    logits.scatter_(1, logits.argmin(1, keepdim=True), -torch.inf)
+    found = collapsed(made, "mean", x_TD)
+    assert isinstance(found, Tensor)
+    torch.testing.assert_close(found, logits.softmax(-1).mean(0), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("share", ["A", "B", "none"])
