@@ -1,10 +1,10 @@
 """Adapters: the multi-LoRA layer as a PEFT method.
 
 `config` holds the settings, `ops` the mathematics (`fused` its autograd functions, `dropout` their mask), `layer` the
-adapted linear layer, `routes` what one call says
-about routing, `routing` how that reaches the layers, `mixed` several adapters in one batch, `balance` the
-load-balance loss, `gates` statistics, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's
-lines on loading; `registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs
+adapted linear layer, `routes` what one call says about routing, `routing` how that reaches the layers, `mixed` several
+adapters in one batch, `balance` the load-balance loss, `gates` statistics, `targets` which layers get one, `model`
+PEFT's tuner, `card` the model card's lines on loading; `registration` tells PEFT about the method when this room is
+imported. `export` makes plain LoRAs
 of an adapter (`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and
 writes both.
 """
