@@ -29,6 +29,7 @@ from peft import (
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from manylora.adapters import ManyLoraConfig
@@ -165,6 +166,7 @@ def accelerator(kind: str, model: torch.nn.Module) -> Accelerator:
 def kept_parameters(model: torch.nn.Module) -> int:
     """Number of values that this process holds of the model."""
     held = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    held = [p for p in held if not is_traceable_wrapper_subclass(p)]  # torchao's have no storage of their own
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() // p.element_size() for p in held
     }
@@ -174,6 +176,7 @@ def kept_parameters(model: torch.nn.Module) -> int:
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1e9,  # clips at 1 unless told otherwise
     "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
     "zero_force_ds_cpu_optimizer": False,
 }

@@ -22,7 +22,7 @@ from manylora.adapters.config import ManyLoraConfig, RouterKind
 from manylora.adapters.routes import Routes
 from manylora.adapters.routing import RoutingState, in_backward
 from manylora.adapters.targets import stores_transposed
-from manylora.errors import ManyLoraError, NotMergeableError, RoutingError
+from manylora.errors import NotMergeableError, RoutingError
 
 
 class ExpertBank(nn.Module):
@@ -337,7 +337,7 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
 
         Raises:
             NotMergeableError: the delta depends on the input or on ids that are not given.
-            ManyLoraError: `safe_merge` found a value that is not finite.
+            NotMergeableError: also where `safe_merge` found a value that is not finite (worded as PEFT words it).
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.manylora_experts:
@@ -346,7 +346,10 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
             choice = bank.merge_choice(self.routing.current)
             weight = self._base_weight_plus(bank.delta(choice))
             if safe_merge and not torch.isfinite(weight).all():
-                raise ManyLoraError(f"Merging adapter {name!r} gives infinite or NaN weights; it is broken.")
+                raise NotMergeableError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken (or infinities); "
+                    "merge an earlier checkpoint."
+                )
             self.set_base_weight(weight)
             self.merged_choice[name] = choice
             self.merged_adapters.append(name)
