@@ -1,6 +1,7 @@
 """Adapters: the multi-LoRA layer as a PEFT method.
 
-`config` holds the settings, `ops` the mathematics, `layer` the adapted linear layer, `routing` how expert ids
+`config` holds the settings, `ops` the mathematics, `layer` the adapted linear layer, `factored` the bank of a
+federated client with a rank of its own, `routing` how expert ids
 reach it, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's lines on loading;
 `registration` tells PEFT about the method when this room is imported.
 """
@@ -13,6 +14,7 @@ from manylora.adapters.config import (
     Share,
     parameters_per_layer,
 )
+from manylora.adapters.factored import FactoredBank
 from manylora.adapters.layer import ExpertBank, ManyLoraLinear
 from manylora.adapters.model import ManyLoraModel
 from manylora.adapters.registration import register
@@ -24,6 +26,7 @@ __all__ = [
     "FORMAT_VERSION",
     "ExpertBank",
     "ExpertIds",
+    "FactoredBank",
     "ManyLoraConfig",
     "ManyLoraLinear",
     "ManyLoraModel",

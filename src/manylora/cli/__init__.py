@@ -21,6 +21,7 @@ VERBS = {
     "train": "fine-tune one model on many tasks and print a table of scores",
     "evaluate": "score an adapter, or a bare model, on test rows",
     "predict": "answer prompts with a trained adapter",
+    "federate": "fine-tune one model with many clients, of whose adapters only a part travels",
 }
 """Verb to what it does, in the order of a first visit."""
 
