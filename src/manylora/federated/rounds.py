@@ -323,7 +323,7 @@ class Rounds:
             self._stacks.write(number, new, {})
             return _norm(new)
         norm = _norm({name: value - received[name] for name, value in new.items()})
-        if norm == 0:
+        if norm == 0 and not self.strategy.may_stand_still:
             raise RunError(f"round {number} changed nothing (update norm 0); is the learning rate 0?")
         self.state.shared = new
         if self.strategy.feedback and self.config.wire != "fp32":

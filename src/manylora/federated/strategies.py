@@ -49,6 +49,12 @@ class Strategy:
         return bool(self.exchange.up)
 
     @property
+    def may_stand_still(self) -> bool:
+        """Whether what travels may be unchanged although something was learnt: while B is zero A has no gradient, so
+        a client's first step moves B alone."""
+        return self.exchange.up == {"A"}
+
+    @property
     def keeps_a(self) -> bool:
         """Whether each client has an A of its own, so that `a_init` and `a_state` mean something."""
         return "A" in self.private and "A" in self.trains
