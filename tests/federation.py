@@ -59,6 +59,7 @@ class Watched(LocalClients):
         self.history: list[dict[str, dict[str, torch.Tensor]]] = []
         """For every asking (0: to join, then the rounds, then to score) the adapter of each client after it."""
         self.answers: list[dict[str, bytes]] = []
+        self.orders: list[dict[str, bytes]] = []
 
     def ask(
         self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None
@@ -67,9 +68,11 @@ class Watched(LocalClients):
         answers: dict[str, bytes] = {}
         self.history.append(adapters)
         self.answers.append(answers)
+        self.orders.append({})
         number = len(self.answers) - 1
         for name in self.order(names):
-            for reply in super().ask([name], message, seconds=seconds):
+            self.orders[number][name] = message(name)
+            for reply in super().ask([name], self.orders[number].__getitem__, seconds=seconds):
                 assert reply.data is not None
                 adapters[name], answers[name] = self.bench.state(), reply.data
                 data = reply.data if self.tamper is None else self.tamper(name, number, reply.data)

@@ -166,7 +166,10 @@ class Client:
             seed=seed_of(config.seed, message.round) if strategy.restarts else config.seed,
             who=self.name if own_draw else "",
         )
-        remembered = strategy.private - ({"A", "M"} if config.a_state == "reset" else frozenset())
+        reset = (
+            message.kind == "train" and config.a_state == "reset"
+        )  # what is scored is what was trained last
+        remembered = strategy.private - ({"A", "M"} if reset else frozenset())
         state |= only({name: value for name, value in kept.items() if "/" not in name}, remembered)
         stacks: list[tuple[int, State]] = []
         if strategy.restarts:
