@@ -80,10 +80,22 @@ class Watched(LocalClients):
                     yield dataclasses.replace(reply, data=data)
 
 
+_BENCHES: dict[str, Workbench] = {}
+
+
+def bench_for(config: FederateConfig) -> Workbench:
+    """One base model for all tests of the same settings, as it was when it was loaded."""
+    key = repr(config)
+    if key not in _BENCHES:
+        _BENCHES[key] = Workbench(config)
+    _BENCHES[key].fold([])
+    return _BENCHES[key]
+
+
 def federation(
     config: FederateConfig, data: dict[str, ClientData], folder: Path, **watched: Any
 ) -> tuple[Rounds, Watched]:
-    clients = Watched(data, home=folder / "clients", bench=Workbench(config), **watched)
+    clients = Watched(data, home=folder / "clients", bench=bench_for(config), **watched)
     return Rounds(config, clients, folder), clients
 
 

@@ -64,7 +64,6 @@ def test_the_order_of_answers_does_not_matter(tiny_base: Path, small_data: Path,
 @pytest.mark.parametrize(
     "more",
     [
-        {"wire": "int8", "optimizer": "persist"},
         {"wire": "int8", "ranks": "6,3,2", "optimizer": "persist"},
         {"strategy": "flora", "ranks": "4,3,2", "participation": 0.6},
         {"strategy": "fedsa", "participation": 0.6, "wire": "bf16"},
@@ -181,15 +180,21 @@ def test_too_few_answers_end_the_run_with_their_reasons(
 
 
 def test_answers_after_the_deadline_are_dropped(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    run(settings(tiny_base, small_data, local_steps=1), small_data, tmp_path / "in time")
+    deadline = 5 * (
+        time.monotonic() - began
+    )  # a machine under load needs more than a fixed number of seconds
+
     def slow(name: str, number: int, answer: bytes) -> bytes:
         if name == "cyd" and number > 0:
-            time.sleep(6)
+            time.sleep(deadline)
         return answer
 
-    config = settings(tiny_base, small_data, rounds=1, deadline=5.0, local_steps=1)
-    run(config, small_data, tmp_path, tamper=slow)
-    (row,) = metrics(tmp_path)
-    assert row["refused"] == {"cyd": "no answer within 5 s"}
+    config = settings(tiny_base, small_data, local_steps=1, deadline=deadline)
+    run(config, small_data, tmp_path / "late", tamper=slow)
+    (row,) = metrics(tmp_path / "late")
+    assert row["refused"] == {"cyd": f"no answer within {deadline:g} s"}
     assert sorted(row["up"]) == ["ada", "bob"]
 
 

@@ -119,6 +119,8 @@ def print_result(path: Path) -> None:
     table.add_column("metric", no_wrap=True)
     for heading in ("score", "s.e.", "n", "local only", "KiB up\na round", "KiB down\na round"):
         table.add_column(heading, justify="right")
+    if len(scores) == 1:  # all rows in one place: what differs are the tasks
+        scores, reference = _as_clients(scores), _as_clients(reference)
     for index, (name, own) in enumerate(scores.items()):
         if index == _MANY:
             table.add_row(f"… {len(scores) - _MANY} more", *[""] * 7)
@@ -153,6 +155,11 @@ def print_result(path: Path) -> None:
     if reference:
         out.print(f"Δm% against local only: {_delta(scores, reference)} (lower is better, negative beats it)")
     out.print(f"personal models, as plain LoRA: {path / 'clients'}/*/adapter")
+
+
+def _as_clients(scores: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Each task as if it were a client."""
+    return {task.task: Scores(tasks=(task,)) for own in scores.values() for task in own.tasks}
 
 
 def _delta(scores: Mapping[str, Scores], reference: Mapping[str, Scores]) -> str:

@@ -18,7 +18,7 @@ from manylora.federated.config import SCHEDULES, FederateConfig
 if TYPE_CHECKING:
     from manylora.federated.client import Client, ClientData
     from manylora.federated.clients import Clients, Reply
-    from manylora.federated.dealing import client_data
+    from manylora.federated.dealing import client_data, client_for
     from manylora.federated.engines.local import LocalClients
     from manylora.federated.exchange import Exchange
     from manylora.federated.rounds import Progress, Quiet, Rounds
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "client": ("Client", "ClientData"),
     "clients": ("Clients", "Reply"),
-    "dealing": ("client_data",),
+    "dealing": ("client_data", "client_for"),
     "engines.local": ("LocalClients",),
     "exchange": ("Exchange",),
     "rounds": ("Progress", "Quiet", "Rounds"),
@@ -55,6 +55,7 @@ __all__ = [
     "Strategy",
     "Workbench",
     "client_data",
+    "client_for",
     "pack",
     "strategy_for",
     "unpack",

@@ -108,7 +108,7 @@ class Client:
         return pack(Message(kind="joined", client=self.name, round=message.round, fields=fields))
 
     def _train(self, message: Message) -> bytes:
-        rank, version = int(message.fields["rank"]), int(message.fields["version"])
+        rank, version = _integer(message, "rank"), _integer(message, "version")
         kept = self._kept(version, rank=rank)
         self._put_on(message, kept, rank=rank)
         tasks = self.bench.encode(self.data.train)
@@ -175,6 +175,11 @@ class Client:
         if strategy.restarts:
             stacks = self._received_stacks(message)
         else:
+            due = {name: value.shape for name, value in only(state, strategy.exchange.down).items()}
+            if {name: value.shape for name, value in message.tensors.items()} != due:
+                raise RunError(
+                    "the server sent other matrices than this client's model has; compare the settings."
+                )
             state |= message.tensors
         bench.fold(stacks)
         self._stacks_on = stacks
@@ -186,15 +191,16 @@ class Client:
         arrived: dict[int, dict[str, Tensor]] = {}
         for name, value in message.tensors.items():
             label, _, matrix = name.partition("/")
+            if not label.isdecimal() or split_name(matrix)[0] not in self.bench.shapes:
+                raise RunError(f"the server sent a matrix called {name!r}, which is in no stack.")
             arrived.setdefault(int(label), {})[matrix] = value
         for number, stack in arrived.items():
             if number not in self._stacks.versions():
                 self._stacks.write(number, stack, {})
         known = [number for number in self._stacks.versions() if number < message.round]
-        if len(known) != message.fields["stacks"]:
+        if len(known) != (due := _integer(message, "stacks")):
             raise RunError(
-                f"client {self.name!r} has the stacks of rounds {known}, but there are {message.fields['stacks']}; "
-                "put its folder back."
+                f"client {self.name!r} has the stacks of rounds {known}, but there are {due}; put its folder back."
             )
         return [(number, self._stacks.read(number)[0]) for number in known]
 
@@ -256,7 +262,7 @@ class Client:
 
     def _score(self, message: Message) -> bytes:
         """Put the personal model together, save it as a plain LoRA, and score it on the client's own test rows."""
-        rank, version = int(message.fields["rank"]), int(message.fields["version"])
+        rank, version = _integer(message, "rank"), _integer(message, "version")
         self._put_on(message, self._kept(version, rank=rank), rank=rank)
         limits = self._answer_tokens()
         save_personal(self.bench, self.folder / "adapter", stacks=[stack for _, stack in self._stacks_on])
@@ -298,6 +304,15 @@ class Client:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
         write_text(self.folder / "predictions.jsonl", "".join(lines))
         return scores
+
+
+def _integer(message: Message, name: str) -> int:
+    value = message.fields.get(name)
+    if type(value) is not int or value < 0:
+        raise RunError(
+            f"the server's message has {value!r} as its {name}; is its manylora of another version?"
+        )
+    return value
 
 
 def _distance(after: State, before: State) -> float:

@@ -218,6 +218,17 @@ class FederateConfig:
         """The rank of the client that stands at `index` among all, sorted as the partition gives them."""
         return self.r if self.ranks is None else int(self.ranks[index % len(self.ranks)])
 
+    def check_number_of_clients(self, number: int) -> None:
+        """Refuse ranks for clients that do not exist.
+
+        Raises:
+            ConfigError: there are more ranks than clients.
+        """
+        if self.ranks is not None and len(self.ranks) > number:
+            raise ConfigError(
+                f"ranks names {len(self.ranks)} clients, but there are {number}; give at most {number} ranks."
+            )
+
     @property
     def largest_rank(self) -> int:
         """The largest of all ranks."""

@@ -25,7 +25,7 @@ from manylora.evaluation import Scores
 from manylora.evaluation.score import TaskScore
 from manylora.federated.aggregate import truncated
 from manylora.federated.check import Checked, Member, check_answer, check_joined, expected_shapes
-from manylora.federated.clients import Clients
+from manylora.federated.clients import Clients, Reply
 from manylora.federated.compress import corrected, expanded, residual_of
 from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import State
@@ -136,8 +136,7 @@ class Rounds:
     def score(self) -> dict[str, Scores]:
         """Send every client what is shared in the end, and have it score its personal model on its own test rows.
 
-        Raises:
-            RunError: a client could not.
+        A client that does not answer, or has no test rows, is left out.
         """
         names = sorted(self.state.members)[: self.config.scored_clients]
         scores: dict[str, Scores] = {}
@@ -146,15 +145,10 @@ class Rounds:
         replies = self.clients.ask(names, lambda name: self._order("score", name, last, values), seconds=None)
         for done, reply in enumerate(replies, 1):
             try:
-                if reply.data is None:
-                    raise AnswerError(reply.reason or "no answer")
-                answer = unpack(reply.data)
-                if answer.kind != "scored" or answer.client != reply.client:
-                    raise AnswerError(str(answer.fields.get("reason", f"it sent a {answer.kind!r}")))
-                if rows := answer.fields.get("scores"):
+                if rows := _scored(reply):
                     scores[reply.client] = Scores(tasks=tuple(map(TaskScore.from_dict, rows)))
-            except (AnswerError, WireError, KeyError, TypeError) as error:
-                raise RunError(f"client {reply.client!r} could not score its model: {error}") from error
+            except (AnswerError, WireError, KeyError, TypeError, AttributeError) as error:
+                self.progress.refused(reply.client, f"it could not score its model: {error}")
             self.progress.scored(reply.client, done, len(names))
         return {name: scores[name] for name in names if name in scores}
 
@@ -185,6 +179,7 @@ class Rounds:
                 continue
             joined[reply.client], bases[reply.client], shapes = examples, base, layers
         self._check_quorum(len(joined), names, "joined")
+        self.config.check_number_of_clients(len(joined))
         if len(set(bases.values())) > 1:
             raise RunError(f"the clients have different base models ({bases}); give all the same.")
         members = {
@@ -368,6 +363,15 @@ class Rounds:
             shapes={name: (shape[0], shape[1]) for name, shape in facts["shapes"].items()},
             base=facts["base"],
         )
+
+
+def _scored(reply: Reply) -> Any:
+    if reply.data is None:
+        raise AnswerError(reply.reason or "no answer")
+    answer = unpack(reply.data)
+    if answer.kind != "scored" or answer.client != reply.client:
+        raise AnswerError(str(answer.fields.get("reason", f"it sent a {answer.kind!r}")))
+    return answer.fields.get("scores")
 
 
 def _norm(state: State) -> float:

@@ -73,7 +73,7 @@ class Workbench:
         """Put a client's adapter on: banks of its rank, holding `state`, trainable where the strategy trains.
 
         Raises:
-            ConfigError: `state` lacks a part.
+            ConfigError: `state` lacks a part, or has it in another shape.
         """
         intermediate = self.config.r if self.strategy.factored else rank
         for name, layer in self.layers.items():
@@ -85,11 +85,15 @@ class Workbench:
             )
             if self.strategy.factored:
                 layer.manylora_experts[_ADAPTER] = FactoredBank(layer.bank(_ADAPTER), own_rank=rank)
+            layer.bank(_ADAPTER).float()  # PEFT gave it the type of the base, which may be a half one
             for part, matrix in _matrices(layer.bank(_ADAPTER)).items():
-                if f"{name}.{part}" not in state:
-                    raise ConfigError(f"The state to load has no {name}.{part}.")
+                value = state.get(f"{name}.{part}")
+                if value is None or value.shape != matrix.shape:  # copying would spread a smaller one
+                    raise ConfigError(
+                        f"The state to load has no {name}.{part} of shape {tuple(matrix.shape)}."
+                    )
                 with torch.no_grad():
-                    matrix.copy_(state[f"{name}.{part}"])
+                    matrix.copy_(value)
                 if isinstance(matrix, torch.nn.Parameter):
                     matrix.requires_grad_(part in self.strategy.trains)
 
