@@ -49,7 +49,7 @@ def test_a_bad_answer_counts_as_little_as_none(tiny_base: Path, small_data: Path
     run(config, small_data, tmp_path / "whole")
     assert final_state(tmp_path / "lost") == final_state(tmp_path / "bad") != final_state(tmp_path / "whole")
     for row in metrics(tmp_path / "bad"):
-        assert sorted(row["loss"]) == ["ada", "cyd"]
+        assert sorted(row["losses"]) == ["ada", "cyd"]
         assert "above the limit" in row["refused"]["bob"]
     assert metrics(tmp_path / "lost")[0]["refused"] == {"bob": "no answer"}
 
@@ -215,7 +215,7 @@ def test_a_late_answer_is_not_mixed_into_the_next_round(
 
 def test_a_round_without_learning_is_an_error(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
     rounds, _ = federation(
-        settings(tiny_base, small_data, learning_rate=1e-40), rows_of(small_data), tmp_path
+        settings(tiny_base, small_data, learning_rate=1e-60), rows_of(small_data), tmp_path
     )
     with pytest.raises(RunError, match="nothing was learnt"):
         rounds.run()

@@ -217,15 +217,15 @@ class Rounds:
         ).tensors
         shutil.rmtree(self._answers, ignore_errors=True)
         self._answers.mkdir()
-        facts: dict[str, Any] = {"up": {}, "down": {}, "loss": {}, "norm": {}, "refused": {}}
+        facts: dict[str, Any] = {"up": {}, "down": {}, "losses": {}, "norms": {}, "refused": {}}
         self._collect(names, number, values, facts)
-        counted = sorted(facts["loss"])
+        counted = sorted(facts["losses"])
         self._check_quorum(len(counted), names, f"counted in round {number}", facts["refused"])
         update = self._aggregate(number, counted, values, received)
         self.state.counted |= dict.fromkeys(counted, number)
         self.state.round = number
         examples = {name: self.state.members[name].examples for name in counted}
-        loss = sum(facts["loss"][name] * n for name, n in examples.items()) / sum(examples.values())
+        loss = sum(facts["losses"][name] * n for name, n in examples.items()) / sum(examples.values())
         RunFolder(self.folder).append_metrics(
             {"step": number, "loss": loss, "update_norm": update, "asked": len(names), **facts}
         )
@@ -257,7 +257,7 @@ class Rounds:
             assert reply.data is not None
             (self._answers / folder_name(reply.client)).write_bytes(reply.data)
             facts["up"][reply.client] = len(reply.data)
-            facts["loss"][reply.client], facts["norm"][reply.client] = checked.loss, checked.norm
+            facts["losses"][reply.client], facts["norms"][reply.client] = checked.loss, checked.norm
             self.progress.answered(reply.client, checked.loss, time.monotonic() - began)
         for name in sorted(waiting):
             facts["refused"][name] = "no answer" + (f" within {deadline:g} s" if deadline else "")
