@@ -7,6 +7,7 @@
 
 Every cell is the real command; finished cells are not run again, so a table can be filled in several goes.
 Scores: mean over the clients' personal models, each on its own task's test rows; mean ± sample deviation over seeds.
+"minus first" is paired by seed; "loss at most" is the one-sided 95 % bound of the mean loss against the first row.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 UNEQUAL = ["--ranks", "16,16,8,8,4,4,2,2"]
 """The published ranks, a quarter of each: the embedded base is 192 wide where theirs is 4096."""
@@ -122,7 +124,15 @@ def study(name: str, out: Path, seeds: int, limit: int | None) -> bool:
     table = Table(
         title=f"{name}: {seeds} seeds, {limit or 'all'} rows a task and split", title_justify="left"
     )
-    for heading in ("cell", "score", "± over seeds", "minus first", "± paired", "KiB a round"):
+    for heading in (
+        "cell",
+        "score",
+        "± over seeds",
+        "minus first",
+        "± paired",
+        "loss at most",
+        "KiB a round",
+    ):
         table.add_column(heading, justify="left" if heading == "cell" else "right")
     first: list[float] = []
     for label, words in STUDIES[name].items():
@@ -137,6 +147,7 @@ def study(name: str, out: Path, seeds: int, limit: int | None) -> bool:
             _deviation(scores),
             f"{statistics.fmean(difference):+.2f}",
             _deviation(difference),
+            _bound([-value for value in difference]),
             f"{statistics.fmean(values['kib'] for values in cells):,.1f}",
         )
     Console(width=120, highlight=False).print(table)
@@ -145,6 +156,14 @@ def study(name: str, out: Path, seeds: int, limit: int | None) -> bool:
 
 def _deviation(values: Sequence[float]) -> str:
     return f"{statistics.stdev(values):.2f}" if len(values) > 1 else "–"
+
+
+def _bound(losses: Sequence[float]) -> str:
+    """One-sided 95 % bound of the mean loss over seeds (t distribution); below 1 is called no loss."""
+    n = len(losses)
+    if n < 2 or not any(losses):
+        return "–"
+    return f"{statistics.fmean(losses) + stats.t.ppf(0.95, n - 1) * statistics.stdev(losses) / n**0.5:.2f}"
 
 
 if __name__ == "__main__":

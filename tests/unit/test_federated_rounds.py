@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -150,6 +151,17 @@ def test_what_no_one_is_told_stays(tiny_base: Path, small_data: Path, tmp_path: 
             assert {name.rpartition(".")[2] for name in message.tensors} == {"B"}
     joined = unpack(clients.answers[0]["ada"])
     assert joined.fields.keys() == {"examples", "base", "layers"}
+
+
+def test_clients_of_different_bases_do_not_join(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
+    def other_base(name: str, number: int, answer: bytes) -> bytes:
+        message = unpack(answer)
+        changed = {**message.fields, "base": "another"} if name == "cyd" else message.fields
+        return pack(dataclasses.replace(message, fields=changed))
+
+    rounds, _ = federation(settings(tiny_base, small_data), rows_of(small_data), tmp_path, tamper=other_base)
+    with pytest.raises(RunError, match="'cyd' has another base model"):
+        rounds.run()
 
 
 def test_participation_is_drawn_by_seed(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ class FederateConfig:
     quorum: float = 0.5
     """Share of a round's clients whose answers must count; with fewer the run stops."""
     deadline: float | None = None
-    """Seconds a round may take; later answers are dropped. Default: none."""
+    """Seconds that joining, a round, or scoring may take; later answers are dropped. Default: none."""
     max_examples: int = 10_000_000
     """Most examples that a client may claim to have."""
     max_update: float = 1.0

@@ -142,7 +142,9 @@ class Rounds:
         scores: dict[str, Scores] = {}
         last = self.state.round + 1
         values = corrected(self.state.shared, self.state.residual)
-        replies = self.clients.ask(names, lambda name: self._order("score", name, last, values), seconds=None)
+        replies = self.clients.ask(
+            names, lambda name: self._order("score", name, last, values), seconds=self.config.deadline
+        )
         for done, reply in enumerate(replies, 1):
             try:
                 if rows := _scored(reply):
@@ -156,32 +158,11 @@ class Rounds:
 
     def _begin(self) -> None:
         """Let the clients join, give each its rank, and save what all begin with as round 0."""
-        joined: dict[str, int] = {}
-        bases: dict[str, str] = {}
-        shapes: dict[str, tuple[int, int]] = {}
         names = sorted(self.clients.names())
         if len(set(names)) != len(names):
             raise RunError(f"two clients have one name among {names}; give each its own.")
-        fields = {"settings": self.config.for_clients()}
-        for reply in self.clients.ask(
-            names,
-            lambda name: pack(Message(kind="join", client=name, round=0, fields=fields)),
-            seconds=self.config.deadline,
-        ):
-            try:
-                if reply.data is None:
-                    raise AnswerError(reply.reason or "no answer")
-                examples, base, layers = check_joined(
-                    unpack(reply.data), name=reply.client, max_examples=self.config.max_examples
-                )
-            except (AnswerError, WireError) as error:
-                self.progress.refused(reply.client, str(error))
-                continue
-            joined[reply.client], bases[reply.client], shapes = examples, base, layers
-        self._check_quorum(len(joined), names, "joined")
+        joined, base, shapes = self._join(names)
         self.config.check_number_of_clients(len(joined))
-        if len(set(bases.values())) > 1:
-            raise RunError(f"the clients have different base models ({bases}); give all the same.")
         members = {
             name: Member(name=name, examples=joined[name], rank=self.config.rank_of(index))
             for index, name in enumerate(sorted(joined))
@@ -194,10 +175,40 @@ class Rounds:
             intermediate=self.config.r,
             seed=self.config.seed,
         )
-        self.state = ServerState(
-            shared=shared, members=members, shapes=shapes, base=next(iter(bases.values()))
-        )
+        self.state = ServerState(shared=shared, members=members, shapes=shapes, base=base)
         self._save()
+
+    def _join(self, names: Sequence[str]) -> tuple[dict[str, int], str, Shapes]:
+        """Example counts of the clients that join, and the base model that all of them have."""
+        joined: dict[str, int] = {}
+        refused: dict[str, str] = {}
+        common: tuple[str, Shapes] | None = None
+        fields = {"settings": self.config.for_clients()}
+        replies = self.clients.ask(
+            names,
+            lambda name: pack(Message(kind="join", client=name, round=0, fields=fields)),
+            seconds=self.config.deadline,
+        )
+        for reply in replies:
+            if reply.client not in names or reply.client in joined:
+                continue
+            try:
+                examples, base, shapes = check_joined(
+                    unpack(_bytes(reply)), name=reply.client, max_examples=self.config.max_examples
+                )
+            except (AnswerError, WireError) as error:
+                refused[reply.client] = str(error)
+                self.progress.refused(reply.client, str(error))
+                continue
+            if common is not None and (base, shapes) != common:
+                raise RunError(
+                    f"client {reply.client!r} has another base model, or other layers of it, than {min(joined)!r} "
+                    f"(fingerprints {base} and {common[0]}); give all the same."
+                )
+            joined[reply.client], common = examples, (base, shapes)
+        self._check_quorum(len(joined), names, "joined", refused)
+        assert common is not None
+        return joined, *common
 
     # ---- one round
 
@@ -249,7 +260,7 @@ class Rounds:
                 continue
             waiting.remove(reply.client)
             try:
-                checked = self._check(reply.client, reply.data, reply.reason, number)
+                checked = self._check(reply, number)
             except (AnswerError, WireError) as error:
                 facts["refused"][reply.client] = str(error)
                 self.progress.refused(reply.client, str(error))
@@ -263,12 +274,11 @@ class Rounds:
             facts["refused"][name] = "no answer" + (f" within {deadline:g} s" if deadline else "")
             self.progress.refused(name, facts["refused"][name])
 
-    def _check(self, client: str, data: bytes | None, reason: str, number: int) -> Checked:
-        if data is None:
-            raise AnswerError(reason or "no answer")
+    def _check(self, reply: Reply, number: int) -> Checked:
+        client = reply.client
         member = self.state.members[client]
         return check_answer(
-            unpack(data),
+            unpack(_bytes(reply)),
             member=member,
             round=number,
             version=self.state.counted.get(client, 0),
@@ -365,10 +375,14 @@ class Rounds:
         )
 
 
-def _scored(reply: Reply) -> Any:
+def _bytes(reply: Reply) -> bytes:
     if reply.data is None:
         raise AnswerError(reply.reason or "no answer")
-    answer = unpack(reply.data)
+    return reply.data
+
+
+def _scored(reply: Reply) -> Any:
+    answer = unpack(_bytes(reply))
     if answer.kind != "scored" or answer.client != reply.client:
         raise AnswerError(str(answer.fields.get("reason", f"it sent a {answer.kind!r}")))
     return answer.fields.get("scores")
