@@ -233,6 +233,14 @@ def test_a_round_without_learning_is_an_error(tiny_base: Path, small_data: Path,
         rounds.run()
 
 
+def test_a_round_of_one_step_learns_also_while_warming_up(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    config = settings(tiny_base, small_data, scheduler="linear", warmup=0.06, rounds=3, local_steps=1)
+    run(config, small_data, tmp_path)
+    assert all(row["update_norm"] > 0 and not row["refused"] for row in metrics(tmp_path))
+
+
 def test_an_a_that_cannot_move_in_its_first_step_still_counts(
     tiny_base: Path, small_data: Path, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def train_pass(
 ) -> PassResult:
     """Train the model's trainable parameters in place.
 
-    The learning rate follows one schedule over all passes. Deterministic on one CPU with one number of threads.
+    The learning rate follows one schedule over all passes, and is zero at no step. Deterministic on one CPU with one number of threads.
 
     Args:
         model: base and adapter, left in training mode.
