@@ -67,7 +67,8 @@ def train_pass(
 ) -> PassResult:
     """Train the model's trainable parameters in place.
 
-    The learning rate follows one schedule over all passes, and is zero at no step. Deterministic on one CPU with one number of threads.
+    The learning rate follows one schedule over all passes, and is zero at no step. Deterministic on one CPU with one
+    number of threads.
 
     Args:
         model: base and adapter, left in training mode.
@@ -109,11 +110,13 @@ def train_pass(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _restore(optimizer, named, moments or {})
     trainer.lr_scheduler = _shifted(
+        # One step longer and one step on: transformers' schedules begin at zero, and a pass of one step would
+        # learn nothing by it.
         get_scheduler(
-            config.scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps * passes
+            config.scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps * passes + 1
         ),
         optimizer,
-        first_step=number * steps,
+        first_step=number * steps + 1,
     )
     output = trainer.train()
     trainer.accelerator.unwrap_model(
