@@ -4,6 +4,7 @@
     python -m benchmarks.federated strategies        every strategy, equal and unequal ranks, over seeds
     python -m benchmarks.federated wire              quality against bytes: fp32, bf16, int8
     python -m benchmarks.federated a-state           A kept or reset, begun alike or apart
+    python -m benchmarks.federated personal          scored after the last averaging, or before it
 
 Every cell is the real command; finished cells are not run again, so a table can be filled in several goes.
 Scores: mean over the clients' personal models, each on its own task's test rows; mean ± sample deviation over seeds.
@@ -47,6 +48,11 @@ STUDIES: Mapping[str, Mapping[str, Sequence[str]]] = {
         f"{wire}{label}": ["--wire", wire, *more]
         for label, more in (("", []), (", unequal", UNEQUAL))
         for wire in ("fp32", "bf16", "int8")
+    },
+    "personal": {
+        f"{strategy}, {personal}": ["--strategy", strategy, "--personal", personal]
+        for strategy in ("fed-alora", "fedsa", "fedit")
+        for personal in ("received", "trained")
     },
     "a-state": {
         f"{state}, {init}": ["--a-state", state, "--a-init", init]

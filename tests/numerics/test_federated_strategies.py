@@ -104,6 +104,19 @@ def test_ffa_leaves_a_where_it_began_and_averages_the_products(
         assert_dense(personal[me], layer, expected)
 
 
+@pytest.mark.parametrize("ranks", [None, list(RANKS.values())])
+def test_a_personal_model_can_be_what_was_trained_last(
+    ranks: list[int] | None, tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    _, _, trained, personal = one_round(tiny_base, small_data, tmp_path, personal="trained", ranks=ranks)
+    for layer, me in itertools.product(layers_of(personal), NAMES):
+        own = {part: trained[me].get(f"{layer}.{part}") for part in ("A", "B", "M", "B1", "B2")}
+        expected = (
+            S * own["B"] @ own["A"] if ranks is None else S * own["B2"] @ own["B1"] @ own["M"] @ own["A"]
+        )
+        assert_dense(personal[me], layer, expected)
+
+
 @pytest.mark.parametrize("strategy", ["local", "centralized"])
 def test_without_exchange_everyone_keeps_what_it_learnt(
     strategy: str, tiny_base: Path, small_data: Path, tmp_path: Path

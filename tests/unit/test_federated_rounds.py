@@ -316,6 +316,8 @@ def test_settings_of_the_server_reach_a_client_but_not_its_paths(tiny_base: Path
         ({"strategy": "fedit", "ranks": "4,2"}, "needs one rank for all"),
         ({"strategy": "fedsa", "a_state": "reset"}, "keep no A of their own"),
         ({"strategy": "ffa", "a_init": "per_client"}, "keep no A of their own"),
+        ({"strategy": "local", "personal": "trained"}, "sends nothing back"),
+        ({"strategy": "flora", "personal": "trained"}, "start each round anew"),
         ({"ranks": "4,x"}, "no list of whole numbers"),
         ({"ranks": "4,0"}, "1 or more"),
         ({"participation": 1.5}, "at most 1"),

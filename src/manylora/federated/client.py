@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from manylora.evaluation import Scores
     from manylora.training.batches import EncodedTask
 
-RESIDUAL, MOMENTS = "residual/", "moments/"
+RESIDUAL, MOMENTS, TRAINED = "residual/", "moments/", "trained/"
 """Prefixes under which these stand beside the private parts on disk."""
 
 _ANSWER_MARGIN = 8
@@ -136,6 +136,8 @@ class Client:
         private = dict(only(trained, self.bench.strategy.private))
         private |= {RESIDUAL + name: value for name, value in residual.items()}
         private |= self._moments(result)
+        if self.bench.config.personal == "trained":
+            private |= {TRAINED + name: value for name, value in trained.items() if name not in private}
         self._private.write(message.round, private, {"rank": rank, "base": self.bench.fingerprint})
         self._private.keep(version, message.round)
         return answer
@@ -181,6 +183,8 @@ class Client:
                     "the server sent other matrices than this client's model has; compare the settings."
                 )
             state |= message.tensors
+        if message.kind == "score" and config.personal == "trained":  # nothing for one that never took part
+            state |= _with_prefix(kept, TRAINED)
         bench.fold(stacks)
         self._stacks_on = stacks
         bench.load(state, rank=rank)
@@ -231,10 +235,7 @@ class Client:
         values = strategy.exchange.leaving(message.tensors, trained)
         if wire == "fp32" or not strategy.feedback:
             return lightest(values, own_rank=rank, factors=trained), {}
-        earlier = {
-            name.removeprefix(RESIDUAL): value for name, value in kept.items() if name.startswith(RESIDUAL)
-        }
-        values = corrected(values, earlier)
+        values = corrected(values, _with_prefix(kept, RESIDUAL))
         light = lightest(values, own_rank=rank)
         arriving = unpack(pack(Message(kind="", client="", round=0, tensors=light), wire)).tensors
         return light, residual_of(values, expanded(arriving))
@@ -253,11 +254,9 @@ class Client:
     def _remembered_moments(self, kept: State) -> dict[str, dict[str, Tensor]]:
         parameters = {part: name for name, part in self.bench.parameter_names().items()}
         moments: dict[str, dict[str, Tensor]] = {}
-        for name, value in kept.items():
-            if name.startswith(MOMENTS):
-                part, _, key = name.removeprefix(MOMENTS).rpartition("/")
-                scalar = key == "step"
-                moments.setdefault(parameters[part], {})[key] = value.reshape(()) if scalar else value
+        for name, value in _with_prefix(kept, MOMENTS).items():
+            part, _, key = name.rpartition("/")
+            moments.setdefault(parameters[part], {})[key] = value.reshape(()) if key == "step" else value
         return moments
 
     def _score(self, message: Message) -> bytes:
@@ -304,6 +303,10 @@ class Client:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
         write_text(self.folder / "predictions.jsonl", "".join(lines))
         return scores
+
+
+def _with_prefix(kept: State, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
 
 
 def _integer(message: Message, name: str) -> int:

@@ -89,6 +89,9 @@ class FederateConfig:
     value each round (the released code)."""
     a_init: Literal["common", "per_client"] = "common"
     """Where A stays with the client: whether all clients begin with the same A."""
+    personal: Literal["received", "trained"] = "received"
+    """The personal model that is saved and scored: with what the server sent after the last round, or as the client
+    itself had trained it last, before that was averaged."""
     optimizer: Literal["reset", "persist"] = "reset"
     """Adam's moments of what stays with the client: forgotten after each round, or kept."""
 
@@ -189,6 +192,15 @@ class FederateConfig:
                     f"{name} {value} means nothing to strategy {self.strategy}, whose clients keep no A of their "
                     "own; leave it out."
                 )
+        if self.personal == "trained" and not strategy.travels:
+            raise ConfigError(
+                f"personal trained means nothing to strategy {self.strategy}, which sends nothing back; leave it out."
+            )
+        if self.personal == "trained" and strategy.restarts:
+            raise ConfigError(
+                f"personal trained means nothing to strategy {self.strategy}, whose clients start each round anew; "
+                "leave it out."
+            )
         if self.strategy == "centralized" and self.clients not in (None, 1):
             raise ConfigError(
                 f"clients is {self.clients}, but strategy centralized has all rows in one place."
@@ -247,6 +259,7 @@ class FederateConfig:
             wire="fp32",
             a_state="persist",
             a_init="common",
+            personal="received",
             clients=None if self.strategy == "centralized" else self.clients,
         )
 
