@@ -37,3 +37,11 @@ class ModelError(ManyLoraError, ValueError):
 
 class RunError(ManyLoraError, ValueError):
     """A run folder exists already, is incomplete or does not fit what is asked of it."""
+
+
+class WireError(ManyLoraError, ValueError):
+    """Bytes that should be a message between server and client are not one."""
+
+
+class AnswerError(ManyLoraError, ValueError):
+    """A client's answer must not count: it does not fit what was asked, or its numbers cannot be."""

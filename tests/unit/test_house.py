@@ -65,7 +65,13 @@ def test_every_room_says_what_it_is_and_lists_its_names(room: str) -> None:
 
 def test_public_names_are_a_reviewed_list() -> None:
     assert manylora.__all__ == ["ManyLoraConfig", "__version__"]
-    assert importlib.import_module("manylora.cli").VERBS.keys() == {"train", "evaluate", "predict", "export"}
+    assert importlib.import_module("manylora.cli").VERBS.keys() == {
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "federate",
+    }
 
 
 def run_python(code: str) -> str:

@@ -1,12 +1,11 @@
 """Adapters: the multi-LoRA layer as a PEFT method.
 
 `config` holds the settings, `ops` the mathematics (`fused` its autograd functions, `dropout` their mask), `layer` the
-adapted linear layer, `routes` what one call says about routing, `routing` how that reaches the layers, `mixed` several
-adapters in one batch, `balance` the load-balance loss, `gates` statistics, `targets` which layers get one, `model`
-PEFT's tuner, `card` the model card's lines on loading; `registration` tells PEFT about the method when this room is
-imported. `export` makes plain LoRAs
-of an adapter (`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and
-writes both.
+adapted linear layer, `factored` the bank of a federated client with a rank of its own, `routes` what one call says
+about routing, `routing` how that reaches the layers, `mixed` several adapters in one batch, `balance` the load-balance
+loss, `gates` statistics, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's lines on loading;
+`registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter
+(`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both.
 """
 
 from manylora.adapters.balance import LoadBalance, load_balance_loss
@@ -20,6 +19,7 @@ from manylora.adapters.config import (
     parameters_per_layer,
 )
 from manylora.adapters.export import PlainLora, expert_names, export_lora
+from manylora.adapters.factored import FactoredBank
 from manylora.adapters.folders import find_loras, read_adapter, read_lora, write_folder
 from manylora.adapters.from_lora import import_loras
 from manylora.adapters.gates import (
@@ -43,6 +43,7 @@ __all__ = [
     "Collapse",
     "ExpertBank",
     "ExpertIds",
+    "FactoredBank",
     "Fitted",
     "GateStatistics",
     "How",

@@ -22,6 +22,7 @@ VERBS = {
     "evaluate": "score an adapter, or a bare model, on test rows",
     "predict": "answer prompts with a trained adapter",
     "export": "write an adapter as plain LoRAs or merged weights, for programs without this package",
+    "federate": "fine-tune one model with many clients, of whose adapters only a part travels",
 }
 """Verb to what it does, in the order of a first visit."""
 

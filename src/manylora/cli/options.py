@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from manylora.errors import ConfigError
+from manylora.federated.config import FederateConfig
 from manylora.training.config import TrainConfig
 
 
@@ -23,6 +24,21 @@ class TrainOptions(TrainConfig):
     """Continue this run folder where it broke off; takes all settings from there."""
     dry_run: bool = False
     """Print the plan (rows, adapters, parameters, steps, memory) and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederateOptions(FederateConfig):
+    """Settings of a federated run, and what to do with them."""
+
+    out: str | None = None
+    """Folder of the run; must not exist. Default: the next free runs/federate-NNN."""
+    resume: str | None = None
+    """Continue this run folder after its last finished round; takes all settings from there."""
+    dry_run: bool = False
+    """Print what would travel, in parameters and bytes, as published and as sent, and stop."""
+    dimensions: str | None = None
+    """With --dry-run: count for these layers instead of a model's, as OxDxNUMBER ("4096x4096x64,1024x4096x32"), or
+    for one of the published models, "llama2-7b" (q_proj, v_proj) and "qwen2-7b" (q_proj, o_proj)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from manylora.data.examples import Example, Form, Message, TaskData
 from manylora.data.formats import ACCEPTED_FORMS, parse_row
 from manylora.data.mixing import STRATEGIES, Strategy, mixture_schedule, mixture_shares
 from manylora.data.options import options_of
+from manylora.data.partition import PARTITIONS, Partition, partition
 from manylora.data.prompts import (
     IGNORED_LABEL,
     MIN_PROMPT_TOKENS,
@@ -28,6 +29,7 @@ __all__ = [
     "EMBEDDED",
     "IGNORED_LABEL",
     "MIN_PROMPT_TOKENS",
+    "PARTITIONS",
     "SPLITS",
     "STRATEGIES",
     "SUPPORTED_SUFFIXES",
@@ -36,6 +38,7 @@ __all__ = [
     "Form",
     "LossOn",
     "Message",
+    "Partition",
     "Row",
     "Splits",
     "Strategy",
@@ -51,6 +54,7 @@ __all__ = [
     "mixture_shares",
     "options_of",
     "parse_row",
+    "partition",
     "prompt_text",
     "render_prompt",
 ]

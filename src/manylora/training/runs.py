@@ -59,13 +59,15 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     @classmethod
-    def create(cls, out: str | None, *, config: Mapping[str, Any], seed: int) -> RunFolder:
-        """Make a new folder: `out`, or the next free `runs/train-NNN`.
+    def create(
+        cls, out: str | None, *, config: Mapping[str, Any], seed: int, kind: str = "train"
+    ) -> RunFolder:
+        """Make a new folder: `out`, or the next free `runs/KIND-NNN`.
 
         Raises:
             RunError: `out` exists and is not an empty folder.
         """
-        path = Path(out).expanduser() if out is not None else _next_free()
+        path = Path(out).expanduser() if out is not None else _next_free(kind)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(
                 f"{path} exists already; choose another --out, or continue that run with --resume {path}."
@@ -260,11 +262,11 @@ def step_of(checkpoint: Path) -> int:
     return int(suffix) if suffix.isdigit() else -1
 
 
-def _next_free() -> Path:
-    """Make and return the first runs/train-NNN that is not there; of two processes each gets its own."""
+def _next_free(kind: str) -> Path:
+    """Make and return the first runs/KIND-NNN that is not there; of two processes each gets its own."""
     Path("runs").mkdir(exist_ok=True)
     for number in itertools.count(1):
-        path = Path(f"runs/train-{number:03d}")
+        path = Path(f"runs/{kind}-{number:03d}")
         try:
             path.mkdir()
         except FileExistsError:

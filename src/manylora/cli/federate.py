@@ -1,0 +1,155 @@
+"""`manylora federate`: many clients, rounds of local training, and what a strategy lets travel between."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from manylora.cli.options import FederateOptions
+from manylora.cli.parsing import parse
+from manylora.errors import ConfigError
+from manylora.federated.config import FederateConfig
+
+if TYPE_CHECKING:
+    from manylora.evaluation import Scores
+    from manylora.federated import ClientData
+    from manylora.training import RunFolder
+
+DESCRIPTION = """\
+Fine-tune one base model with many clients; each keeps its rows, and what else leaves it is the strategy's choice.
+
+Without options: the 8 tasks of the embedded suite as 8 clients, Fed-ALoRA (only B travels), 5 rounds of one local
+epoch, in one process; then the same training without any exchange, to compare with. A few minutes on two CPU cores.
+
+  manylora federate --dry-run                                 what would travel, counted
+  manylora federate --strategy fedit --wire int8              another strategy, fewer bytes
+  manylora federate --ranks 16,16,8,8,4,4,2,2                 clients of unequal ranks
+  manylora federate --partition dirichlet --clients 20 --participation 0.3
+  manylora federate --data flan8/train --test flan8/test      your own rows (JSON, JSONL, CSV, Parquet, Hub id)
+  manylora federate --resume runs/federate-001                go on after a crash"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the verb; see `DESCRIPTION`."""
+    options, given = parse(FederateOptions, arguments, verb="federate", description=DESCRIPTION)
+    if options.resume is not None:
+        if given - {"resume"}:
+            extra = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - {"resume"}))
+            raise ConfigError(f"--resume takes all settings from the run folder; leave out {extra}.")
+        return _resume(options.resume)
+    if options.dimensions is not None and not options.dry_run:
+        raise ConfigError("--dimensions has no weights behind it; add --dry-run.")
+    config = _settings(options).resolved()
+    if options.dry_run:
+        from manylora.cli.dry_run import print_traffic
+
+        print_traffic(config, dimensions=options.dimensions)
+        return 0
+    from manylora.federated import client_data
+    from manylora.training import RunFolder
+
+    data = client_data(config)
+    _check_test(data)
+    with RunFolder.create(options.out, config=config.to_dict(), seed=config.seed, kind="federate") as folder:
+        return _work(config, data, folder)
+
+
+def _settings(options: FederateOptions) -> FederateConfig:
+    names = {field.name for field in dataclasses.fields(FederateConfig)}
+    return FederateConfig(**{name: getattr(options, name) for name in names})
+
+
+def _resume(path: str) -> int:
+    from manylora.cli.traffic import print_result
+    from manylora.federated import client_data
+    from manylora.training import RunFolder
+
+    folder = RunFolder.open(path)
+    try:
+        config = FederateConfig(**folder.read_config())
+    except TypeError as error:
+        raise ConfigError(f"{folder.path / 'config.yaml'} is not of this version ({error}).") from error
+    if folder.state.get("state") == "finished":
+        print(f"{path} is finished already.")
+        print_result(folder.path)
+        return 0
+    with folder:
+        folder.lock()
+        folder.set_state("running")
+        return _work(config, client_data(config), folder)
+
+
+def _check_test(data: Mapping[str, ClientData]) -> None:
+    """Refuse, before anything is trained, test rows that could not be scored afterwards."""
+    from manylora.evaluation import score_all
+
+    seen: set[str] = set()
+    for client in data.values():
+        for task, rows in client.test.items():
+            if task not in seen:
+                seen.add(task)
+                score_all({task: rows}, {task: [""] * len(rows)})
+
+
+def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFolder) -> int:
+    from manylora.cli.console import explain
+    from manylora.cli.traffic import print_clients, print_result
+
+    print_clients(config, data)
+    print(f"run folder: {folder.path}", flush=True)
+    began = time.monotonic()
+    try:
+        scores = _run(config, data, folder)
+        folder.set_state("running", seconds=round(time.monotonic() - began, 1))
+        reference: dict[str, Scores] = {}
+        if config.reference == "local" and config.strategy != "local":
+            print("the same without any exchange, to compare with:", flush=True)
+            alone = config.local_reference()
+            if config.strategy == "centralized":
+                from manylora.federated import client_data
+
+                data = client_data(alone)
+            reference = _run(alone, data, folder, inside="reference")
+        _write(folder, scores, reference)
+        print_result(folder.path)
+        folder.set_state("finished", seconds=round(time.monotonic() - began, 1))
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        reason = "stopped by Ctrl-C" if stopped else explain(error) or repr(error)
+        with contextlib.suppress(OSError):
+            folder.set_state("failed", error=reason)
+        if stopped:
+            print(f"continue with: manylora federate --resume {shlex.quote(str(folder.path))}")
+        raise
+    print(f"{time.monotonic() - began:.0f} s")
+    return 0
+
+
+def _run(
+    config: FederateConfig, data: Mapping[str, ClientData], folder: RunFolder, *, inside: str = ""
+) -> dict[str, Scores]:
+    """All rounds in one process, and every personal model's scores."""
+    from manylora.cli.traffic import RoundsProgress
+    from manylora.federated import LocalClients, Rounds, Workbench
+
+    path = folder.path / inside
+    clients = LocalClients(data, home=path / "clients", bench=Workbench(config))
+    rounds = Rounds(config, clients, path, progress=RoundsProgress())
+    rounds.run()
+    return rounds.score()
+
+
+def _write(folder: RunFolder, scores: Mapping[str, Scores], reference: Mapping[str, Scores]) -> None:
+    from manylora.training import write_json
+
+    write_json(
+        folder.path / "scores.json",
+        {
+            "clients": {name: value.to_dict() for name, value in scores.items()},
+            "reference": {name: value.to_dict() for name, value in reference.items()},
+        },
+    )

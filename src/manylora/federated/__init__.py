@@ -1,0 +1,69 @@
+"""The federated room: many clients, one base model, and only what a strategy's `Exchange` names travels.
+
+`exchange` says what travels, `strategies` are values over it, `aggregate` is pure, `initial` says where matrices
+begin; `wire`, `compress` and `check` are what stands between two machines; `client` answers, `home` is its disk,
+`workbench` its model, `personal` its result; `rounds` is the server, over the interface in `clients`, which
+`engines/` implement (a second floor, as each engine brings its own dependency). `accounting` counts without running.
+
+Its names are imported on first use, because torch and transformers take seconds and `--help` needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from manylora.federated.config import SCHEDULES, FederateConfig
+
+if TYPE_CHECKING:
+    from manylora.federated.client import Client, ClientData
+    from manylora.federated.clients import Clients, Reply
+    from manylora.federated.dealing import client_data, client_for
+    from manylora.federated.engines.local import LocalClients
+    from manylora.federated.exchange import Exchange
+    from manylora.federated.rounds import Progress, Quiet, Rounds
+    from manylora.federated.strategies import STRATEGIES, Strategy, strategy_for
+    from manylora.federated.wire import Message, pack, unpack
+    from manylora.federated.workbench import Workbench
+
+_HOME = {
+    "client": ("Client", "ClientData"),
+    "clients": ("Clients", "Reply"),
+    "dealing": ("client_data", "client_for"),
+    "engines.local": ("LocalClients",),
+    "exchange": ("Exchange",),
+    "rounds": ("Progress", "Quiet", "Rounds"),
+    "strategies": ("STRATEGIES", "Strategy", "strategy_for"),
+    "wire": ("Message", "pack", "unpack"),
+    "workbench": ("Workbench",),
+}
+
+__all__ = [
+    "SCHEDULES",
+    "STRATEGIES",
+    "Client",
+    "ClientData",
+    "Clients",
+    "Exchange",
+    "FederateConfig",
+    "LocalClients",
+    "Message",
+    "Progress",
+    "Quiet",
+    "Reply",
+    "Rounds",
+    "Strategy",
+    "Workbench",
+    "client_data",
+    "client_for",
+    "pack",
+    "strategy_for",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"manylora.federated.{module}"), name)
+    raise AttributeError(f"module 'manylora.federated' has no attribute {name!r}")

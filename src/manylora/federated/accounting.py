@@ -1,0 +1,229 @@
+"""What travels, counted from dimensions alone: as the papers count it, and as it is sent here.
+
+Parameters and bytes per client and round. D in, O out, R the intermediate (or only) rank, K_k a client's rank.
+The published figures (arXiv 2509.25414, federated tables) follow different rules; each is named.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from manylora.errors import ConfigError
+from manylora.federated.compress import product_is_lighter
+from manylora.federated.exchange import UPDATE
+from manylora.federated.initial import part_shape
+from manylora.federated.strategies import Strategy, strategy_for
+from manylora.federated.wire import Format, payload_bytes
+
+Layers: TypeAlias = Mapping[tuple[int, int], int]
+"""(O, D) to the number of adapted layers of this size."""
+
+PUBLISHED_MODELS: Mapping[str, Layers] = {
+    "llama2-7b": {(4096, 4096): 64},
+    "qwen2-7b": {(3584, 3584): 56},
+}
+"""LLaMA2-7B with q_proj and v_proj in 32 layers, Qwen2-7B with q_proj and o_proj in 28, as the paper counts them."""
+
+PUBLISHED_RANKS = (64, 64, 32, 32, 16, 16, 8, 8)
+"""The unequal ranks of the eight clients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What one client sends and receives in a round."""
+
+    parameters_up: float
+    parameters_down: float
+    bytes_up: float = 0.0
+    """Numbers and int8 scales; a message's header comes on top."""
+    bytes_down: float = 0.0
+
+    @property
+    def parameters(self) -> float:
+        """Both ways."""
+        return self.parameters_up + self.parameters_down
+
+    @property
+    def bytes(self) -> float:
+        """Both ways."""
+        return self.bytes_up + self.bytes_down
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFigure:
+    """One figure of the paper, with the rule that gives it."""
+
+    model: str
+    strategy: str
+    ranks: tuple[int, ...]
+    r: int
+    rule: str
+    millions: float
+    """As printed: parameters per client and round, up plus down, mean over clients."""
+
+    def counted(self) -> float:
+        """The same figure from the dimensions, in parameters."""
+        return published_parameters(self.rule, PUBLISHED_MODELS[self.model], self.ranks, r=self.r)
+
+
+def _sum(layers: Layers, of: Callable[[int, int], float]) -> float:
+    return math.fsum(count * of(out, in_) for (out, in_), count in layers.items())
+
+
+def _published(rule: str, layers: Layers, ranks: Sequence[int], r: int) -> float | None:
+    k, largest = math.fsum(ranks) / len(ranks), max(ranks)
+    rules: Mapping[str, Callable[[int, int], float]] = {
+        "A and B, both ways": lambda o, d: 2 * k * (o + d),
+        "A, both ways": lambda o, d: 2 * k * d,
+        "B, both ways": lambda o, d: 2 * k * o,
+        "A and B, up at each rank, down at the largest": lambda o, d: (k + largest) * (o + d),
+        "B2 up, B0 down": lambda o, d: k * o + r * o,
+        "B2 up, B0 down, and the r × rank terms of B1 and M": lambda o, d: k * o + r * o + 2 * r * k,
+        "A and B up, the stack of all down": lambda o, d: (k + math.fsum(ranks)) * (o + d),
+        "nothing": lambda o, d: 0.0,
+    }
+    return _sum(layers, rules[rule]) if rule in rules else None
+
+
+def published_parameters(rule: str, layers: Layers, ranks: Sequence[int], *, r: int) -> float:
+    """Parameters per client and round, up plus down, mean over clients, by one of the papers' rules.
+
+    Raises:
+        ConfigError: there is no such rule.
+    """
+    value = _published(rule, layers, ranks, r)
+    if value is None:
+        raise ConfigError(f"there is no rule {rule!r} of counting; see PUBLISHED_RULES.")
+    return value
+
+
+PUBLISHED_RULES: Mapping[str, tuple[str, ...]] = {
+    "fed-alora": ("B, both ways",),
+    "fed-alora unequal": ("B2 up, B0 down", "B2 up, B0 down, and the r × rank terms of B1 and M"),
+    "fedsa": ("A, both ways",),
+    "fedit": ("A and B, both ways",),
+    "ffa": ("B, both ways",),
+    "local": ("nothing",),
+    "centralized": ("nothing",),
+    "zero-padding": ("A and B, up at each rank, down at the largest",),
+    "flora": ("A and B up, the stack of all down",),
+    "flexlora": ("A and B, both ways",),
+}
+"""Strategy to the rules by which its traffic is published; with unequal ranks Fed-ALoRA has two."""
+
+
+def published_rules(strategy: Strategy) -> tuple[str, ...]:
+    """The rules of one strategy."""
+    return PUBLISHED_RULES[f"{strategy.name} unequal" if strategy.factored else strategy.name]
+
+
+_EIGHT = (8,) * 8
+PUBLISHED: tuple[PublishedFigure, ...] = tuple(
+    PublishedFigure(model=model, strategy=strategy, ranks=ranks, r=r, rule=rule, millions=millions)
+    for model, strategy, ranks, r, rule, millions in (
+        ("llama2-7b", "fedit", _EIGHT, 8, "A and B, both ways", 8.39),
+        ("llama2-7b", "fed-alora", _EIGHT, 8, "B, both ways", 4.19),
+        ("qwen2-7b", "fedit", _EIGHT, 8, "A and B, both ways", 6.42),
+        ("qwen2-7b", "fed-alora", _EIGHT, 8, "B, both ways", 3.21),
+        ("llama2-7b", "zero-padding", PUBLISHED_RANKS, 16, "A and B, up at each rank, down at the largest", 49.28),
+        (
+            "llama2-7b", "fed-alora", PUBLISHED_RANKS, 16,
+            "B2 up, B0 down, and the r × rank terms of B1 and M", 12.12,
+        ),
+        ("qwen2-7b", "zero-padding", PUBLISHED_RANKS, 16, "A and B, up at each rank, down at the largest", 37.73),
+        ("qwen2-7b", "fed-alora", PUBLISHED_RANKS, 16, "B2 up, B0 down", 9.23),
+    )
+)  # fmt: skip
+"""The eight figures (arXiv 2509.25414, federated tables)."""
+
+
+def as_sent(
+    strategy: Strategy, layers: Layers, ranks: Sequence[int], *, r: int, wire: Format = "fp32"
+) -> list[Traffic]:
+    """What each client sends and receives in a round here, where all take part.
+
+    A product goes as its factors where they are lighter, a truncated state at the client's own rank, and FLoRA's
+    stack has every client's factors.
+
+    Args:
+        strategy: of the run.
+        layers: sizes of the adapted layers.
+        ranks: of the clients.
+        r: intermediate rank.
+        wire: number format.
+    """
+    return [_client(strategy, layers, ranks, rank, r, wire) for rank in ranks]
+
+
+def _client(
+    strategy: Strategy, layers: Layers, ranks: Sequence[int], rank: int, r: int, wire: Format
+) -> Traffic:
+    # Per way: parameters and bytes of one round.
+    totals = {"up": [0, 0], "down": [0, 0]}
+    for (out, in_), count in layers.items():
+        sent = {"up": _parts_up(strategy, out, rank, r), "down": sorted(strategy.exchange.down)}
+        for way, parts in sent.items():
+            own = sum(ranks) if strategy.restarts and way == "down" else rank
+            for part in ("A", "B") if strategy.restarts else parts:
+                shape = part_shape(part, layer=(out, in_), rank=own, intermediate=r)
+                components = shape[1] if part in ("B", "dB", "B0", "B2") else shape[0]
+                totals[way][0] += count * math.prod(shape)
+                totals[way][1] += count * payload_bytes(shape, wire, components=components)
+    return Traffic(
+        parameters_up=totals["up"][0],
+        parameters_down=totals["down"][0],
+        bytes_up=totals["up"][1],
+        bytes_down=totals["down"][1],
+    )
+
+
+def _parts_up(strategy: Strategy, out: int, rank: int, r: int) -> list[str]:
+    parts = sorted(strategy.exchange.up)
+    if UPDATE in parts and not product_is_lighter(out_features=out, rank=r, own_rank=rank):
+        return ["B2", "B1"]
+    return parts
+
+
+def mean_traffic(clients: Sequence[Traffic]) -> Traffic:
+    """The mean over clients."""
+    n = len(clients)
+    return Traffic(
+        parameters_up=math.fsum(c.parameters_up for c in clients) / n,
+        parameters_down=math.fsum(c.parameters_down for c in clients) / n,
+        bytes_up=math.fsum(c.bytes_up for c in clients) / n,
+        bytes_down=math.fsum(c.bytes_down for c in clients) / n,
+    )
+
+
+def parse_dimensions(text: str) -> Layers:
+    """ "4096x4096x64,1024x4096x32" or the name of a published model to layer sizes.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text in PUBLISHED_MODELS:
+        return PUBLISHED_MODELS[text]
+    layers: dict[tuple[int, int], int] = {}
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", word.strip())
+        if match is None or 0 in map(int, match.groups()):
+            raise ConfigError(
+                f"dimensions {word.strip()!r} is neither OxDxNUMBER, as 4096x4096x64, nor one of "
+                f"{', '.join(PUBLISHED_MODELS)}."
+            )
+        out, in_, count = map(int, match.groups())
+        layers[out, in_] = layers.get((out, in_), 0) + count
+    return layers
+
+
+def strategies_for(ranks: Sequence[int]) -> list[Strategy]:
+    """Every strategy that can work with these ranks, those without traffic left out."""
+    from manylora.federated.strategies import STRATEGIES
+
+    unequal = len(set(ranks)) > 1
+    found = (strategy_for(name, unequal=unequal) for name in STRATEGIES)
+    return [strategy for strategy in found if strategy.travels and (strategy.unequal or not unequal)]

@@ -1,0 +1,325 @@
+"""The client: answers a server's messages from its own rows and its own disk. Engines carry the bytes, no more.
+
+What leaves is decided by the strategy's `Exchange` (matrices) and by the `fields` of the answers below: the number of
+training rows, the mean training loss, the steps done; on joining the base's fingerprint and the shapes of its adapted
+layers; on scoring the scores of the client's tasks. Rows, A and everything else that is private stay.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from manylora.data import Example
+from manylora.errors import ConfigError, ManyLoraError, RunError
+from manylora.evaluation import generate_answers, score_all
+from manylora.federated.compress import corrected, expanded, lightest, residual_of
+from manylora.federated.exchange import State, only, split_name
+from manylora.federated.home import VersionedState, folder_name
+from manylora.federated.initial import initial_state, seed_of
+from manylora.federated.personal import save_personal
+from manylora.federated.wire import Message, pack, unpack
+from manylora.federated.workbench import Workbench, total_rows
+from manylora.training import write_json, write_text
+from manylora.training.passes import PassResult, train_pass
+
+if TYPE_CHECKING:
+    from manylora.evaluation import Scores
+    from manylora.training.batches import EncodedTask
+
+RESIDUAL, MOMENTS, TRAINED = "residual/", "moments/", "trained/"
+"""Prefixes under which these stand beside the private parts on disk."""
+
+_ANSWER_MARGIN = 8
+"""Tokens that an answer may be longer than the longest training answer, as in `manylora train`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientData:
+    """A client's own rows by task; every training row has an answer."""
+
+    train: Mapping[str, list[Example]]
+    test: Mapping[str, list[Example]] = field(default_factory=dict)
+
+
+class Client:
+    """One client. Its answers are a function of the message, its rows and its disk: asked again, it answers the same.
+
+    Args:
+        name: stable over restarts; the server and the disk know the client by it.
+        data: its rows.
+        home: folder for the private state of the clients of this machine.
+        bench: the base model; clients of one process share it, one at a time.
+    """
+
+    def __init__(self, name: str, data: ClientData, *, home: Path, bench: Workbench) -> None:
+        self.name, self.data, self.bench = name, data, bench
+        self.folder = home / folder_name(name)
+        self._private = VersionedState(self.folder)
+        self._stacks = VersionedState(home / ".stacks")
+
+    def handle(self, data: bytes) -> bytes:
+        """The answer to a server's message.
+
+        What a user or a server did wrong becomes an answer of kind "failed" with the reason; a bug raises.
+        """
+        message = Message(kind="unknown", client=self.name, round=0)
+        try:
+            message = unpack(data)
+            answer = self._answer(message)
+        except ManyLoraError as error:
+            return pack(
+                Message(kind="failed", client=self.name, round=message.round, fields={"reason": str(error)})
+            )
+        return answer
+
+    def _answer(self, message: Message) -> bytes:
+        verbs = {"join": self._join, "train": self._train, "score": self._score}
+        if message.client != self.name:
+            raise RunError(
+                f"a message for client {message.client!r} reached {self.name!r}; check the nodes' names."
+            )
+        if message.kind not in verbs:
+            raise RunError(f"a message of kind {message.kind!r} is unknown; is the server's manylora newer?")
+        self._check_settings(message.fields.get("settings", {}))
+        return verbs[message.kind](message)
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        own = self.bench.config.for_clients()
+        for name, value in settings.items():
+            if own.get(name) != value:
+                raise ConfigError(
+                    f"the server's {name} is {value!r}, this client's {own.get(name)!r}; make them equal."
+                )
+
+    def _join(self, message: Message) -> bytes:
+        fields = {
+            "examples": sum(map(len, self.data.train.values())),
+            "base": self.bench.fingerprint,
+            "layers": {name: list(shape) for name, shape in self.bench.shapes.items()},
+        }
+        return pack(Message(kind="joined", client=self.name, round=message.round, fields=fields))
+
+    def _train(self, message: Message) -> bytes:
+        rank, version = _integer(message, "rank"), _integer(message, "version")
+        kept = self._kept(version, rank=rank)
+        self._put_on(message, kept, rank=rank)
+        tasks = self.bench.encode(self.data.train)
+        result = self._pass(tasks, message, kept)
+        trained = self.bench.state()
+        sent, residual = self._sent(message, trained, kept, rank=rank)
+        if not math.isfinite(result.loss):
+            raise RunError("the training loss is not finite; lower the learning rate.")
+        answer = pack(
+            Message(
+                kind="trained",
+                client=self.name,
+                round=message.round,
+                fields={
+                    "version": version,
+                    "examples": total_rows(tasks),
+                    "loss": result.loss,
+                    "steps": result.steps,
+                    "moved": _distance(trained, self._started),
+                },
+                tensors=sent,
+            ),
+            self.bench.config.wire,
+        )
+        private = dict(only(trained, self.bench.strategy.private))
+        private |= {RESIDUAL + name: value for name, value in residual.items()}
+        private |= self._moments(result)
+        if self.bench.config.personal == "trained":
+            private |= {TRAINED + name: value for name, value in trained.items() if name not in private}
+        self._private.write(message.round, private, {"rank": rank, "base": self.bench.fingerprint})
+        self._private.keep(version, message.round)
+        return answer
+
+    def _kept(self, version: int, *, rank: int) -> dict[str, Tensor]:
+        """What this client has on disk since the last round in which its answer counted; empty before the first."""
+        if version == 0:
+            return {}
+        state, facts = self._private.read(version)
+        for what, now in (("rank", rank), ("base", self.bench.fingerprint)):
+            if facts.get(what) != now:
+                raise RunError(
+                    f"the private state of client {self.name!r} was trained with {what} {facts.get(what)}, now it is "
+                    f"{now}; start a new run."
+                )
+        return state
+
+    def _put_on(self, message: Message, kept: State, *, rank: int) -> None:
+        """The client's model at the beginning of its part of a round."""
+        config, strategy, bench = self.bench.config, self.bench.strategy, self.bench
+        own_draw = strategy.restarts or (strategy.keeps_a and config.a_init == "per_client")
+        state = initial_state(
+            strategy.parts,
+            bench.shapes,
+            rank=rank,
+            largest_rank=config.largest_rank,
+            intermediate=config.r,
+            seed=seed_of(config.seed, message.round) if strategy.restarts else config.seed,
+            who=self.name if own_draw else "",
+        )
+        reset = (
+            message.kind == "train" and config.a_state == "reset"
+        )  # what is scored is what was trained last
+        remembered = strategy.private - ({"A", "M"} if reset else frozenset())
+        state |= only({name: value for name, value in kept.items() if "/" not in name}, remembered)
+        stacks: list[tuple[int, State]] = []
+        if strategy.restarts:
+            stacks = self._received_stacks(message)
+        else:
+            due = {name: value.shape for name, value in only(state, strategy.exchange.down).items()}
+            if {name: value.shape for name, value in message.tensors.items()} != due:
+                raise RunError(
+                    "the server sent other matrices than this client's model has; compare the settings."
+                )
+            state |= message.tensors
+        if message.kind == "score" and config.personal == "trained":  # nothing for one that never took part
+            state |= _with_prefix(kept, TRAINED)
+        bench.fold(stacks)
+        self._stacks_on = stacks
+        bench.load(state, rank=rank)
+        self._started = bench.state()
+
+    def _received_stacks(self, message: Message) -> list[tuple[int, State]]:
+        """Every stack up to this round, the ones that came with the message put on disk first."""
+        arrived: dict[int, dict[str, Tensor]] = {}
+        for name, value in message.tensors.items():
+            label, _, matrix = name.partition("/")
+            if not label.isdecimal() or split_name(matrix)[0] not in self.bench.shapes:
+                raise RunError(f"the server sent a matrix called {name!r}, which is in no stack.")
+            arrived.setdefault(int(label), {})[matrix] = value
+        for number, stack in arrived.items():
+            if number not in self._stacks.versions():
+                self._stacks.write(number, stack, {})
+        known = [number for number in self._stacks.versions() if number < message.round]
+        if len(known) != (due := _integer(message, "stacks")):
+            raise RunError(
+                f"client {self.name!r} has the stacks of rounds {known}, but there are {due}; put its folder back."
+            )
+        return [(number, self._stacks.read(number)[0]) for number in known]
+
+    def _pass(self, tasks: Sequence[EncodedTask], message: Message, kept: State) -> PassResult:
+        config, bench = self.bench.config, self.bench
+        rows = total_rows(tasks)
+        epochs = config.local_steps * config.batch_size / rows if config.local_steps else config.local_epochs
+        assert epochs is not None
+        assert config.rounds is not None
+        return train_pass(
+            bench.model,
+            tasks,
+            bench.train_config,
+            epochs=epochs,
+            number=message.round - 1,
+            passes=config.rounds,
+            seed=seed_of(config.seed, self.name, message.round),
+            pad_token_id=bench.tokenizer.pad_token_id,
+            scratch=self.folder,
+            moments=self._remembered_moments(kept),
+        )
+
+    def _sent(
+        self, message: Message, trained: State, kept: State, *, rank: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What goes up, and what rounding takes away from it."""
+        strategy, wire = self.bench.strategy, self.bench.config.wire
+        values = strategy.exchange.leaving(message.tensors, trained)
+        if wire == "fp32" or not strategy.feedback:
+            return lightest(values, own_rank=rank, factors=trained), {}
+        values = corrected(values, _with_prefix(kept, RESIDUAL))
+        light = lightest(values, own_rank=rank)
+        arriving = unpack(pack(Message(kind="", client="", round=0, tensors=light), wire)).tensors
+        return light, residual_of(values, expanded(arriving))
+
+    def _moments(self, result: PassResult) -> dict[str, Tensor]:
+        if self.bench.config.optimizer == "reset":
+            return {}
+        names = self.bench.parameter_names()
+        return {
+            f"{MOMENTS}{names[parameter]}/{key}": value.reshape(1) if value.dim() == 0 else value
+            for parameter, values in result.moments.items()
+            if split_name(names[parameter])[1] in self.bench.strategy.private
+            for key, value in values.items()
+        }
+
+    def _remembered_moments(self, kept: State) -> dict[str, dict[str, Tensor]]:
+        parameters = {part: name for name, part in self.bench.parameter_names().items()}
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, value in _with_prefix(kept, MOMENTS).items():
+            part, _, key = name.rpartition("/")
+            moments.setdefault(parameters[part], {})[key] = value.reshape(()) if key == "step" else value
+        return moments
+
+    def _score(self, message: Message) -> bytes:
+        """Put the personal model together, save it as a plain LoRA, and score it on the client's own test rows."""
+        rank, version = _integer(message, "rank"), _integer(message, "version")
+        self._put_on(message, self._kept(version, rank=rank), rank=rank)
+        limits = self._answer_tokens()
+        save_personal(self.bench, self.folder / "adapter", stacks=[stack for _, stack in self._stacks_on])
+        write_json(
+            self.folder / "tasks.json",
+            {
+                "max_length": self.bench.config.max_length,
+                "tasks": {task: {"answer_tokens": limit} for task, limit in limits.items()},
+            },
+        )
+        fields: dict[str, Any] = {}
+        if self.data.test and message.fields.get("score", True):
+            fields["scores"] = self._scores(limits).to_rows()
+        return pack(Message(kind="scored", client=self.name, round=message.round, fields=fields))
+
+    def _answer_tokens(self) -> dict[str, int]:
+        config = self.bench.config
+        most = (self.bench.context or 2**20) // 2
+        return {
+            task.name: config.max_new_tokens or min(task.longest_answer + _ANSWER_MARGIN, most)
+            for task in self.bench.encode(self.data.train)
+        }
+
+    def _scores(self, limits: Mapping[str, int]) -> Scores:
+        config = self.bench.config
+        longest = max(limits.values())
+        answers = {
+            task: generate_answers(
+                self.bench.model,
+                self.bench.tokenizer,
+                rows,
+                batch_size=config.eval_batch_size,
+                max_length=config.max_length,
+                max_new_tokens=limits.get(task, longest),
+            )
+            for task, rows in self.data.test.items()
+        }
+        scores = score_all(self.data.test, answers)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
+        write_text(self.folder / "predictions.jsonl", "".join(lines))
+        return scores
+
+
+def _with_prefix(kept: State, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
+
+
+def _integer(message: Message, name: str) -> int:
+    value = message.fields.get(name)
+    if type(value) is not int or value < 0:
+        raise RunError(
+            f"the server's message has {value!r} as its {name}; is its manylora of another version?"
+        )
+    return value
+
+
+def _distance(after: State, before: State) -> float:
+    """Norm of the change of a whole state."""
+    return math.sqrt(
+        sum(float(torch.sum((after[n].double() - before[n].double()) ** 2)) for n in sorted(after))
+    )

@@ -1,0 +1,301 @@
+"""What a federated run is: one flat, frozen record that the command line, YAML files, server and clients share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from manylora.data import EMBEDDED
+from manylora.errors import ConfigError
+from manylora.training.config import TrainConfig, as_list
+
+Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
+StrategyName: TypeAlias = Literal[
+    "fed-alora", "fedsa", "fedit", "ffa", "local", "centralized", "zero-padding", "flora", "flexlora"
+]
+
+SCHEDULES: Mapping[str, Mapping[str, Any]] = {
+    # The recipe of `manylora train` on the embedded base, its five epochs as five rounds.
+    "embedded": {
+        "rounds": 5,
+        "local_epochs": 1.0,
+        "learning_rate": 3e-3,
+        "warmup": 0.06,
+        "target_modules": "all-linear",
+    },
+    "standard": {
+        "rounds": 5,
+        "local_epochs": 1.0,
+        "learning_rate": 3e-4,
+        "warmup": 0.06,
+        "target_modules": "all-linear",
+    },
+    # The settings that were released with arXiv 2509.25414 for its federated runs.
+    "published": {
+        "rounds": 11,
+        "local_epochs": 10.0,
+        "learning_rate": 5e-4,
+        "warmup": 0.0,
+        "target_modules": ["q_proj", "v_proj"],
+    },
+}
+
+_NODES_OWN = frozenset(
+    {"model", "data", "test", "tasks", "task_column", "limit", "device", "dtype", "eval_batch_size",
+     "gradient_checkpointing", "micro_batch_size", "reference"}
+)  # fmt: skip
+"""Settings that are each machine's own: a server does not tell a client which files to read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederateConfig:
+    """Settings of one federated run. A value left at `None` is filled in by `--schedule`."""
+
+    model: str = EMBEDDED
+    """Base model: "embedded" (carried by the package), a local folder or a Hub id of a causal language model."""
+    data: str = EMBEDDED
+    """Training rows of all clients: "embedded" (the suite of 8 tasks), a file or folder of JSON, JSONL, CSV or
+    Parquet, or a Hub data set id."""
+    test: str | None = None
+    """Test rows, in the same formats. Default: the data's own test split where it has one."""
+    tasks: list[str] | str | None = None
+    """Only these tasks, as "a,b" or a YAML list. Default: all."""
+    task_column: str | None = None
+    """Column that names a row's task. Default: the column "task", else the file's name."""
+    limit: int | None = None
+    """At most this many rows per task and split. Default: all."""
+    loss_on: Literal["answer", "all"] = "answer"
+    """Tokens that carry the loss: the answer alone, or prompt and answer."""
+    max_length: int = 256
+    """Tokens a row may have (the paper's cut-off). A longer prompt loses its beginning, an answer never anything."""
+
+    strategy: StrategyName = "fed-alora"
+    """fed-alora (B travels), fedsa (A), fedit (both), ffa (B, with A frozen), local (nothing), centralized (the
+    data), zero-padding, flora, flexlora."""
+    clients: int | None = None
+    """Number of clients. Default: one per task."""
+    partition: Literal["task", "iid", "dirichlet"] = "task"
+    """How rows are dealt out: by task; alike for all; or each task by shares drawn from a Dirichlet."""
+    dirichlet_alpha: float = 0.5
+    """Concentration of the "dirichlet" partition; small values leave each client few tasks."""
+    participation: float = 1.0
+    """Share of the clients that take part in a round, drawn by seed."""
+    ranks: list[int] | str | None = None
+    """A rank for each client, as "64,64,32", repeated where there are more clients. Default: all have rank r."""
+    a_state: Literal["persist", "reset"] = "persist"
+    """Where A stays with the client: keep it from round to round (the paper's text), or set it back to its initial
+    value each round (the released code)."""
+    a_init: Literal["common", "per_client"] = "common"
+    """Where A stays with the client: whether all clients begin with the same A."""
+    personal: Literal["received", "trained"] = "received"
+    """The personal model that is saved and scored: with what the server sent after the last round, or as the client
+    itself had trained it last, before that was averaged."""
+    optimizer: Literal["reset", "persist"] = "reset"
+    """Adam's moments of what stays with the client: forgotten after each round, or kept."""
+
+    r: int = 8
+    """Rank; with --ranks, Fed-ALoRA's intermediate rank that all clients have in common."""
+    lora_alpha: float = 16.0
+    """The adapter's output is scaled by lora_alpha / r, with --ranks for every client alike."""
+    lora_dropout: float = 0.05
+    """Dropout on the adapter's input."""
+    target_modules: list[str] | str | None = None
+    """Layers that get an adapter: names such as "q_proj,v_proj", a regular expression, or "all-linear".
+    Default: from `--schedule`."""
+
+    schedule: Schedule = "auto"
+    """Rounds, local epochs, learning rate, warm-up and target modules as one choice. auto: "embedded" for the
+    embedded base, "standard" for any other; "published": 11 rounds of 10 epochs at 5e-4."""
+    rounds: int | None = None
+    """Rounds. Default: from `--schedule`."""
+    local_epochs: float | None = None
+    """Passes of a client over its rows in a round. Default: from `--schedule`."""
+    local_steps: int | None = None
+    """Optimizer steps of a client in a round, in place of --local-epochs."""
+    learning_rate: float | None = None
+    """Peak step size. Default: from `--schedule`."""
+    warmup: float | None = None
+    """Warm-up: a share of a client's steps in all rounds where below 1, else a number of steps. Default: from
+    `--schedule`."""
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """Shape of the learning rate over all rounds after the warm-up."""
+    batch_size: int = 16
+    """Rows per optimizer step."""
+    micro_batch_size: int | None = None
+    """Rows per forward pass; the rest of a batch is accumulated. Default: the whole batch."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen base. auto: float32 on CPU, bfloat16 on a GPU that has it. Adapters stay in float32."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seeds the partition, the participation, initialisation, order and dropout."""
+
+    wire: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Numbers on the wire. int8 has one scale per rank component; what rounding loses goes into the next message."""
+    quorum: float = 0.5
+    """Share of a round's clients whose answers must count; with fewer the run stops."""
+    deadline: float | None = None
+    """Seconds that joining, a round, or scoring may take; later answers are dropped. Default: none."""
+    max_examples: int = 10_000_000
+    """Most examples that a client may claim to have."""
+    max_update: float = 1.0
+    """Largest root mean square that a client's update may have; a larger one is refused."""
+
+    reference: Literal["local", "none"] = "local"
+    """Also train each client alone, with equal steps, to compare with; left out where nothing travels anyway."""
+    scored_clients: int | None = None
+    """Score the personal models of this many clients, in order; 0 for none. Default: all."""
+    eval_batch_size: int = 64
+    """Rows per batch when answers are generated. It does not change the answers."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens. Default: per task, the longest training answer plus 8."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "limit", "clients", "dirichlet_alpha", "participation", "r", "lora_alpha", "rounds", "local_epochs",
+            "local_steps", "learning_rate", "batch_size", "micro_batch_size", "max_length", "deadline",
+            "max_examples", "max_update", "eval_batch_size", "max_new_tokens",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} is {value}; give a value above 0.")
+        for name in ("participation", "quorum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give a share of at most 1, such as 0.5.")
+        if self.scored_clients is not None and self.scored_clients < 0:
+            raise ConfigError(f"scored_clients is {self.scored_clients}; give 0 or more.")
+        object.__setattr__(self, "ranks", _as_ranks(self.ranks))
+        self._check_strategy()
+
+    def _check_strategy(self) -> None:
+        from manylora.federated.strategies import STRATEGIES, strategy_for
+
+        strategy = strategy_for(self.strategy, unequal=self.ranks is not None)
+        if self.ranks is not None and not strategy.unequal:
+            able = sorted({"fed-alora", *(name for name, value in STRATEGIES.items() if value.unequal)})
+            raise ConfigError(
+                f"strategy {self.strategy} needs one rank for all; leave --ranks out, or choose {', '.join(able)}."
+            )
+        for name, usual in (("a_state", "persist"), ("a_init", "common")):
+            value = getattr(self, name)
+            if value != usual and not strategy.keeps_a:
+                raise ConfigError(
+                    f"{name} {value} means nothing to strategy {self.strategy}, whose clients keep no A of their "
+                    "own; leave it out."
+                )
+        if self.personal == "trained" and not strategy.travels:
+            raise ConfigError(
+                f"personal trained means nothing to strategy {self.strategy}, which sends nothing back; leave it out."
+            )
+        if self.personal == "trained" and strategy.restarts:
+            raise ConfigError(
+                f"personal trained means nothing to strategy {self.strategy}, whose clients start each round anew; "
+                "leave it out."
+            )
+        if self.strategy == "centralized" and self.clients not in (None, 1):
+            raise ConfigError(
+                f"clients is {self.clients}, but strategy centralized has all rows in one place."
+            )
+
+    def resolved(self) -> FederateConfig:
+        """Fill every value that the schedule governs; idempotent."""
+        name = self.schedule
+        if name == "auto":
+            name = "embedded" if self.model == EMBEDDED else "standard"
+        updates = {key: value for key, value in SCHEDULES[name].items() if getattr(self, key) is None}
+        local = dataclasses.replace(self, schedule=name, **updates)
+        trained = local.train_config().resolved()
+        paths = {key: getattr(trained, key) for key in ("model", "data", "test", "tasks", "target_modules")}
+        return dataclasses.replace(local, **paths)
+
+    def train_config(self) -> TrainConfig:
+        """The same settings as the training room knows them: one LoRA, whose epochs are those of all rounds."""
+        shared = {field.name for field in dataclasses.fields(TrainConfig)} & {
+            field.name for field in dataclasses.fields(self)
+        }
+        settings = {name: getattr(self, name) for name in shared}
+        epochs = None if self.local_epochs is None else self.local_epochs * (self.rounds or 1)
+        return TrainConfig(**settings, method="lora", epochs=epochs)
+
+    def rank_of(self, index: int) -> int:
+        """The rank of the client that stands at `index` among all, sorted as the partition gives them."""
+        return self.r if self.ranks is None else int(self.ranks[index % len(self.ranks)])
+
+    def check_number_of_clients(self, number: int) -> None:
+        """Refuse ranks for clients that do not exist.
+
+        Raises:
+            ConfigError: there are more ranks than clients.
+        """
+        if self.ranks is not None and len(self.ranks) > number:
+            raise ConfigError(
+                f"ranks names {len(self.ranks)} clients, but there are {number}; give at most {number} ranks."
+            )
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest of all ranks."""
+        return self.r if self.ranks is None else max(map(int, self.ranks))
+
+    @property
+    def scaling(self) -> float:
+        """s, common to all clients."""
+        return self.lora_alpha / self.r
+
+    def local_reference(self) -> FederateConfig:
+        """The same run in which nothing travels."""
+        return dataclasses.replace(
+            self,
+            strategy="local",
+            wire="fp32",
+            a_state="persist",
+            a_init="common",
+            personal="received",
+            clients=None if self.strategy == "centralized" else self.clients,
+        )
+
+    def for_clients(self) -> dict[str, Any]:
+        """The settings that a server tells its clients, as plain values."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NODES_OWN}
+
+    def told(self, settings: Mapping[str, Any]) -> FederateConfig:
+        """This machine's own settings with those that a server told.
+
+        Raises:
+            ConfigError: the server told something unknown or impossible.
+        """
+        known = {field.name for field in dataclasses.fields(self)} - _NODES_OWN
+        if unknown := sorted(set(settings) - known):
+            raise ConfigError(f"the server set {unknown[0]!r}, which this version of manylora does not know.")
+        try:
+            return dataclasses.replace(self, **settings)
+        except TypeError as error:
+            raise ConfigError(f"the server's settings cannot be ({error}).") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to `config.yaml`."""
+        return dataclasses.asdict(self)
+
+
+def _as_ranks(ranks: Sequence[int] | str | None) -> list[int] | None:
+    words = as_list(ranks) if isinstance(ranks, str) else ranks
+    if words is None:
+        return None
+    try:
+        values = [int(word) for word in words]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"ranks {ranks!r} is no list of whole numbers; give one such as 64,32,8."
+        ) from error
+    if not values or min(values) < 1:
+        raise ConfigError(f"ranks {ranks!r} must hold one or more numbers, each 1 or more.")
+    return values

@@ -1,0 +1,186 @@
+"""`manylora federate` as a user runs it, in processes of its own, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import cli_process
+from manylora.cli import main
+
+
+def federate(base: Path, data: Path, *more: object) -> list[str]:
+    fixed = [
+        "federate", "--model", base, "--data", data, "--rounds", 4, "--batch-size", 8, "--learning-rate", 0.02,
+        "--device", "cpu", "--wire", "int8", "--optimizer", "persist", "--ranks", "6,4,2",
+    ]  # fmt: skip
+    return [str(word) for word in (*fixed, *more)]
+
+
+def results(run: Path) -> dict[str, bytes]:
+    """Everything that must not depend on whether the run was broken off."""
+    kept = [run / "scores.json", run / "metrics.jsonl", run / "reference" / "metrics.jsonl"]
+    kept += run.glob("**/clients/*/adapter/adapter_model.safetensors")
+    kept += run.glob("**/round-*/private.safetensors")
+    return {str(path.relative_to(run)): path.read_bytes() for path in kept}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    process = cli_process([*federate(tiny_base, small_data), "--out", "whole"], folder)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    (folder / "whole" / "printed.txt").write_text(out, encoding="utf-8")
+    (folder / "whole" / "progress.txt").write_text(err, encoding="utf-8")
+    return folder / "whole"
+
+
+def test_a_run_shows_its_rounds_and_a_row_for_each_client(finished: Path) -> None:
+    printed = (finished / "printed.txt").read_text(encoding="utf-8")
+    for name in ("first_word", "last_word", "swap", "mean", "local only", "KiB up", "Δm%"):
+        assert name in printed
+    progress = (finished / "progress.txt").read_text(encoding="utf-8")
+    assert progress.count("round 4/4  loss") == 2  # of the run and of its reference
+    assert "update norm" in progress
+
+
+def test_a_run_leaves_what_the_docs_promise(finished: Path) -> None:
+    assert json.loads((finished / "state.json").read_text(encoding="utf-8"))["state"] == "finished"
+    scores = json.loads((finished / "scores.json").read_text(encoding="utf-8"))
+    assert list(scores["clients"]) == list(scores["reference"]) == ["first_word", "last_word", "swap"]
+    assert all(client["n"] == 6 for client in scores["clients"].values())
+    rows = [
+        json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert not list(finished.rglob("*.partial"))
+    assert not (finished / "answers").exists()
+
+
+def test_the_bytes_on_the_wire_are_those_that_were_counted(finished: Path) -> None:
+    """Two layers of each size: the payload is what `--dry-run` counts, the header comes on top."""
+    from manylora.federated.accounting import as_sent
+    from manylora.federated.strategies import FED_ALORA_UNEQUAL
+
+    layers = {(32, 32): 8, (64, 32): 4, (32, 64): 2}
+    counted = as_sent(FED_ALORA_UNEQUAL, layers, [6, 4, 2], r=8, wire="int8")
+    row = json.loads((finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    for name, traffic in zip(("first_word", "last_word", "swap"), counted, strict=True):
+        assert 0 < row["up"][name] - traffic.bytes_up < 1000
+        assert 0 < row["down"][name] - traffic.bytes_down < 2000
+
+
+def test_a_personal_model_is_scored_by_evaluate(
+    finished: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "evaluate",
+        "--adapter",
+        finished / "clients" / "swap" / "adapter",
+        "--data",
+        small_data / "test",
+    ]
+    out = finished.parent / "scored"
+    assert main([*map(str, command), "--tasks", "swap", "--device", "cpu", "--out", str(out)]) == 0
+    capsys.readouterr()
+    again = json.loads((out / "scores.json").read_text(encoding="utf-8"))["tasks"]
+    first = json.loads((finished / "scores.json").read_text(encoding="utf-8"))["clients"]["swap"]["tasks"]
+    assert again == first
+
+
+def kill_at(process: subprocess.Popen[str], ready: Path, *, pause: float) -> None:
+    """Kill -9 once a path is there, after a pause."""
+    deadline = time.monotonic() + 400
+    while not ready.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(pause)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()  # also closes its pipes
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(
+    finished: Path, tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Killed twice: somewhere after its second round, and somewhere in its reference."""
+    run = tmp_path / "broken"
+    process = cli_process([*federate(tiny_base, small_data), "--out", run], tmp_path)
+    kill_at(process, run / "rounds" / "round-0002", pause=random.random() * 0.4)
+    assert json.loads((run / "state.json").read_text(encoding="utf-8"))["state"] == "running"
+    process = cli_process(["federate", "--resume", run], tmp_path)
+    kill_at(process, run / "reference" / "rounds" / "round-0001", pause=random.random() * 0.4)
+    resumed = cli_process(["federate", "--resume", run], tmp_path)
+    _, err = resumed.communicate(timeout=500)
+    assert resumed.returncode == 0, err
+    assert results(run) == results(finished)
+
+
+def test_resuming_a_finished_run_shows_its_table(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["federate", "--resume", str(finished)]) == 0
+    out = capsys.readouterr().out
+    assert "finished already" in out
+    assert "last_word" in out
+
+
+def test_a_dry_run_counts_and_writes_nothing(
+    tiny_base: Path, small_data: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*federate(tiny_base, small_data), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "14 adapted layers" in out
+    assert "3 clients, ranks 6,4,2" in out
+    assert (
+        main(
+            [
+                "federate",
+                "--dry-run",
+                "--dimensions",
+                "llama2-7b",
+                "--ranks",
+                "64,64,32,32,16,16,8,8",
+                "--r",
+                "16",
+            ]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    for figure in ("12.12", "12.06", "49.28", "37.73", "9.23", "7.87", "8.39", "4.19", "6.42", "3.21"):
+        assert figure in out
+    assert list(in_empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--strategy", "fedavg"], "fedavg"),
+        (["--strategy", "fedit", "--ranks", "4,2,2"], "needs one rank for all"),
+        (["--ranks", "4,2,2,2"], "ranks names 4 clients, but there are 3"),
+        (["--clients", "1000"], "cannot be dealt out to 1000 clients"),
+        (["--dimensions", "llama2-7b"], "add --dry-run"),
+        (["--wire", "fp8"], "fp8"),
+        (["--a-state", "reset", "--strategy", "fedit"], "keep no A of their own"),
+        (["--partition", "dirichlet", "--dirichlet-alpha", "0"], "dirichlet_alpha is 0"),
+        (["--resume", "nowhere"], "nowhere is not a run folder"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    words: list[str], reason: str, tiny_base: Path, small_data: Path, in_empty_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    fixed = [] if "--resume" in words else ["--model", str(tiny_base), "--data", str(small_data)]
+    assert main(["federate", *fixed, *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert reason in lines[0]
+    assert list(in_empty_folder.iterdir()) == []
