@@ -104,6 +104,15 @@ def small_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "run"
 
 
+def test_training_rows_are_not_scored_as_test_rows(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--adapter", str(small_run), "--device", "cpu"]) == 2
+    line = only_line(capsys)
+    assert "no test rows" in line
+    assert "--data" in line
+
+
 def damaged(run: Path, to: Path, spoil: Callable[[Path], object]) -> str:
     shutil.copytree(run, to)
     spoil(to)
@@ -306,7 +315,7 @@ def test_odd_surroundings_end_cleanly(small_run: Path, tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             check=False,
-            timeout=120,
+            timeout=300,
         )
 
     closed = shell('predict --adapter "$ADAPTER" <&-')
