@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import cli_process
 from manylora.cli import main
 
 
@@ -70,6 +71,15 @@ def test_bad_input_to_train_is_one_line_and_exit_code_2(
     for text in wanted:
         assert text in line
     assert set(in_empty_folder.iterdir()) == before, "something was written"
+
+
+def test_in_a_process_of_its_own_it_is_one_line_too(tmp_path: Path) -> None:
+    # here the libraries are imported anew, and what they log at import would stand beside our line
+    process = cli_process(["evaluate", "--data", "absent.jsonl"], tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert err.startswith("manylora: absent.jsonl does not exist")
 
 
 def test_a_router_that_is_none_is_refused(
