@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import cli_process
 from manylora.cli import main
 
 
@@ -72,6 +73,15 @@ def test_bad_input_to_train_is_one_line_and_exit_code_2(
     assert set(in_empty_folder.iterdir()) == before, "something was written"
 
 
+def test_in_a_process_of_its_own_it_is_one_line_too(tmp_path: Path) -> None:
+    # here the libraries are imported anew, and what they log at import would stand beside our line
+    process = cli_process(["evaluate", "--data", "absent.jsonl"], tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert err.startswith("manylora: absent.jsonl does not exist")
+
+
 def test_a_router_that_is_none_is_refused(
     tiny_base: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +112,15 @@ def small_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     command = ["train", "--model", str(tiny_base), "--data", str(folder / "data.jsonl"), "--epochs", "1"]
     assert main([*command, "--device", "cpu", "--out", str(folder / "run")]) == 0
     return folder / "run"
+
+
+def test_training_rows_are_not_scored_as_test_rows(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--adapter", str(small_run), "--device", "cpu"]) == 2
+    line = only_line(capsys)
+    assert "no test rows" in line
+    assert "--data" in line
 
 
 def damaged(run: Path, to: Path, spoil: Callable[[Path], object]) -> str:
@@ -306,7 +325,7 @@ def test_odd_surroundings_end_cleanly(small_run: Path, tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             check=False,
-            timeout=120,
+            timeout=300,
         )
 
     closed = shell('predict --adapter "$ADAPTER" <&-')

@@ -207,7 +207,7 @@ print(config.peft_type.value, type(model.peft_config["default"]).__name__, same)
         [sys.executable, "-c", script, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.stdout.split() == ["MANYLORA", "ManyLoraConfig", "True"], done.stderr

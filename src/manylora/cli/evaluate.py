@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from manylora.cli.options import EvaluateOptions
 from manylora.cli.parsing import parse
-from manylora.errors import RunError
+from manylora.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from manylora.data import TaskData
 
 DESCRIPTION = """\
 Generate an answer to every test row, greedily, and print a table of scores per task.
@@ -39,19 +43,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _evaluate(options: EvaluateOptions) -> int:
     from manylora.cli.scoring import score, suite_baselines, write_scores
-    from manylora.cli.subjects import load_subject, run_test_source
+    from manylora.cli.subjects import load_subject
     from manylora.cli.tables import print_scores
-    from manylora.data import load_examples
-    from manylora.training.config import as_list
 
-    data = options.data or run_test_source(options.adapter)
-    test = load_examples(
-        data,
-        task_column=options.task_column,
-        tasks=as_list(options.tasks),
-        split="test",
-        limit=options.limit,
-    )
+    data, test = _rows(options)
     subject = load_subject(options.adapter, model=options.model, dtype=options.dtype, device=options.device)
     scores = score(
         subject.model,
@@ -71,3 +66,29 @@ def _evaluate(options: EvaluateOptions) -> int:
         write_scores(folder, scores, baselines)
         print(f"written to {folder}")
     return 0
+
+
+def _rows(options: EvaluateOptions) -> tuple[str, TaskData]:
+    """The rows to score and their source: those named, else the test rows of the adapter's run, as the run read them.
+
+    Raises:
+        ConfigError: the run has no test rows.
+    """
+    from manylora.cli.subjects import run_settings
+    from manylora.data import EMBEDDED, available_splits, load_examples
+    from manylora.training.config import as_list
+
+    run = {} if options.data is not None else run_settings(options.adapter)
+    data = str(options.data or run.get("test") or run.get("data") or EMBEDDED)
+    if run and not run.get("test") and "test" not in available_splits(data):
+        raise ConfigError(f"The run of {options.adapter} has no test rows; give rows to score with --data.")
+    tasks = as_list(options.tasks)
+    test = load_examples(
+        data,
+        task_column=options.task_column or run.get("task_column"),
+        tasks=tasks,
+        split="test",
+        limit=options.limit,
+    )
+    order = tasks or run.get("tasks") or list(test)
+    return data, {task: test[task] for task in order if task in test}

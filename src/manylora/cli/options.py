@@ -53,9 +53,10 @@ class EvaluateOptions:
     model: str | None = None
     """Base model. Default: the one the adapter was trained on, else the embedded one."""
     tasks: list[str] | str | None = None
-    """Only these tasks, as "a,b" or a YAML list. Default: all."""
+    """Only these tasks, as "a,b" or a YAML list. Default: all; those of the run where its test rows are scored."""
     task_column: str | None = None
-    """Column that names a row's task. Default: the column "task", else the file's name."""
+    """Column that names a row's task. Default: the column "task", else the file's name; the run's own where its test
+    rows are scored."""
     limit: int | None = None
     """At most this many rows per task. Default: all."""
     batch_size: int = 64

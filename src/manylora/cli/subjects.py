@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ModelError
@@ -50,13 +50,12 @@ class Subject:
         return self.model.active_peft_config.expert_of(task)
 
 
-def run_test_source(adapter: str | None) -> str:
-    """Where the test rows of an adapter's run come from; the embedded suite where there is no run to ask."""
+def run_settings(adapter: str | None) -> dict[str, Any]:
+    """The settings of the run that an adapter comes from; empty where there is no run to ask."""
     folder = adapter_folder(adapter).parent if adapter is not None else None
     if folder is None or not (folder / "config.yaml").is_file():
-        return EMBEDDED
-    run = RunFolder(folder).read_config()
-    return str(run.get("test") or run.get("data") or EMBEDDED)
+        return {}
+    return RunFolder(folder).read_config()
 
 
 def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: str) -> Subject:
