@@ -118,7 +118,7 @@ def prepare(config: TrainConfig) -> Prepared:
         temperature=config.mixing_temperature,
         seed=config.seed,
     )
-    steps_per_epoch = max(1, round(sum(sizes.values()) / config.batch_size))
+    steps_per_epoch = max(1, round(sum(sizes.values()) / config.rows_per_step))
     return Prepared(
         config=config,
         splits=splits,
@@ -185,7 +185,7 @@ def _plan(
         tokens=sum(lengths[index] for index in order),
         memory=estimate_memory(
             model,
-            rows=min(config.micro_batch_size or config.batch_size, len(order)),
+            rows=min(config.micro_batch_size or config.rows_per_step, len(order)),
             length=max(lengths),
             checkpointing=config.gradient_checkpointing,
             validation_rows=min(config.eval_batch_size, sum(len(task.rows) for task in validation)),

@@ -235,7 +235,7 @@ def _give_shapes(model: torch.nn.Module) -> None:
 
 def step_counts(rows: int, config: TrainConfig) -> tuple[int, int]:
     """Optimizer steps of a run over `rows` rows in all epochs together, and how many of them warm up."""
-    steps = math.ceil(rows / config.batch_size)
+    steps = math.ceil(rows / config.rows_per_step)
     warmup = config.warmup or 0.0
     return steps, math.ceil(warmup * steps) if warmup < 1 else int(warmup)
 
@@ -282,7 +282,7 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
         ),
         (
             "steps",
-            f"{plan.steps:,} of {config.batch_size} rows ({config.epochs:g} epochs, {plan.warmup_steps} warm-up), "
+            f"{plan.steps:,} of {config.rows_per_step} rows ({config.epochs:g} epochs, {plan.warmup_steps} warm-up), "
             f"peak learning rate {config.learning_rate:g}, mixing {config.mixing}",
         ),
         ("tokens", f"{plan.tokens:,}"),

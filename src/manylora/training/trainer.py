@@ -180,7 +180,7 @@ def training_arguments(
 
     The rows come in the order the plan fixed, over all epochs, so the Trainer sees one long epoch.
     """
-    micro = config.micro_batch_size or config.batch_size
+    micro = config.micro_batch_size or config.rows_per_step
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     half = (
         config.dtype
@@ -193,7 +193,7 @@ def training_arguments(
         output_dir=str(run.checkpoints),
         max_steps=steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch_size // micro,
+        gradient_accumulation_steps=config.rows_per_step // micro,
         per_device_eval_batch_size=config.eval_batch_size,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.scheduler,
