@@ -150,6 +150,7 @@ class FlowerLink:
         from flwr.common.serde import run_from_proto
         from flwr.proto.runtime_pb2 import PullTaskInputRequest, SendTaskHeartbeatRequest
         from flwr.supercore.heartbeat import HeartbeatSender
+        from flwr.supercore.task_identity import TaskIdentity
 
         runtime = self._grid._runtime_client
 
@@ -164,7 +165,11 @@ class FlowerLink:
 
         self._heart = HeartbeatSender(beat)
         self._heart.start()
-        self._grid.set_run(run_from_proto(runtime.PullTaskInput(PullTaskInputRequest()).run))
+        task = runtime.PullTaskInput(PullTaskInputRequest())
+        # Flower's messages take from here whose they are.
+        TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
+        TaskIdentity.node_id = task.context.node_id
+        self._grid.set_run(run_from_proto(task.run))
 
     def register(self, keys: Mapping[str, bytes]) -> dict[str, bytes]:
         """Let nodes with these public keys in; those that are in already stay so.
