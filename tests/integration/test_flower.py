@@ -1,4 +1,4 @@
-"""The engine flower over real processes on 127.0.0.1: a SuperLink, three SuperNodes with keys, their workers, TLS on."""
+"""The engine flower over real processes on 127.0.0.1: a SuperLink, three SuperNodes with keys, workers, TLS on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from federation import final_state
 from manylora.cli import main
 
-pytestmark = pytest.mark.skipif(
+needs_flower = pytest.mark.skipif(
     shutil.which("flower-superlink", path=str(Path(sys.executable).parent)) is None,
     reason="Flower is not installed (pip install 'manylora[flower]', Python 3.11 or later)",
 )
@@ -115,6 +115,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+@needs_flower
 def test_three_nodes_end_with_the_weights_of_one_process_though_one_is_killed(
     processes: Processes, tiny_base: Path, small_data: Path, tmp_path: Path
 ) -> None:
@@ -186,7 +187,8 @@ def test_three_nodes_end_with_the_weights_of_one_process_though_one_is_killed(
 
 
 def test_the_recipe_names_the_superlink(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("federate --engine flower --superlink hub.example.org:8000 --clients 3 --recipe".split()) == 0
+    words = ["--engine", "flower", "--superlink", "hub.example.org:8000", "--clients", "3", "--recipe"]
+    assert main(["federate", *words]) == 0
     out = capsys.readouterr().out
     for part in ("DNS:hub.example.org", "--superlink hub.example.org:8000", "--enable-supernode-auth", "--port 8000",
                  "--node-config", "ssh-keygen", "--clients 3", "FLWR_TELEMETRY_ENABLED=0"):  # fmt: skip
@@ -206,7 +208,11 @@ def test_the_recipe_names_the_superlink(capsys: pytest.CaptureFixture[str]) -> N
         ),
         ("--superlink 127.0.0.1:9", "add --engine flower"),
         ("--node 127.0.0.1:9094 --rounds 3", "--node-config"),
-        ("--engine flower --superlink 127.0.0.1:9 --clients 2", "no SuperLink answers at 127.0.0.1:9"),
+        pytest.param(
+            "--engine flower --superlink 127.0.0.1:9 --clients 2",
+            "no SuperLink answers at 127.0.0.1:9",
+            marks=needs_flower,
+        ),
     ],
 )
 def test_bad_input_is_one_line(
