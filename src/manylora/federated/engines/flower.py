@@ -49,7 +49,10 @@ class _Order:
     node: Node | None = None
     """To which it was sent; None while no node of the client is there."""
     messages: tuple[str, ...] = ()
+    failed: Node | None = None
+    """The node that lost the message last,"""
     tries: int = 0
+    """and how often."""
     missed: float = 0.0
     """Since when there is no node of the client."""
 
@@ -158,11 +161,16 @@ class FlowerClients:
             return Reply(client=name, reason=answer.error)
         if order.messages:  # an older one of several: the newest is still under way
             return None
-        order.tries += 1
-        if order.tries >= _TRIES and self._nodes.get(name) == order.node:
+        node, order.node, order.missed = order.node, None, time.monotonic()
+        order.tries = order.tries + 1 if node == order.failed else 1
+        order.failed = node
+        if order.tries >= _TRIES:
             return Reply(client=name, reason=answer.error)
-        self.say(f"{name} did not get its message ({answer.error}); it is sent again")
-        order.node, order.missed = None, time.monotonic()
+        self.say(f"{name} did not get its message ({answer.error}); it is sent again once its node is there")
+        if node is not None and self._nodes.get(name) == node:
+            # It has to say again who it is: the list of nodes that are online may be older than this answer.
+            del self._nodes[name]
+            self._introduced.pop((node.number, node.since), None)
         return None
 
     def _away(self, order: _Order) -> bool:

@@ -10,13 +10,13 @@ from flwr.serverapp import ServerApp
 client, server = ClientApp(), ServerApp()
 
 
-@server.main()
+@server.main()  # type: ignore[untyped-decorator]
 def serve(*_: Any) -> None:
     """Refuse."""
     raise RuntimeError("start the SuperLink with --isolation process; the server is `manylora federate`")
 
 
-@client.query()
+@client.query()  # type: ignore[untyped-decorator]
 def answer(*_: Any) -> Any:
     """Refuse."""
     raise RuntimeError(

@@ -188,7 +188,7 @@ class FlowerLink:
         with self._reached(), self._control() as control:
             for name, text in keys.items():
                 try:
-                    known[name] = public_key_to_bytes(load_ssh_public_key(text))  # type: ignore[arg-type]
+                    known[name] = public_key_to_bytes(load_ssh_public_key(text))
                 except (ValueError, AttributeError) as error:
                     raise ConfigError(
                         f"the public key of {name!r} is no OpenSSH key ({error}); make one as --recipe says."

@@ -143,16 +143,14 @@ def work(supernode: str, *, say: Callable[[str], None]) -> None:
     from flwr.proto.runtime_pb2 import AcquireTaskRequest
     from flwr.supercore.constant import TaskType
 
-    client, there = NodeClient(), True
+    client, there = NodeClient(), True  # the latter is told once until the next message
     with contextlib.closing(_runtime(supernode)) as runtime:
         while True:
             try:
                 got = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-                if not there:
-                    say(f"SuperNode {supernode} is there again")
-                there = True
                 if got.HasField("task") and got.token:
                     _one(supernode, got.token, client, say)
+                    there = True
                     continue
             except httpx.HTTPError as error:
                 if there:
