@@ -57,8 +57,7 @@ class Hub:
 
 
 def clients(hub: Hub, expected: int, **more: object) -> FlowerClients:
-    made = FlowerClients(hub, run="r", expected=expected, patience=0.3, interval=0.001, **more)  # type: ignore[arg-type]
-    return made
+    return FlowerClients(hub, run="r", expected=expected, patience=0.3, interval=0.001, **more)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
