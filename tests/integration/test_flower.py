@@ -116,7 +116,7 @@ SETTINGS = [
 
 
 @needs_flower
-def test_three_nodes_end_with_the_weights_of_one_process_though_one_is_killed(
+def test_three_nodes_end_with_the_weights_of_one_process_though_one_is_killed_and_the_server_too(
     processes: Processes, tiny_base: Path, small_data: Path, tmp_path: Path
 ) -> None:
     certificates(tmp_path)
@@ -150,11 +150,14 @@ def test_three_nodes_end_with_the_weights_of_one_process_though_one_is_killed(
         supernode(name)
         worker(name)
 
-    # After the first round one machine dies, node and worker, and comes back when the SuperLink lets it in.
+    # After the first round one machine dies, node and worker; it comes back when the SuperLink lets it in.
     processes.until(lambda: (run / "rounds" / "round-0001").exists(), "server", "superlink")
     processes.kill("node-swap")
     processes.kill("worker-swap")
+    # So does the server, at some moment of the second round; a new run at the SuperLink goes on where it was.
+    processes.kill("server")
     assert not (run / "rounds" / "round-0003").exists()
+    server = processes.start("server", *manylora, "--resume", run)
     worker("swap")
 
     def finished() -> bool:
@@ -211,7 +214,8 @@ def test_the_recipe_names_the_superlink(capsys: pytest.CaptureFixture[str]) -> N
         pytest.param(
             "--engine flower --superlink 127.0.0.1:9 --clients 2",
             "no SuperLink answers at 127.0.0.1:9",
-            marks=needs_flower,
+            # Flower 1.41 asks click and pathspec in old ways; nothing of ours can change that.
+            marks=[needs_flower, pytest.mark.filterwarnings("ignore::DeprecationWarning")],
         ),
     ],
 )
