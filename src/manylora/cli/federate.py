@@ -16,7 +16,7 @@ from manylora.federated.config import FederateConfig
 
 if TYPE_CHECKING:
     from manylora.evaluation import Scores
-    from manylora.federated import ClientData
+    from manylora.federated import ClientData, Clients
     from manylora.training import RunFolder
 
 DESCRIPTION = """\
@@ -30,6 +30,7 @@ epoch, in one process; then the same training without any exchange, to compare w
   manylora federate --ranks 16,16,8,8,4,4,2,2                 clients of unequal ranks
   manylora federate --partition dirichlet --clients 20 --participation 0.3
   manylora federate --data flan8/train --test flan8/test      your own rows (JSON, JSONL, CSV, Parquet, Hub id)
+  manylora federate --engine flower --superlink HOST:PORT --clients 3 --recipe    clients on machines of their own
   manylora federate --resume runs/federate-001                go on after a crash"""
 
 
@@ -41,6 +42,10 @@ def run(arguments: Sequence[str]) -> int:
             extra = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - {"resume"}))
             raise ConfigError(f"--resume takes all settings from the run folder; leave out {extra}.")
         return _resume(options.resume)
+    if options.node is not None:
+        from manylora.cli.flower import run_node
+
+        return run_node(options.node, given)
     if options.dimensions is not None and not options.dry_run:
         raise ConfigError("--dimensions has no weights behind it; add --dry-run.")
     config = _settings(options).resolved()
@@ -49,13 +54,24 @@ def run(arguments: Sequence[str]) -> int:
 
         print_traffic(config, dimensions=options.dimensions)
         return 0
-    from manylora.federated import client_data
+    if options.recipe:
+        from manylora.federated.engines.flower_recipe import recipe
+
+        print(recipe(config))
+        return 0
     from manylora.training import RunFolder
 
-    data = client_data(config)
+    data = _data(config)
     _check_test(data)
     with RunFolder.create(options.out, config=config.to_dict(), seed=config.seed, kind="federate") as folder:
         return _work(config, data, folder)
+
+
+def _data(config: FederateConfig) -> dict[str, ClientData]:
+    """The rows of all clients; none where they are on the clients' machines."""
+    from manylora.federated import client_data
+
+    return client_data(config) if config.engine == "local" else {}
 
 
 def _settings(options: FederateOptions) -> FederateConfig:
@@ -65,7 +81,6 @@ def _settings(options: FederateOptions) -> FederateConfig:
 
 def _resume(path: str) -> int:
     from manylora.cli.traffic import print_result
-    from manylora.federated import client_data
     from manylora.training import RunFolder
 
     folder = RunFolder.open(path)
@@ -80,7 +95,7 @@ def _resume(path: str) -> int:
     with folder:
         folder.lock()
         folder.set_state("running")
-        return _work(config, client_data(config), folder)
+        return _work(config, _data(config), folder)
 
 
 def _check_test(data: Mapping[str, ClientData]) -> None:
@@ -99,7 +114,8 @@ def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFol
     from manylora.cli.console import explain
     from manylora.cli.traffic import print_clients, print_result
 
-    print_clients(config, data)
+    if config.engine == "local":
+        print_clients(config, data)
     print(f"run folder: {folder.path}", flush=True)
     began = time.monotonic()
     try:
@@ -132,15 +148,22 @@ def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFol
 def _run(
     config: FederateConfig, data: Mapping[str, ClientData], folder: RunFolder, *, inside: str = ""
 ) -> dict[str, Scores]:
-    """All rounds in one process, and every personal model's scores."""
+    """All rounds, and every personal model's scores."""
     from manylora.cli.traffic import RoundsProgress
     from manylora.federated import LocalClients, Rounds, Workbench
 
     path = folder.path / inside
-    clients = LocalClients(data, home=path / "clients", bench=Workbench(config))
-    rounds = Rounds(config, clients, path, progress=RoundsProgress())
-    rounds.run()
-    return rounds.score()
+    with contextlib.ExitStack() as stack:
+        clients: Clients
+        if config.engine == "flower":
+            from manylora.cli.flower import flower_clients
+
+            clients = stack.enter_context(flower_clients(config, folder.path, inside=inside))
+        else:
+            clients = LocalClients(data, home=path / "clients", bench=Workbench(config))
+        rounds = Rounds(config, clients, path, progress=RoundsProgress())
+        rounds.run()
+        return rounds.score()
 
 
 def _write(folder: RunFolder, scores: Mapping[str, Scores], reference: Mapping[str, Scores]) -> None:

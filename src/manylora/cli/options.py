@@ -36,6 +36,10 @@ class FederateOptions(FederateConfig):
     """Continue this run folder after its last finished round; takes all settings from there."""
     dry_run: bool = False
     """Print what would travel, in parameters and bytes, as published and as sent, and stop."""
+    node: str | None = None
+    """Be a client instead: work for the Flower SuperNode on this machine whose Runtime API is at this HOST:PORT."""
+    recipe: bool = False
+    """With --engine flower: print how to make certificates and keys and start the SuperLink and the nodes, and stop."""
     dimensions: str | None = None
     """With --dry-run: count for these layers instead of a model's, as OxDxNUMBER ("4096x4096x64,1024x4096x32"), or
     for one of the published models, "llama2-7b" (q_proj, v_proj) and "qwen2-7b" (q_proj, o_proj)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from manylora.data import EMBEDDED
@@ -44,7 +45,8 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
 
 _NODES_OWN = frozenset(
     {"model", "data", "test", "tasks", "task_column", "limit", "device", "dtype", "eval_batch_size",
-     "gradient_checkpointing", "micro_batch_size", "reference"}
+     "gradient_checkpointing", "micro_batch_size", "reference", "engine", "superlink",
+     "certificate", "node_keys"}
 )  # fmt: skip
 """Settings that are each machine's own: a server does not tell a client which files to read."""
 
@@ -149,6 +151,16 @@ class FederateConfig:
     max_update: float = 1.0
     """Largest root mean square that a client's update may have; a larger one is refused."""
 
+    engine: Literal["local", "flower"] = "local"
+    """What carries messages: "local", all clients in this process; "flower", each on a machine of its own."""
+    superlink: str | None = None
+    """With --engine flower: HOST:PORT of the SuperLink."""
+    certificate: str | None = None
+    """With --engine flower: PEM file of the authority that signed the SuperLink's certificate. Without it, nothing is
+    encrypted and no node authenticated: for tries on one machine."""
+    node_keys: str | None = None
+    """With --engine flower: folder with each client's public key as NAME.pub; only these may take part."""
+
     reference: Literal["local", "none"] = "local"
     """Also train each client alone, with equal steps, to compare with; left out where nothing travels anyway."""
     scored_clients: int | None = None
@@ -175,6 +187,29 @@ class FederateConfig:
             raise ConfigError(f"scored_clients is {self.scored_clients}; give 0 or more.")
         object.__setattr__(self, "ranks", _as_ranks(self.ranks))
         self._check_strategy()
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self.engine == "local":
+            for name in ("superlink", "certificate", "node_keys"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} means nothing to the engine local; add --engine flower.")
+            return
+        host, _, port = (self.superlink or "").rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError(
+                f"superlink is {self.superlink!r}; the engine flower needs the SuperLink's HOST:PORT."
+            )
+        if self.clients is None and self.node_keys is None:
+            raise ConfigError(
+                "clients is not set; tell the engine flower how many to wait for with --clients."
+            )
+        if self.node_keys is not None and self.certificate is None:
+            raise ConfigError("node_keys needs TLS; give the authority's certificate with --certificate.")
+        if self.strategy == "centralized":
+            raise ConfigError(
+                "strategy centralized needs all rows in one place, which the engine flower never has."
+            )
 
     def _check_strategy(self) -> None:
         from manylora.federated.strategies import STRATEGIES, strategy_for
@@ -214,7 +249,12 @@ class FederateConfig:
         updates = {key: value for key, value in SCHEDULES[name].items() if getattr(self, key) is None}
         local = dataclasses.replace(self, schedule=name, **updates)
         trained = local.train_config().resolved()
-        paths = {key: getattr(trained, key) for key in ("model", "data", "test", "tasks", "target_modules")}
+        paths: dict[str, Any] = {
+            key: str(Path(value).expanduser().absolute())
+            for key in ("certificate", "node_keys")
+            if (value := getattr(local, key)) is not None
+        }
+        paths |= {key: getattr(trained, key) for key in ("model", "data", "test", "tasks", "target_modules")}
         return dataclasses.replace(local, **paths)
 
     def train_config(self) -> TrainConfig:

@@ -62,7 +62,7 @@ def draw_verdict(rng: Random, index: int) -> Row:
     """Positive if the main clause praises, negative if it blames."""
     good, bad = draw_pair(rng)
     positive = index % 2 == 0
-    pair = [deny(rng, remark) if rng.random() < 0.2 else remark for remark in (good, bad)]
+    pair = [deny(rng, remark) if rng.random() < 0.1 else remark for remark in (good, bad)]
     main, conceded = pair if positive else reversed(pair)
     text = review(rng, main, conceded)
     listed = options(shuffled(rng, ("positive", "negative")))

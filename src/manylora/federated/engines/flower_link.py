@@ -1,0 +1,340 @@
+"""The one place that talks to a Flower SuperLink: a run of our own, its nodes, and bytes there and back.
+
+Flower starts the server's side of a run as a process of its own beside the SuperLink, from an application that was
+uploaded. Here that side is this very process: it submits a bundle that only names modules of the installed package
+(there is no project folder), takes the run's task itself, as Flower's own executor would, and then uses Flower's grid.
+So the run folder, --resume, progress and errors are those of every other engine, and the SuperLink runs no code of
+anybody's. It has to be started with `--isolation process`.
+
+What submits a bundle and takes a task is not part of Flower's documented interface: `pyproject.toml` pins the versions,
+and tests/integration/test_flower.py holds this against real processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manylora._version import __version__
+from manylora.errors import ConfigError, RunError
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""Environment under which Flower neither reports home nor installs anything."""
+
+STYPE = "manylora.message"
+"""How the one array of a message is encoded: bytes of `manylora.federated.wire`."""
+
+_BUNDLE = """\
+[project]
+name = "manylora"
+version = "{version}"
+
+[tool.flwr.app]
+publisher = "manylora"
+
+[tool.flwr.app.components]
+serverapp = "manylora.federated.engines.flower_bundle:server"
+clientapp = "manylora.federated.engines.flower_bundle:client"
+"""
+_TASK_SECONDS = 20.0
+"""How long the SuperLink may take to give this process the run's task; it does so at once or never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A node that is online. Its id is of this SuperLink and this start of the node; names are what lasts."""
+
+    number: int
+    since: str
+    """When it came online; a restart changes it, or the number."""
+    key: bytes
+    """Its public key, of its own making unless the SuperLink authenticates nodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back for one message: labels and perhaps bytes, or an error."""
+
+    message: str
+    labels: Mapping[str, Any]
+    data: bytes | None = None
+    error: str | None = None
+    gone: bool = False
+    """Whether the error means that the message was lost on the way and can be sent again."""
+
+
+class FlowerLink:
+    """A run at a SuperLink.
+
+    Args:
+        address: HOST:PORT.
+        certificate: PEM file of the authority that signed the SuperLink's certificate; None without TLS.
+        secret: file with the secret under which the SuperLink gives out tasks, where it has one.
+
+    Raises:
+        ConfigError: flwr is not installed, or a file cannot be read.
+        RunError: the SuperLink cannot be reached, or does not give this process the run.
+    """
+
+    def __init__(self, address: str, *, certificate: Path | None, secret: Path | None = None) -> None:
+        self.address = address
+        os.environ.update(QUIET)
+        require_flower()
+        from flwr.superlink.grid import HttpGrid
+
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+        self._insecure = certificate is None
+        self._root = None if certificate is None else _read(certificate, "certificate")
+        self._secret = None if secret is None else _read(secret, "secret")
+        self._lost = threading.Event()
+        with self._reached():
+            token, self.run_id = self._acquire(self._submit())
+            self._grid = HttpGrid(address, self._insecure, self._root, token=token)
+            self._begin()
+
+    # ---- before the first message
+
+    def _submit(self) -> int:
+        from flwr.cli.build import build_fab_from_files
+        from flwr.common.serde import fab_to_proto
+        from flwr.proto.control_pb2 import StartRunRequest
+        from flwr.supercore.fab import Fab
+
+        bundle, _ = build_fab_from_files({"pyproject.toml": _BUNDLE.format(version=__version__).encode()})
+        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        with self._control() as control:
+            answer = control.StartRun(StartRunRequest(fab=fab_to_proto(fab)))
+        return int(answer.run_id)
+
+    def _acquire(self, run: int) -> tuple[str, int]:
+        """The token with which this process is the server's side of `run`."""
+        from flwr.proto.runtime_pb2 import AcquireTaskRequest
+        from flwr.supercore.constant import TaskType
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+        from flwr.supercore.runtime import RuntimeHttpClient
+
+        interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="manylora")]
+        if self._secret is not None:
+            protected = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+            interceptors.append(
+                SuperExecAuthHttpInterceptor(master_secret=self._secret, protected_methods=protected)
+            )
+        client = RuntimeHttpClient.from_server_address(
+            self.address, self._insecure, self._root, interceptors=interceptors
+        )
+        with contextlib.closing(client):
+            end = time.monotonic() + _TASK_SECONDS
+            while time.monotonic() < end:
+                got = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+                # A task of another run is one that a killed server left before it took it; it expires by itself.
+                if got.HasField("task") and got.token and got.task.run_id == run:
+                    return got.token, run
+                time.sleep(0.1)
+        raise RunError(
+            f"the SuperLink at {self.address} does not hand over the run; start it with --isolation process."
+        )
+
+    def _begin(self) -> None:
+        from flwr.common.serde import run_from_proto
+        from flwr.proto.runtime_pb2 import PullTaskInputRequest, SendTaskHeartbeatRequest
+        from flwr.supercore.heartbeat import HeartbeatSender
+        from flwr.supercore.task_identity import TaskIdentity
+
+        runtime = self._grid._runtime_client
+
+        def beat() -> bool:
+            try:
+                alive = bool(runtime.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+            except Exception:  # no answer now; it is tried again
+                return False
+            if not alive:
+                self._lost.set()
+            return True
+
+        self._heart = HeartbeatSender(beat)
+        self._heart.start()
+        task = runtime.PullTaskInput(PullTaskInputRequest())
+        # Flower's messages take from here whose they are.
+        TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
+        TaskIdentity.node_id = task.context.node_id
+        self._grid.set_run(run_from_proto(task.run))
+
+    def register(self, keys: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Let nodes with these public keys in; those that are in already stay so.
+
+        Args:
+            keys: client name to its public key, as in an OpenSSH file.
+
+        Returns:
+            Client name to the key as `Node.key` has it.
+        """
+        from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+        from flwr.proto.control_pb2 import RegisterNodeRequest
+        from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+        known: dict[str, bytes] = {}
+        with self._reached(), self._control() as control:
+            for name, text in keys.items():
+                try:
+                    known[name] = public_key_to_bytes(load_ssh_public_key(text))
+                except (ValueError, AttributeError) as error:
+                    raise ConfigError(
+                        f"the public key of {name!r} is no OpenSSH key ({error}); make one as --recipe says."
+                    ) from error
+                try:
+                    control.RegisterNode(RegisterNodeRequest(public_key=known[name], name=name))
+                except Exception as error:
+                    if "already" not in _words(error):
+                        raise
+        return known
+
+    # ---- messages
+
+    def nodes(self) -> list[Node]:
+        """Every node that is online, as far as the SuperLink knows: a killed one counts for up to a minute."""
+        with self._reached():
+            return [
+                Node(number=node.node_id, since=node.last_activated_at, key=bytes(node.public_key))
+                for node in self._grid.get_nodes()
+            ]
+
+    def push(self, node: int, labels: Mapping[str, str], data: bytes | None, *, seconds: float) -> str:
+        """Send a message that nobody works on after `seconds`; returns its id, empty where it was not taken."""
+        from flwr.app import Message
+
+        content = envelope(labels, data)
+        with self._reached():
+            sent = list(self._grid.push_messages([Message(content, node, "query", ttl=seconds)]))
+        return str(sent[0]) if sent and sent[0] else ""
+
+    def pull(self, messages: Sequence[str]) -> list[Answer]:
+        """The answers to these messages that are there by now."""
+        if not messages:
+            return []
+        with self._reached():
+            return [_answer(reply) for reply in self._grid.pull_messages(list(messages))]
+
+    def close(self, *, failed: str = "") -> None:
+        """End the run at the SuperLink."""
+        from flwr.common.constant import SubStatus
+        from flwr.proto.runtime_pb2 import PushTaskOutputRequest
+
+        status = SubStatus.FAILED if failed else SubStatus.COMPLETED
+        self._grid._retry_invoker.max_tries = 1
+        with contextlib.suppress(Exception):  # a SuperLink that is gone has ended the run
+            self._grid._runtime_client.PushTaskOutput(
+                PushTaskOutputRequest(sub_status=status, details=failed)
+            )
+        self._heart.stop()
+        self._grid.close()
+
+    # ---- within
+
+    @contextlib.contextmanager
+    def _control(self) -> Iterator[Any]:
+        from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
+        from flwr.supercore.control import ControlHttpClient
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+        client = ControlHttpClient.from_server_address(
+            self.address,
+            self._insecure,
+            self._root,
+            interceptors=[
+                CliClientHttpInterceptor(),
+                RuntimeVersionHttpInterceptor(component_name="manylora"),
+            ],
+        )
+        with contextlib.closing(client):
+            yield client
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        """What goes wrong with the SuperLink, in a line."""
+        import httpx
+
+        if self._lost.is_set():
+            raise RunError(
+                f"the SuperLink at {self.address} has ended the run; see its log, then continue with --resume."
+            )
+        try:
+            yield
+        except httpx.HTTPStatusError as error:
+            raise RunError(f"the SuperLink at {self.address} refused: {_words(error)}.") from error
+        except (httpx.HTTPError, OSError) as error:
+            raise RunError(
+                f"no SuperLink answers at {self.address} ({error}); start it, compare the port and the certificate "
+                "(manylora federate --engine flower --recipe shows how), then continue with --resume."
+            ) from error
+
+
+def require_flower() -> None:
+    """Raise a ConfigError where Flower is missing."""
+    try:
+        import flwr  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"the engine flower needs Flower ({error}); pip install 'manylora[flower]' (Python 3.11 or later)."
+        ) from error
+
+
+def envelope(labels: Mapping[str, str], data: bytes | None) -> Any:
+    """The content of a message: labels, and all bytes as one array.
+
+    One array, because Flower moves every array as an object of its own: 10 MB took 5 s a round as one and 17 to 24 s
+    as 128.
+    """
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+    content = RecordDict({"labels": ConfigRecord(dict(labels))})
+    if data is not None:
+        array = Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
+        content["message"] = ArrayRecord({"bytes": array})
+    return content
+
+
+def opened(content: Any) -> tuple[dict[str, Any], bytes | None]:
+    """Labels and bytes of a message's content; nothing in it is trusted to be there."""
+    labels = dict(content.config_records.get("labels", {}))
+    arrays = content.array_records.get("message", {})
+    array = arrays.get("bytes")
+    return labels, array.data if array is not None and array.stype == STYPE else None
+
+
+def _answer(reply: Any) -> Answer:
+    from flwr.common.constant import ErrorCode
+
+    message = reply.metadata.reply_to_message_id
+    if reply.has_error():
+        lost = {
+            ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+            ErrorCode.CLIENT_APP_CRASHED,
+        }  # fmt: skip
+        reason = reply.error.reason or f"Flower's error {reply.error.code}"
+        return Answer(message=message, labels={}, error=reason, gone=reply.error.code in lost)
+    labels, data = opened(reply.content)
+    return Answer(message=message, labels=labels, data=data)
+
+
+def _words(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    return " ".join((response.text if response is not None else str(error)).split())[:300]
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"the {what} {path} cannot be read ({error.strerror}).") from error

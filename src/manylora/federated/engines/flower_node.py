@@ -1,0 +1,234 @@
+"""The client's side of the Flower engine: works for one SuperNode, with the base kept in memory between messages.
+
+Flower by itself starts a process for every message, which would load the base anew each round, and runs in it what the
+server uploaded. With `--isolation process` a SuperNode only passes messages on; this worker takes them, as Flower's own
+executor would, and answers them with the installed package. It runs no code from elsewhere.
+
+`--node-config` tells who the client is and where its rows are; each key but `client` and `home` is an option of
+`manylora federate` that is every machine's own:
+
+    client="ada" data="/srv/rows" test="/srv/rows/test" model="/srv/base" home="/srv/manylora"
+
+All rows of `data` are this client's. What must last stands under `home`, by run and by client name, because what
+Flower keeps for a node is lost with the node's process, and node ids change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manylora._version import __version__
+from manylora.data import EMBEDDED
+from manylora.errors import ConfigError, ManyLoraError
+from manylora.federated.config import FederateConfig
+from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
+
+if TYPE_CHECKING:
+    from manylora.federated.client import ClientData
+    from manylora.federated.workbench import Workbench
+
+OWN = (
+    "model", "data", "test", "tasks", "task_column", "limit", "device", "dtype", "eval_batch_size",
+    "gradient_checkpointing", "micro_batch_size",
+)  # fmt: skip
+"""Options of `manylora federate` that `--node-config` may set."""
+
+_INTERVAL = 0.2
+"""Seconds between two looks for a message."""
+
+
+class NodeClient:
+    """Answers messages for the client that `--node-config` describes, and keeps its base and rows in memory."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, FederateConfig] | None = None
+        self._bench: Workbench | None = None
+        self._rows: ClientData | None = None
+
+    def answer(self, content: Any, node_config: Mapping[str, Any]) -> Any:
+        """Content of the answer to a message's content.
+
+        What a user did wrong becomes an answer with the reason; a bug raises.
+        """
+        labels, data = opened(content)
+        told = {"version": __version__}
+        answer = None
+        try:
+            told["client"] = _name(node_config)
+            if data is not None:
+                answer = self._handle(data, told["client"], str(labels.get("run", "")), node_config)
+            else:
+                settings_of(node_config)
+        except ManyLoraError as error:
+            told["reason"] = str(error)
+        return envelope(told, answer)
+
+    def _handle(self, data: bytes, name: str, run: str, node_config: Mapping[str, Any]) -> bytes:
+        from manylora.federated.client import Client
+        from manylora.federated.home import folder_name
+        from manylora.federated.wire import unpack
+        from manylora.federated.workbench import Workbench
+
+        config = settings_of(node_config).told(unpack(data).fields.get("settings", {})).resolved()
+        if self._key != (name, config) or self._bench is None or self._rows is None:
+            self._key = self._bench = self._rows = None
+            self._rows = rows_of(config, name)
+            self._bench = Workbench(config)
+            self._key = (name, config)
+        home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
+        with _alone(home / f"{folder_name(name)}.lock"):
+            return Client(name, self._rows, home=home, bench=self._bench).handle(data)
+
+
+def settings_of(node_config: Mapping[str, Any]) -> FederateConfig:
+    """This machine's own settings.
+
+    Raises:
+        ConfigError: a key is unknown, or a value impossible.
+    """
+    given = {key.replace("-", "_"): value for key, value in node_config.items()}
+    given = {key: value for key, value in given.items() if key not in ("client", "home")}
+    if unknown := sorted(set(given) - set(OWN)):
+        raise ConfigError(f"--node-config sets {unknown[0]!r}; it may set client, home, {', '.join(OWN)}.")
+    return FederateConfig(**given)
+
+
+def rows_of(config: FederateConfig, name: str) -> ClientData:
+    """All rows that this machine names; of the embedded suite the client's share.
+
+    Raises:
+        ConfigError, DataError: there are none.
+    """
+    from manylora.data import load_splits
+    from manylora.federated.client import ClientData
+    from manylora.federated.dealing import client_data
+
+    if config.data == EMBEDDED:
+        shares = client_data(config)
+        if name not in shares:
+            raise ConfigError(
+                f"the embedded suite has no share for client {name!r}; set data, or be one of {', '.join(shares)}."
+            )
+        return shares[name]
+    splits = load_splits(
+        data=config.data,
+        test=config.test,
+        tasks=config.tasks if isinstance(config.tasks, list) else None,
+        task_column=config.task_column,
+        seed=config.seed,
+        validation_fraction=0,
+        limit=config.limit,
+    )
+    return ClientData(train=splits.train, test=splits.test)
+
+
+def work(supernode: str, *, say: Callable[[str], None]) -> None:
+    """Answer the messages that come to a SuperNode, until this process is ended.
+
+    Args:
+        supernode: HOST:PORT of its Runtime API, on this machine.
+        say: told what happens.
+
+    Raises:
+        ConfigError: flwr is not installed.
+    """
+    require_flower()
+    os.environ.update(QUIET)
+    import httpx
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+    from flwr.supercore.constant import TaskType
+
+    client, there = NodeClient(), True  # the latter is told once until the next message
+    with contextlib.closing(_runtime(supernode)) as runtime:
+        while True:
+            try:
+                got = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+                if got.HasField("task") and got.token:
+                    _one(supernode, got.token, client, say)
+                    there = True
+                    continue
+            except httpx.HTTPError as error:
+                if there:
+                    say(f"SuperNode {supernode} does not answer ({error}); waiting for it")
+                there = False
+            time.sleep(_INTERVAL)
+
+
+def _one(supernode: str, token: str, client: NodeClient, say: Callable[[str], None]) -> None:
+    """Take one message from the SuperNode and give it the answer."""
+    from flwr.app import Message
+    from flwr.app.error import Error
+    from flwr.common.constant import ErrorCode, SubStatus
+    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+    with contextlib.closing(_runtime(supernode, token)) as runtime:
+        heart = HeartbeatSender(make_task_heartbeat_fn_http(_Beating(runtime)))
+        heart.start()
+        try:
+            message, context, _, _ = pull_task_input(runtime)
+            status, began = SubStatus.COMPLETED, time.monotonic()
+            try:
+                reply = Message(client.answer(message.content, context.node_config), reply_to=message)
+            except (
+                Exception
+            ) as error:  # a bug of ours: the server hears of it, and the next message may go well
+                reason = f"{type(error).__name__}: {error}"
+                status, reply = (
+                    SubStatus.FAILED,
+                    Message(
+                        Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message
+                    ),
+                )
+                say(f"a message could not be answered: {reason}")
+            push_message(runtime, reply, context)
+            push_task_output(runtime, context, status, "")
+            say(f"answered a message in {time.monotonic() - began:.1f} s")
+        finally:
+            heart.stop()
+
+
+class _Beating:
+    """A runtime whose task is never called off: Flower would interrupt this whole process for that."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+
+    def SendTaskHeartbeat(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        answer = self._runtime.SendTaskHeartbeat(request)
+        answer.success = True
+        return answer
+
+
+def _runtime(supernode: str, token: str | None = None) -> Any:
+    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+    from flwr.supercore.runtime import RuntimeHttpClient
+
+    interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="manylora")]
+    if token is not None:
+        interceptors.append(RuntimeTokenHttpInterceptor(token))
+    return RuntimeHttpClient.from_server_address(supernode, True, None, interceptors=interceptors)
+
+
+def _name(node_config: Mapping[str, Any]) -> str:
+    name = node_config.get("client")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f'client is {name!r} in --node-config; give the node a name, as client="ada".')
+    return name
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for another process of this client, such as one whose SuperNode was killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        with contextlib.suppress(ImportError):  # Windows: no lock, as nothing there releases one after a kill
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

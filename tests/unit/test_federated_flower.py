@@ -1,0 +1,123 @@
+"""The engine flower's bookkeeping, against a link that behaves as Flower was seen to; no SuperLink, no time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from manylora.errors import ConfigError, RunError
+from manylora.federated.engines.flower import FlowerClients
+from manylora.federated.engines.flower_link import Answer, Node
+from manylora.federated.engines.flower_node import settings_of
+
+
+class Hub:
+    """Nodes that answer at once, unless they are `deaf`; a message to one that is `gone` comes back as an error."""
+
+    address = "hub:1"
+
+    def __init__(self, **names: str) -> None:
+        self.online = {int(number.strip("_")): name for number, name in names.items()}
+        self.keys = {number: name.encode() for number, name in self.online.items()}
+        self.since = dict.fromkeys(self.online, "1")
+        self.deaf: set[int] = set()
+        self.gone: set[int] = set()
+        self.sent: list[tuple[int, bytes | None, float]] = []
+        self.waiting: dict[str, int] = {}
+
+    def nodes(self) -> list[Node]:
+        return [Node(number=n, since=self.since[n], key=self.keys[n]) for n in self.online]
+
+    def push(self, node: int, labels: Mapping[str, str], data: bytes | None, *, seconds: float) -> str:
+        assert labels["run"] == "r"
+        self.sent.append((node, data, seconds))
+        self.waiting[f"m{len(self.sent)}"] = node
+        return f"m{len(self.sent)}"
+
+    def pull(self, messages: Sequence[str]) -> list[Answer]:
+        answers = []
+        for message in messages:
+            node = self.waiting.get(message)
+            data = self.sent[int(message[1:]) - 1][1]
+            if node in self.gone and data is not None:
+                answers.append(Answer(message=message, labels={}, error="Node Unavailable", gone=True))
+                self.lost(node)
+            elif node is not None and node in self.online and not (node in self.deaf and data is not None):
+                answers.append(Answer(message=message, labels={"client": self.online[node]}, data=data))
+            else:
+                continue
+            del self.waiting[message]
+        return answers
+
+    def lost(self, node: int) -> None:
+        """A node was lost: another of the same client comes."""
+        self.online[node + 1] = self.online.pop(node)
+        self.keys[node + 1], self.since[node + 1] = self.keys[node], "2"
+
+
+def clients(hub: Hub, expected: int, **more: object) -> FlowerClients:
+    return FlowerClients(hub, run="r", expected=expected, patience=0.3, interval=0.001, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manylora.federated.engines.flower._ASK_NODES", 0.0)
+
+
+def test_names_come_from_the_nodes_and_not_from_their_ids() -> None:
+    assert clients(Hub(_70="bob", _10="cyd", _40="ada"), 3).names() == ["ada", "bob", "cyd"]
+
+
+def test_too_few_clients_end_with_who_is_there() -> None:
+    with pytest.raises(RunError, match=r"only 1 of 2 clients came to hub:1 within 0\.3 s \(ada\)"):
+        clients(Hub(_1="ada"), 2).names()
+
+
+def test_a_node_with_another_key_is_not_believed_its_name() -> None:
+    hub = Hub(_1="ada", _2="bob")
+    hub.keys[2] = b"mallory"
+    said: list[str] = []
+    with pytest.raises(RunError, match=r"only 1 of 2 clients .* \(ada\)"):
+        clients(hub, 2, keys={"ada": b"ada", "bob": b"bob"}, say=said.append).names()
+    assert any("its key is not that of 'bob'" in line for line in said)
+
+
+def test_a_message_lost_with_its_node_is_sent_again_to_the_next_of_that_name() -> None:
+    hub = Hub(_1="ada", _5="bob")
+    hub.gone = {1}
+    engine = clients(hub, 2)
+    engine.names()
+    replies = {reply.client: reply.data for reply in engine.ask(["ada", "bob"], str.encode, seconds=60)}
+    assert replies == {"ada": b"ada", "bob": b"bob"}
+    assert [(node, data) for node, data, _ in hub.sent if data == b"ada"] == [(1, b"ada"), (2, b"ada")]
+
+
+def test_a_straggler_is_not_waited_for_after_the_deadline_and_its_message_expires_with_it() -> None:
+    hub = Hub(_1="ada", _5="bob")
+    hub.deaf = {5}
+    engine = clients(hub, 2)
+    engine.names()
+    assert [reply.client for reply in engine.ask(["ada", "bob"], str.encode, seconds=0.2)] == ["ada"]
+    assert all(seconds <= 0.2 for _, data, seconds in hub.sent if data is not None)
+    hub.deaf = set()  # its late answer belongs to no later question
+    later = [reply.data for reply in engine.ask(["bob"], lambda name: b"next", seconds=60)]
+    assert later == [b"next"]
+
+
+def test_a_client_that_stays_away_is_given_up_where_no_deadline_rules() -> None:
+    hub = Hub(_1="ada", _5="bob")
+    engine = clients(hub, 2)
+    engine.names()
+    del hub.online[5]
+    replies = {reply.client: reply for reply in engine.ask(["ada", "bob"], str.encode, seconds=None)}
+    assert replies["ada"].data == b"ada"
+    assert replies["bob"].data is None
+    assert "away for 0.3 s" in replies["bob"].reason
+
+
+def test_a_node_may_set_what_is_its_own_and_nothing_else() -> None:
+    own = settings_of({"client": "ada", "home": "/x", "data": "rows.jsonl", "micro-batch-size": 2})
+    assert (own.data, own.micro_batch_size) == ("rows.jsonl", 2)
+    with pytest.raises(ConfigError, match="'learning_rate'; it may set client, home, model"):
+        settings_of({"client": "ada", "learning-rate": 1.0})
