@@ -3,7 +3,7 @@
 `config` holds the settings, `ops` the mathematics (`fused` its autograd functions, `dropout` their mask), `layer` the
 adapted linear layer, `factored` the bank of a federated client with a rank of its own, `routes` what one call says
 about routing, `routing` how that reaches the layers, `mixed` several adapters in one batch, `balance` the load-balance
-loss, `gates` statistics, `targets` which layers get one, `model` PEFT's tuner, `card` the model card's lines on loading;
+loss, `gates` statistics, `targets` which layers get one, `model` the tuner, `card` the lines on loading in model cards;
 `registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter
 (`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both.
 """

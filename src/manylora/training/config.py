@@ -28,7 +28,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # See docs/log.md.
     # 8 rows a step: with 16, one LoRA on the 300 rows of review_verdict never leaves chance.
     "embedded": {
-        "learning_rate": 3e-3,
+        "learning_rate": 5e-3,
         "epochs": 5.0,
         "batch_size": 8,
         "warmup": 0.06,
