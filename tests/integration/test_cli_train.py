@@ -68,7 +68,8 @@ def test_a_run_leaves_what_the_docs_promise(finished: Path) -> None:
     steps = [row["step"] for row in metrics]
     assert steps == sorted(steps)
     validations = [row for row in metrics if "eval_mean_task_loss" in row]
-    assert len(validations) == 4  # once an epoch, the last step included
+    # 66 rows x 4 epochs / 8 rows: once an epoch (8.25 steps), and at the last step
+    assert [row["step"] for row in validations] == [8, 16, 24, 32, 33]
     assert validations[-1]["eval_mean_task_loss"] < validations[0]["eval_mean_task_loss"]
     assert {"eval_loss/last_word", "eval_loss/first_word", "eval_loss/swap"} <= validations[0].keys()
     assert not list(finished.glob("*.partial"))
@@ -169,7 +170,7 @@ def kill_at(process: object, run: Path, moment: str) -> None:
         while not set(run.glob("checkpoints/checkpoint-*")) - before and time.monotonic() < deadline:
             time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)  # type: ignore[attr-defined]
-    process.wait()  # type: ignore[attr-defined]
+    process.communicate()  # type: ignore[attr-defined]  # also closes its pipes
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_continue(
