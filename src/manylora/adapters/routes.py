@@ -290,7 +290,11 @@ class Routes:
             expected = rows if self.prompts in (None, count) else self.prompts
             raise RoutingError(
                 f"{count} {what} for {expected} rows (input shape {tuple(x.shape)}); give one per example"
-                + (", or one per token: (batch, tokens)." if what == "expert_ids" else ".")
+                + (
+                    ", or one per token where rows are packed: (batch, tokens)."
+                    if what == "expert_ids"
+                    else "."
+                )
             )
         return 1
 
