@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,10 @@ def kill_at(process: object, run: Path, moment: str) -> None:
 def test_ctrl_c_ends_with_130_and_says_how_to_continue(
     tiny_base: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    process = cli_process([*train(tiny_base, small_data), "--epochs", 400, "--out", "long"], tmp_path)
+    command = [*train(tiny_base, small_data), "--epochs", 400, "--out", "long"]
+    # A shell lets its background jobs ignore Ctrl-C, and they pass that on to what they start.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = cli_process(command, tmp_path, preexec_fn=heed)
     deadline = time.monotonic() + 280
     while not (tmp_path / "long" / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
