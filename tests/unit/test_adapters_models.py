@@ -200,7 +200,8 @@ folder = Path(sys.argv[1])
 config = pickle.loads((folder / "config.pickle").read_bytes())
 model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
 tokens = torch.randint(3, 61, (3, 8), generator=torch.Generator().manual_seed(1))
-same = torch.equal(model(input_ids=tokens).logits, torch.load(folder / "logits.pt"))
+# another number of threads adds up in another order
+same = torch.allclose(model(input_ids=tokens).logits, torch.load(folder / "logits.pt"), rtol=0, atol=1e-6)
 print(config.peft_type.value, type(model.peft_config["default"]).__name__, same)
 """
     done = subprocess.run(
