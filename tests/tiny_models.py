@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from manylora.adapters import ManyLoraConfig
 
@@ -27,6 +27,22 @@ def llama(layers: int = 2) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def t5() -> T5ForConditionalGeneration:
+    """A random T5, 32 wide; the same one every time."""
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=VOCAB,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return T5ForConditionalGeneration(config).eval()
 
 
 def fill(model: nn.Module, seed: int = 2) -> None:

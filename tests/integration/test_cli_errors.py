@@ -123,6 +123,17 @@ def test_training_rows_are_not_scored_as_test_rows(
     assert "--data" in line
 
 
+def test_predict_refuses_a_task_that_the_run_does_not_know(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["predict", "--adapter", str(small_run), "--device", "cpu", "--max-new-tokens", "1", "hello"]
+    assert main([*command, "--task", "nonsense"]) == 2
+    line = only_line(capsys)
+    assert "'nonsense' is unknown" in line
+    known = line.rpartition("it knows ")[2].rstrip(".\n").split(", ")
+    assert main([*command, "--task", known[0]]) == 0
+
+
 def damaged(run: Path, to: Path, spoil: Callable[[Path], object]) -> str:
     shutil.copytree(run, to)
     spoil(to)
@@ -228,7 +239,7 @@ def test_code_beside_a_model_never_runs(
         "sys.stdin", io.StringIO("y\ny\n")
     )  # the answer to the question that must not be asked
     assert main(["train", "--model", "./strange", "--data", "data.jsonl", "--dry-run"]) == 2
-    assert "strange" in only_line(capsys)
+    assert str(Path("strange").absolute()) in only_line(capsys)  # a run keeps absolute paths
     assert not Path("ran.txt").exists()
 
 

@@ -323,3 +323,26 @@ def test_dropout_compiles_too() -> None:
     assert not torch.equal(dropped[0], dropped[1])
     mean = torch.stack(dropped).mean(0)
     assert float((mean - want).norm() / want.norm()) < 0.2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("frozen", [("lora_A",), ("lora_router",), ("lora_A", "lora_router"), ("lora_B",)])
+def test_frozen_parameters_leave_the_other_gradients_alone(frozen: tuple[str, ...], dropout: float) -> None:
+    found = []
+    for names in ((), frozen):
+        layer = make_layer(lora_dropout=dropout)
+        bank = layer.bank("default")
+        for name in names:
+            getattr(bank, name).requires_grad_(False)
+        x = torch.randn(B, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        x.requires_grad_()
+        torch.manual_seed(6)  # the same mask
+        layer(x).square().sum().backward()
+        found.append({"x": x.grad, **{name: p.grad for name, p in bank.named_parameters()}})
+    whole, part = found
+    for name, gradient in whole.items():
+        assert gradient is not None
+        if name in frozen:
+            assert part[name] is None
+        else:
+            torch.testing.assert_close(part[name], gradient, rtol=0, atol=1e-12)

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from transformers import (
     DataCollatorWithFlattening,
     LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from manylora.adapters import ManyLoraConfig
 from manylora.errors import RoutingError
-from tiny_models import GREEDY, VOCAB, adapted, assert_same, checkpoint, fill, gradients, llama, tokens
+from tiny_models import GREEDY, adapted, assert_same, checkpoint, fill, gradients, llama, t5, tokens
 
 NAMES = ["second", "__base__", "default", "second"]
 IDS = torch.tensor([0, 1, 2, 1])
@@ -85,46 +83,34 @@ def test_as_pefts_lora_does() -> None:
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
 
 
+def row_by_row(model: PeftModel, **settings: object) -> Tensor:
+    """What `generate` makes of each of the four rows alone."""
+    rows = [
+        model.generate(
+            input_ids=tokens(4)[i : i + 1],
+            expert_ids=IDS[i : i + 1],
+            adapter_names=NAMES[i : i + 1],
+            **settings,
+        )
+        for i in range(4)
+    ]
+    return torch.cat(rows)
+
+
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_generation_equals_generation_row_by_row(settings: dict, task_type: str | None) -> None:
     model = two_adapters(task_type=task_type)
     settings = {**GREEDY, **settings}
     got = model.generate(input_ids=tokens(4), expert_ids=IDS, adapter_names=NAMES, **settings)
-    rows = [
-        model.generate(
-            input_ids=tokens(4)[i : i + 1],
-            expert_ids=IDS[i : i + 1],
-            adapter_names=NAMES[i : i + 1],
-            **settings,
-        )
-        for i in range(4)
-    ]
-    assert torch.equal(got, torch.cat(rows))
-
-
-def t5() -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    config = T5Config(
-        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0
-    )
-    return T5ForConditionalGeneration(config).eval()
+    assert torch.equal(got, row_by_row(model, **settings))
 
 
 def test_encoder_decoder_with_beams() -> None:
     model = two_adapters(t5(), second=["q", "v"], task_type="SEQ_2_SEQ_LM")
     settings = {**GREEDY, "num_beams": 3}
     got = model.generate(input_ids=tokens(4), expert_ids=IDS, adapter_names=NAMES, **settings)
-    rows = [
-        model.generate(
-            input_ids=tokens(4)[i : i + 1],
-            expert_ids=IDS[i : i + 1],
-            adapter_names=NAMES[i : i + 1],
-            **settings,
-        )
-        for i in range(4)
-    ]
-    assert torch.equal(got, torch.cat(rows))
+    assert torch.equal(got, row_by_row(model, **settings))
 
 
 def test_sequence_classification_uses_each_adapters_own_head() -> None:
@@ -269,3 +255,11 @@ def test_ids_per_token_that_do_not_fit() -> None:
         model.generate(input_ids=tokens(), expert_ids=torch.zeros(3, 8, dtype=torch.long), **GREEDY)
     with pytest.raises(RoutingError, match=r"shape \(1, 3, 8\)"):
         model(input_ids=tokens(), expert_ids=torch.zeros(1, 3, 8, dtype=torch.long))
+
+
+def test_ids_per_row_are_refused_on_packed_rows_of_several_adapters() -> None:
+    model = two_adapters()
+    inputs, _, _, _ = packed()
+    inputs = {name: tensor.repeat(2, 1) for name, tensor in inputs.items()}
+    with pytest.raises(RoutingError, match="several examples"):
+        model(**inputs, expert_ids=IDS[:2], adapter_names=["default", "second"], use_cache=False)

@@ -15,32 +15,15 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from manylora.adapters import ManyLoraConfig, ManyLoraLinear
 from manylora.errors import ManyLoraError, NotMergeableError
-from tiny_models import GREEDY, VOCAB, adapted, assert_same, checkpoint, fill, gradients, llama, tokens
+from tiny_models import GREEDY, VOCAB, adapted, assert_same, checkpoint, fill, gradients, llama, t5, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 IDS = torch.tensor([2, 0, 1])
-
-
-def t5() -> nn.Module:
-    torch.manual_seed(0)
-    config = T5Config(
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        vocab_size=VOCAB,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    return T5ForConditionalGeneration(config).eval()
 
 
 def bart() -> nn.Module:

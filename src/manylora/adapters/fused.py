@@ -55,12 +55,26 @@ class Project(Function):
         """Gradients of x, A and the router."""
         x_TD, a_MD, router_ND, places = ctx.saved_tensors
         wide_TD = x_TD.to(a_MD.dtype)
-        needs_x = ctx.needs_input_grad[0]
+        needs_x, needs_a, needs_router = ctx.needs_input_grad[:3]
         if places is None:
-            x, a, router = _stacked_gradients(wide_TD, a_MD, router_ND, *gradients, needs_x=needs_x)
+            x, a, router = _stacked_gradients(
+                wide_TD,
+                a_MD,
+                router_ND,
+                *gradients,
+                needs_x=needs_x,
+                needs_matrices=needs_a or needs_router,
+            )
         else:
             x, a, router = _masked_gradients(
-                wide_TD, a_MD, router_ND, *gradients, needs_x=needs_x, places=places, p=ctx.p
+                wide_TD,
+                a_MD,
+                router_ND,
+                *gradients,
+                needs_x=needs_x,
+                needs_a=needs_a,
+                places=places,
+                p=ctx.p,
             )
         return None if x is None else x.to(x_TD.dtype), a, router, None, None
 
@@ -73,6 +87,7 @@ def _stacked_gradients(
     dlogits_NT: Tensor | None,
     *,
     needs_x: bool,
+    needs_matrices: bool,
 ) -> Gradients:
     """Gradients of x, A and the router, given those of the projections and the logits; no dropout."""
     parts = [(du_MT, a_MD), (dlogits_NT, router_ND)]
@@ -81,6 +96,8 @@ def _stacked_gradients(
         return None, None, None
     gradient, matrix = given[0] if len(given) == 1 else (torch.cat(part) for part in zip(*given, strict=True))
     dx_TD = gradient.t() @ matrix if needs_x else None
+    if not needs_matrices:
+        return dx_TD, None, None
     stacked = gradient @ x_TD
     if len(given) == 2:
         return dx_TD, stacked[: a_MD.shape[0]], stacked[a_MD.shape[0] :]
@@ -95,6 +112,7 @@ def _masked_gradients(
     dlogits_NT: Tensor | None,
     *,
     needs_x: bool,
+    needs_a: bool,
     places: Tensor,
     p: float,
 ) -> Gradients:
@@ -102,7 +120,8 @@ def _masked_gradients(
     dx_TD = da_MD = drouter_ND = None
     if du_MT is not None:
         scaled_MT = du_MT / (1 - p)
-        da_MD = scaled_MT @ with_zeros(x_TD, places)
+        if needs_a:
+            da_MD = scaled_MT @ with_zeros(x_TD, places)
         if needs_x:
             dx_TD = product_with_zeros(scaled_MT.t(), a_MD, places)
     if dlogits_NT is not None and router_ND is not None:

@@ -84,8 +84,11 @@ class CallFacts:
 
     def rows(self, rows_B: Tensor) -> CallFacts:
         """The facts of some of the rows."""
-        mask = None if self.mask is None else self.mask[rows_B.to(self.mask.device)]
-        return CallFacts(mask=mask)
+        mask, positions = (
+            tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows_B.to(tensor.device)]
+            for tensor in (self.mask, self.positions)
+        )
+        return CallFacts(mask=mask, positions=positions)
 
     def packed(self, rows: int) -> bool:
         """Whether some row holds several examples one after another, as far as the call tells.

@@ -42,6 +42,8 @@ def run(arguments: Sequence[str]) -> int:
     from manylora.cli.subjects import load_subject
 
     subject = load_subject(options.adapter, model=options.model, dtype=options.dtype, device=options.device)
+    if options.task is not None:
+        subject.check_task(options.task)
     if examples is not None:
         for example in examples:
             _answer(subject, example, options)

@@ -37,6 +37,16 @@ class Subject:
     max_length: int = MAX_LENGTH
     """Tokens a prompt may have, as in training."""
 
+    def check_task(self, task: str) -> None:
+        """Refuse a task that the adapter was not trained on, where its tasks are known.
+
+        Raises:
+            ConfigError: it is another one.
+        """
+        known = self.experts or self.answer_tokens
+        if known and task not in known:
+            raise ConfigError(f"Task {task!r} is unknown to this adapter; it knows {', '.join(known)}.")
+
     def expert(self, task: str | None) -> int | None:
         """The expert of `task`; `None` where the adapter has no task router.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manylora.data import load_splits, partition
+from manylora.data import Splits, load_splits, partition
 from manylora.errors import ConfigError
 from manylora.federated.client import Client, ClientData
 from manylora.federated.config import FederateConfig
@@ -16,15 +16,13 @@ POOLED = "all"
 """Name of the one client that has all rows under strategy centralized."""
 
 
-def client_data(config: FederateConfig) -> dict[str, ClientData]:
-    """Client name to its rows. A client is tested on all test rows of the tasks it trains on.
-
-    Deterministic, so a machine that has the whole data can pick out the share of the client that it is.
+def all_rows(config: FederateConfig) -> Splits:
+    """The rows that the settings name, undivided; no validation rows are cut off.
 
     Raises:
-        DataError, ConfigError: what is wrong with the data or the partition.
+        DataError: what is wrong with the data.
     """
-    splits = load_splits(
+    return load_splits(
         data=config.data,
         test=config.test,
         tasks=config.tasks if isinstance(config.tasks, list) else None,
@@ -33,6 +31,17 @@ def client_data(config: FederateConfig) -> dict[str, ClientData]:
         validation_fraction=0,
         limit=config.limit,
     )
+
+
+def client_data(config: FederateConfig) -> dict[str, ClientData]:
+    """Client name to its rows. A client is tested on all test rows of the tasks it trains on.
+
+    Deterministic, so a machine that has the whole data can pick out the share of the client that it is.
+
+    Raises:
+        DataError, ConfigError: what is wrong with the data or the partition.
+    """
+    splits = all_rows(config)
     if STRATEGIES[config.strategy].pooled:
         return {POOLED: ClientData(train=splits.train, test=splits.test)}
     parts = partition(

@@ -30,6 +30,14 @@ class EncodedRows(Dataset):
         self.rows, self.tasks = rows, tasks
         self.order = list(range(len(rows))) if order is None else order
 
+    @classmethod
+    def of(
+        cls, tasks: Sequence[EncodedTask], names: Sequence[str], order: Sequence[int] | None = None
+    ) -> EncodedRows:
+        """The rows of all `tasks` laid end to end; a task's index is its place in `names`."""
+        rows = [row for task in tasks for row in task.rows]
+        return cls(rows, [names.index(task.name) for task in tasks for _ in task.rows], order)
+
     def __len__(self) -> int:
         return len(self.order)
 

@@ -256,7 +256,7 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
 def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Report | None) -> ManyTaskTrainer:
     config, plan = prepared.config, prepared.plan
     callbacks = [RunRecorder(run, keep_best=config.keep == "best")]
-    trainer = ManyTaskTrainer(
+    return ManyTaskTrainer(
         task_names=prepared.task_names,
         route_by_task=config.router == "task" and config.num_experts != 1,
         model=model,
@@ -268,23 +268,13 @@ def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Repor
             steps_per_epoch=prepared.steps_per_epoch,
             validate=bool(prepared.validation),
         ),
-        train_dataset=_rows(prepared.train, prepared.task_names, order=prepared.order),
-        eval_dataset=_rows(prepared.validation, prepared.task_names) if prepared.validation else None,
+        train_dataset=EncodedRows.of(prepared.train, prepared.task_names, prepared.order),
+        eval_dataset=EncodedRows.of(prepared.validation, prepared.task_names)
+        if prepared.validation
+        else None,
         data_collator=Collator(pad_token_id=prepared.tokenizer.pad_token_id),
         callbacks=[*callbacks, *([Reporter(report)] if report else [])],
     )
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)  # our reporter prints instead
-    return trainer
-
-
-def _rows(
-    parts: Sequence[EncodedTask], names: Sequence[str], order: Sequence[int] | None = None
-) -> EncodedRows:
-    rows = [row for part in parts for row in part.rows]
-    tasks = [names.index(part.name) for part in parts for _ in part.rows]
-    return EncodedRows(rows, tasks, order)
 
 
 def _save(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:

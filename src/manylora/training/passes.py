@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
-from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from manylora.data import mixture_schedule
@@ -95,17 +94,14 @@ def train_pass(
     )
     arguments.save_strategy = SaveStrategy.NO
     names = [task.name for task in tasks]
-    rows = [row for task in tasks for row in task.rows]
-    of_row = [index for index, task in enumerate(tasks) for _ in task.rows]
     trainer = ManyTaskTrainer(
         task_names=names,
         route_by_task=False,
         model=model,
         args=arguments,
-        train_dataset=EncodedRows(rows, of_row, order),
+        train_dataset=EncodedRows.of(tasks, names, order),
         data_collator=Collator(pad_token_id=pad_token_id),
     )
-    trainer.remove_callback(PrinterCallback)
     optimizer = trainer.create_optimizer()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _restore(optimizer, named, moments or {})

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from manylora.adapters import has_load_balance, load_balance
 from manylora.training.config import TrainConfig
@@ -36,6 +37,7 @@ class ManyTaskTrainer(Trainer):
 
     def __init__(self, *, task_names: Sequence[str], route_by_task: bool, **options: Any):
         super().__init__(compute_metrics=self._validation_losses, **options)
+        self.remove_callback(PrinterCallback)  # our reporters print instead
         self.task_names = list(task_names)
         self.route_by_task = route_by_task
         # The loss below is normalised over all micro-batches of a step, in training; the Trainer must not do it again.

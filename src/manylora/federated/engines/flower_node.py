@@ -104,9 +104,8 @@ def rows_of(config: FederateConfig, name: str) -> ClientData:
     Raises:
         ConfigError, DataError: there are none.
     """
-    from manylora.data import load_splits
     from manylora.federated.client import ClientData
-    from manylora.federated.dealing import client_data
+    from manylora.federated.dealing import all_rows, client_data
 
     if config.data == EMBEDDED:
         shares = client_data(config)
@@ -115,15 +114,7 @@ def rows_of(config: FederateConfig, name: str) -> ClientData:
                 f"the embedded suite has no share for client {name!r}; set data, or be one of {', '.join(shares)}."
             )
         return shares[name]
-    splits = load_splits(
-        data=config.data,
-        test=config.test,
-        tasks=config.tasks if isinstance(config.tasks, list) else None,
-        task_column=config.task_column,
-        seed=config.seed,
-        validation_fraction=0,
-        limit=config.limit,
-    )
+    splits = all_rows(config)
     return ClientData(train=splits.train, test=splits.test)
 
 
