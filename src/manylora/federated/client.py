@@ -211,7 +211,11 @@ class Client:
     def _pass(self, tasks: Sequence[EncodedTask], message: Message, kept: State) -> PassResult:
         config, bench = self.bench.config, self.bench
         rows = total_rows(tasks)
-        epochs = config.local_steps * config.batch_size / rows if config.local_steps else config.local_epochs
+        epochs = (
+            config.local_steps * bench.train_config.rows_per_step / rows
+            if config.local_steps
+            else config.local_epochs
+        )
         assert epochs is not None
         assert config.rounds is not None
         return train_pass(

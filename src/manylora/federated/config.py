@@ -10,34 +10,28 @@ from typing import Any, Literal, TypeAlias
 
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError
-from manylora.training.config import TrainConfig, as_list
+from manylora.training.config import RECIPES, TrainConfig, as_list
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
 StrategyName: TypeAlias = Literal[
     "fed-alora", "fedsa", "fedit", "ffa", "local", "centralized", "zero-padding", "flora", "flexlora"
 ]
 
+
+def _like_training(recipe: str) -> dict[str, Any]:
+    """Five rounds of one local epoch, trained as `manylora train` trains on the same base."""
+    return {"rounds": 5, "local_epochs": 1.0} | {k: v for k, v in RECIPES[recipe].items() if k != "epochs"}
+
+
 SCHEDULES: Mapping[str, Mapping[str, Any]] = {
-    # The recipe of `manylora train` on the embedded base, its five epochs as five rounds.
-    "embedded": {
-        "rounds": 5,
-        "local_epochs": 1.0,
-        "learning_rate": 3e-3,
-        "warmup": 0.06,
-        "target_modules": "all-linear",
-    },
-    "standard": {
-        "rounds": 5,
-        "local_epochs": 1.0,
-        "learning_rate": 3e-4,
-        "warmup": 0.06,
-        "target_modules": "all-linear",
-    },
+    "embedded": _like_training("embedded"),
+    "standard": _like_training("standard"),
     # The settings that were released with arXiv 2509.25414 for its federated runs.
     "published": {
         "rounds": 11,
         "local_epochs": 10.0,
         "learning_rate": 5e-4,
+        "batch_size": 16,
         "warmup": 0.0,
         "target_modules": ["q_proj", "v_proj"],
     },
@@ -108,8 +102,8 @@ class FederateConfig:
     Default: from `--schedule`."""
 
     schedule: Schedule = "auto"
-    """Rounds, local epochs, learning rate, warm-up and target modules as one choice. auto: "embedded" for the
-    embedded base, "standard" for any other; "published": 11 rounds of 10 epochs at 5e-4."""
+    """Rounds, local epochs, learning rate, batch size, warm-up and target modules as one choice. auto: "embedded" for
+    the embedded base, "standard" for any other; "published": 11 rounds of 10 epochs at 5e-4."""
     rounds: int | None = None
     """Rounds. Default: from `--schedule`."""
     local_epochs: float | None = None
@@ -123,8 +117,8 @@ class FederateConfig:
     `--schedule`."""
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Shape of the learning rate over all rounds after the warm-up."""
-    batch_size: int = 16
-    """Rows per optimizer step."""
+    batch_size: int | None = None
+    """Rows per optimizer step. Default: from `--schedule`."""
     micro_batch_size: int | None = None
     """Rows per forward pass; the rest of a batch is accumulated. Default: the whole batch."""
     weight_decay: float = 0.0
