@@ -36,6 +36,7 @@ from manylora.training.plan import (
     step_counts,
 )
 from manylora.training.runs import RunFolder, step_of, write_json
+from manylora.training.snapshots import SnapshotRecorder, snapshot_steps
 from manylora.training.trainer import (
     ManyTaskTrainer,
     Reporter,
@@ -255,7 +256,11 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
 
 def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Report | None) -> ManyTaskTrainer:
     config, plan = prepared.config, prepared.plan
-    callbacks = [RunRecorder(run, keep_best=config.keep == "best")]
+    snapshots = snapshot_steps(plan.steps, config.keep_adapters)
+    callbacks = [
+        RunRecorder(run, keep_best=config.keep == "best"),
+        SnapshotRecorder(run.path, model, snapshots),
+    ]
     return ManyTaskTrainer(
         task_names=prepared.task_names,
         route_by_task=config.router == "task" and config.num_experts != 1,
