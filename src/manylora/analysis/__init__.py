@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from manylora.analysis.change import Change, Movement, changes, movement
     from manylora.analysis.gradients import Conflict, GradientNorm, Gradients, measure_gradients
     from manylora.analysis.pairs import PairSimilarity, similarities, with_labels
-    from manylora.analysis.places import Place, places
+    from manylora.analysis.places import Place, locate
     from manylora.analysis.result import Analysis
     from manylora.analysis.routers import Gates, measure_gates
     from manylora.analysis.sources import Layer, Source, load_source, load_sources
@@ -45,7 +45,7 @@ _HOME = {
     "change": ("Change", "Movement", "changes", "movement"),
     "gradients": ("Conflict", "GradientNorm", "Gradients", "measure_gradients"),
     "pairs": ("PairSimilarity", "similarities", "with_labels"),
-    "places": ("Place", "places"),
+    "places": ("Place", "locate"),
     "result": ("Analysis",),
     "routers": ("Gates", "measure_gates"),
     "sources": ("Layer", "Source", "load_source", "load_sources"),
@@ -93,12 +93,12 @@ __all__ = [
     "expected_squared",
     "load_source",
     "load_sources",
+    "locate",
     "measure_gates",
     "measure_gradients",
     "movement",
     "orthonormal_basis",
     "pair_label",
-    "places",
     "principal_cosines",
     "similarities",
     "similarity_lines",

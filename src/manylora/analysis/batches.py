@@ -55,7 +55,8 @@ class Reader:
         logits = self.logits(model, batch, task)[:, :-1]
         targets = batch["labels"][:, 1:].to(logits.device)
         counted = targets != -100
-        loss = F.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        loss = F.cross_entropy(logits[counted].to(wide), targets[counted], reduction="sum")
         return loss, int(counted.sum())
 
     def expert(self, task: str) -> int:

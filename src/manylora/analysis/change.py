@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manylora.analysis.places import Place, places
+from manylora.analysis.places import Place, locate
 from manylora.analysis.sources import Layer, Layers, Source
 from manylora.analysis.subspaces import compare, orthonormal_basis
 
@@ -84,7 +84,7 @@ def changes(source: Source) -> list[Change]:
     early = next((step for step in steps if _moved(moments[step])), None)
     later = [] if early is None else [early]
     references = {"A": sorted({step for step in (0, *later) if step in moments}), "B": later}
-    where = places(source.layers)
+    where = locate(source.layers)
     found = []
     for matrix in ("A", "B"):
         for start in references[matrix]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from manylora.adapters import ManyLoraLinear
 from manylora.analysis.batches import Reader, TaskRows, only_trainable
-from manylora.analysis.places import Place, places
+from manylora.analysis.places import Place, locate
 from manylora.errors import ConfigError
 
 
@@ -176,7 +176,7 @@ def _fill(
     gradients: dict[str, list[Tensor]],
     halves: dict[str, tuple[list[Tensor], list[Tensor]]],
 ) -> None:
-    where = places({one.name for one in shared})
+    where = locate({one.name for one in shared})
     whole = Place(layer=None, module="all")
     parts = [([index], one.matrix, one.name, where[one.name]) for index, one in enumerate(shared)]
     parts += [

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from manylora.analysis.places import Place, places
+from manylora.analysis.places import Place, locate
 from manylora.analysis.sources import Source
 from manylora.analysis.subspaces import RandomBaseline, compare, orthonormal_basis
 from manylora.errors import ModelError
@@ -71,7 +71,7 @@ def similarities(sources: Sequence[Source], *, baseline: RandomBaseline) -> list
         ModelError: two adapters differ in a module's size, or have no module in common.
     """
     check_comparable(sources)
-    where = places({name: None for source in sources for name in source.layers})
+    where = locate({name: None for source in sources for name in source.layers})
     found = []
     for name, place in where.items():
         for matrix in ("A", "B"):

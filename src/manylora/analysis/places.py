@@ -17,7 +17,7 @@ class Place:
     has two c_proj in a layer, "attn.c_proj" and "mlp.c_proj")."""
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
+def locate(names: Iterable[str]) -> dict[str, Place]:
     """Place of every module, by its full name ("model.layers.3.self_attn.q_proj").
 
     The first number in a name is the layer's. Give all names that are to be compared at once: how short a kind can be

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from manylora.adapters import COLLAPSE, gate_statistics
 from manylora.analysis.batches import Reader, TaskRows
-from manylora.analysis.places import Place, places
+from manylora.analysis.places import Place, locate
 
 ALL = "all tasks"
 """Task of the entries over all tasks, which count alike."""
@@ -69,7 +69,7 @@ def measure_gates(
             measured[task] = {name: (layer.share, layer.entropy) for name, layer in statistics.layers.items()}
     finally:
         model.train(was_training)
-    where = places({name for layers in measured.values() for name in layers})
+    where = locate({name for layers in measured.values() for name in layers})
     found = []
     for name, place in where.items():
         per_task = {task: layers[name] for task, layers in measured.items() if name in layers}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from manylora.analysis.change import Change
 from manylora.analysis.pairs import PairSimilarity
 
+_WORDS: dict[bool | None, str] = {True: "same", False: "other", None: "unknown"}
+
 ALL = "all"
 """Kind of module of the lines over all kinds."""
 
@@ -67,9 +69,7 @@ def pair_label(pair: PairSimilarity) -> str:
     """What is known of a pair, in words."""
     if pair.one_adapter:
         return "experts of one adapter"
-    task = {True: "same task", False: "different task", None: "task unknown"}[pair.same_task]
-    init = {True: "same init", False: "different init", None: "init unknown"}[pair.same_init]
-    return f"{task}, {init}"
+    return f"{_WORDS[pair.same_task]} task, {_WORDS[pair.same_init]} init"
 
 
 def similarity_lines(pairs: Sequence[PairSimilarity], *, per_module: bool = True) -> list[SimilarityLine]:
@@ -83,7 +83,7 @@ def similarity_lines(pairs: Sequence[PairSimilarity], *, per_module: bool = True
         kinds = dict.fromkeys(pair.module for pair in of_matrix)
         for module in [ALL, *kinds] if per_module else [ALL]:
             some = [pair for pair in of_matrix if module in (ALL, pair.module)]
-            for label in sorted({pair_label(pair) for pair in some}, reverse=True):
+            for label in sorted({pair_label(pair) for pair in some}, key=_order):
                 group = [pair for pair in some if pair_label(pair) == label]
                 lines.append(
                     SimilarityLine(
@@ -98,6 +98,11 @@ def similarity_lines(pairs: Sequence[PairSimilarity], *, per_module: bool = True
                     )
                 )
     return lines
+
+
+def _order(label: str) -> tuple[int, str]:
+    """What is alike in most first."""
+    return -label.count("same"), label
 
 
 def change_lines(

@@ -23,7 +23,12 @@ _MOST_TASKS = 10
 def print_analysis(found: Analysis) -> None:
     """Every table that there is something for, then what could not be looked at."""
     out = console()
-    tables: list[Table | None] = [_sources(found), _similarity(found), _change(found)]
+    tables: list[Table | None] = [
+        _sources(found),
+        _similarity(found),
+        _similarity_by_module(found),
+        _change(found),
+    ]
     for one in found.gradients:
         tables += [_norms(one), *(_conflict(one, matrix) for matrix in ("A", "B"))]
     tables.append(_gates(found.gates))
@@ -55,20 +60,16 @@ def _sources(found: Analysis) -> Table:
 
 def _similarity(found: Analysis) -> Table:
     table = _table(
-        "similarity: mean cosine σ of the principal angles, and mean σ² (± standard deviation over pairs and layers)",
-        "matrix", "module", "pairs of",
+        "similarity: mean cosine σ of the principal angles and mean σ², ± standard deviation over pairs and modules",
+        "matrix", "pairs of",
         right=("σ", "random σ", "σ²", "random σ²", "pairs", "n"),
     )  # fmt: skip
-    last = None
-    for line in similarity_lines(found.similarity):
-        if last is not None and (line.matrix, line.module) != last:
+    last = ""
+    for line in similarity_lines(found.similarity, per_module=False):
+        if last and line.matrix != last:
             table.add_section()
-        shown = (line.matrix, line.module if line.module != ALL else "all") if (
-            line.matrix, line.module
-        ) != last else ("", "")  # fmt: skip
-        last = (line.matrix, line.module)
         table.add_row(
-            *shown,
+            line.matrix if line.matrix != last else "",
             line.label,
             _number(line.cosine),
             f"{line.baseline_cosine:.3f}",
@@ -77,6 +78,30 @@ def _similarity(found: Analysis) -> Table:
             str(line.pairs),
             str(line.cosine.n),
         )
+        last = line.matrix
+    return table
+
+
+def _similarity_by_module(found: Analysis) -> Table:
+    lines = [line for line in similarity_lines(found.similarity) if line.module != ALL]
+    labels = list(dict.fromkeys(line.label for line in lines))
+    table = _table(
+        "similarity σ by kind of module", "matrix", "module", right=("random σ", *labels, "n of each")
+    )
+    last = ""
+    for matrix, module in dict.fromkeys((line.matrix, line.module) for line in lines):
+        if last and matrix != last:
+            table.add_section()
+        group = {line.label: line for line in lines if (line.matrix, line.module) == (matrix, module)}
+        first = next(iter(group.values()))
+        table.add_row(
+            matrix if matrix != last else "",
+            module,
+            f"{first.baseline_cosine:.3f}",
+            *(_number(group[label].cosine) if label in group else "–" for label in labels),
+            ", ".join(dict.fromkeys(str(line.cosine.n) for line in group.values())),
+        )
+        last = matrix
     return table
 
 

@@ -118,6 +118,7 @@ def train_language_model(run: FigureRun, options: AnalyzeOptions) -> None:
             lora_alpha=2.0
             * options.r,  # the published runs' ratio, so that the scaling is the same at every rank
             epochs=options.epochs,
+            learning_rate=options.learning_rate,
             seed=run.seed,
             keep_adapters=KEPT,
             dtype=options.dtype,

@@ -206,6 +206,8 @@ class AnalyzeOptions:
     """With --figures: rank of the LoRAs."""
     epochs: float | None = None
     """With --figures: passes over the training rows. Default: as `manylora train`."""
+    learning_rate: float | None = None
+    """With --figures: peak step size. Default: as `manylora train`."""
     seed: int = 0
     """Of the random subspaces that similarity is compared with."""
     batch_size: int = 16
@@ -219,7 +221,7 @@ class AnalyzeOptions:
     which may exist."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "r", "epochs"):
+        for name in ("limit", "batch_size", "r", "epochs", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; give a value above 0.")

@@ -83,7 +83,7 @@ class SnapshotRecorder(TrainerCallback):
         final.parent.mkdir(exist_ok=True)
         partial = final.with_name(final.name + ".partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(tensors, partial, metadata={"format": "pt", "step": str(step)})
+        save_file(tensors, partial, metadata={"format": "pt"})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(final)
