@@ -21,24 +21,24 @@ _MOST_TASKS = 10
 
 
 def print_analysis(found: Analysis) -> None:
-    """Every table that there is something for, then what could not be looked at."""
+    """Every table that there is something for, then warnings, then what could not be looked at."""
     out = console()
-    tables: list[Table | None] = [
+    shown: list[Table | str | None] = [
         _sources(found),
         _similarity(found),
         _similarity_by_module(found),
         _change(found),
     ]
     for one in found.gradients:
-        tables += [_norms(one), *(_conflict(one, matrix) for matrix in ("A", "B"))]
-    tables.append(_gates(found.gates))
-    for table in tables:
-        if table is not None and table.row_count:
-            out.print(table)
-    for line in _warnings(found.gates):
-        out.print(f"warning: {line}", soft_wrap=True)
-    for note in found.notes:
-        out.print(f"note: {note}", soft_wrap=True)
+        shown.append(_norms(one))
+        for matrix in ("A", "B"):
+            shown += _conflict(one, matrix)
+    shown += [_gates(found.gates), *_warnings(found.gates)]
+    for part in [*shown, *(f"note: {note}" for note in found.notes)]:
+        if isinstance(part, str):
+            out.print(part, soft_wrap=True)
+        elif part is not None and part.row_count:
+            out.print(part)
 
 
 def _sources(found: Analysis) -> Table:
@@ -150,38 +150,38 @@ def _norms(one: Gradients) -> Table:
     return table
 
 
-def _conflict(one: Gradients, matrix: str) -> Table | None:
+def _conflict(one: Gradients, matrix: str) -> list[Table | str | None]:
+    """Tasks by tasks (of many tasks the pairs that conflict most), and one line on all pairs and modules."""
     pairs = {
         (found.left, found.right): found.cosine for found in one.overall_conflict if found.matrix == matrix
     }
-    tasks = list(dict.fromkeys(task for pair in pairs for task in pair))
     if not pairs:
-        return None
-    cosines = spread(pairs.values())
-    single = [found.cosine for found in one.conflict if found.matrix == matrix]
-    negative = sum(cosine < 0 for cosine in single) / len(single)
-    title = (
-        f"{one.source}: cosine between tasks' gradients on {matrix} over all modules: mean {_number(cosines)} over "
-        f"{cosines.n} pairs, least {min(pairs.values()):.2f}; negative in {100 * negative:.0f} % of {len(single)} "
-        "pairs × modules"
-    )
+        return []
+    tasks = list(dict.fromkeys(task for pair in pairs for task in pair))
+    title = f"{one.source}: cosine between tasks' gradients on {matrix}, all modules together"
     if len(tasks) > _MOST_TASKS:
         table = _table(title, "task", "task", right=("cosine",))
         for (left, right), cosine in sorted(pairs.items(), key=lambda item: item[1])[:_MOST_TASKS]:
             table.add_row(left, right, f"{cosine:.2f}")
-        return table
-    table = _table(title, "", "task", right=tuple(str(number) for number, _ in enumerate(tasks, 1)))
-    for number, task in enumerate(tasks, 1):
-        row = [pairs.get((task, other), pairs.get((other, task))) for other in tasks]
-        table.add_row(str(number), task, *("" if value is None else f"{value:.2f}" for value in row))
-    return table
+    else:
+        table = _table(title, "", "task", right=[str(number) for number, _ in enumerate(tasks, 1)])
+        for number, task in enumerate(tasks, 1):
+            row = [pairs.get((task, other), pairs.get((other, task))) for other in tasks]
+            table.add_row(str(number), task, *("" if value is None else f"{value:.2f}" for value in row))
+    single = [found.cosine for found in one.conflict if found.matrix == matrix]
+    negative = sum(cosine < 0 for cosine in single)
+    line = (
+        f"{matrix}: mean cosine {_number(spread(pairs.values()))} over {len(pairs)} pairs of tasks; negative in "
+        f"{negative} of {len(single)} pairs × modules ({100 * negative / len(single):.0f} %)"
+    )
+    return [table, line]
 
 
 def _gates(gates: Sequence[Gates]) -> Table | None:
     if not gates:
         return None
     table = _table(
-        "gates: mean routing weight per task over all modules; entropy of a token's weights as a share of log N",
+        "gates: mean routing weight over all modules; entropy as a share of log N",
         "adapter", "task",
         right=(*(f"expert {n}" for n in range(max(len(one.weights) for one in gates))), "entropy", "collapsed in"),
     )  # fmt: skip
@@ -209,7 +209,7 @@ def _warnings(gates: Sequence[Gates]) -> list[str]:
         if collapsed:
             names = ", ".join(gate.name for gate in collapsed[:3]) + (", …" if len(collapsed) > 3 else "")
             lines.append(
-                f"{source}: the router has collapsed onto one expert in {len(collapsed)} of {len(group)} modules "
+                f"warning: {source}: the router has collapsed onto one expert in {len(collapsed)} of {len(group)} modules "
                 f"({names}); try train --load-balance-weight 0.01 or fewer experts."
             )
     return lines
