@@ -209,8 +209,8 @@ def _warnings(gates: Sequence[Gates]) -> list[str]:
         if collapsed:
             names = ", ".join(gate.name for gate in collapsed[:3]) + (", …" if len(collapsed) > 3 else "")
             lines.append(
-                f"warning: {source}: the router has collapsed onto one expert in {len(collapsed)} of {len(group)} modules "
-                f"({names}); try train --load-balance-weight 0.01 or fewer experts."
+                f"warning: {source}: the router has collapsed onto one expert in {len(collapsed)} of {len(group)} "
+                f"modules ({names}); try train --load-balance-weight 0.01 or fewer experts."
             )
     return lines
 
