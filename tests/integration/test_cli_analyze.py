@@ -108,7 +108,7 @@ def test_runs_are_measured_on_their_own_rows(
     assert all(change.keys() >= CHANGE for change in found["change"])
     inside = {(p["left"], p["right"]) for p in found["similarity"] if p["one_adapter"] and p["matrix"] == "A"}
     assert ("alora/expert-0", "alora/expert-1") in inside
-    for words_ in (
+    for text in (
         "experts of one adapter",
         "cosine between tasks' gradients on B",
         "halves' cosine",
