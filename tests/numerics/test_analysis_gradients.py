@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from manylora.analysis import Reader, measure_gates, measure_gradients
-from manylora.analysis.routers import ALL, overall
+from manylora.analysis.routers import ALL, differences, overall
 from manylora.data import Encoded
 from manylora.errors import ConfigError, RoutingError
 from tiny_models import adapted, llama
@@ -176,6 +176,9 @@ def test_gates_are_the_routers_softmax_averaged_over_real_tokens() -> None:
         means.append(weights.mean(0))
     assert got[ALL].weights == pytest.approx(torch.stack(means).mean(0).tolist(), rel=1e-4)
     assert sum(got[ALL].weights) == pytest.approx(1)
+    apart = [(w - torch.stack(means).mean(0)).abs().sum().item() / 2 for w in means]
+    alone = differences([gate for gate in found if gate.name == got[ALL].name])
+    assert [alone["run", task] for task in (*TASKS, ALL)] == pytest.approx([*apart, 0], rel=1e-3, abs=1e-9)
 
 
 def test_a_router_that_sends_everything_to_one_expert_has_collapsed() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -237,6 +238,20 @@ def test_a_trainers_output_folder_stands_for_its_checkpoints(tmp_path: Path) -> 
     name = next(iter(source.layers))
     last = load_file(tmp_path / "out" / "checkpoint-200" / "adapter_model.safetensors")
     assert torch.equal(source.layers[name].A[""], last[f"base_model.model.{name}.lora_A.weight"])
+
+
+def test_a_federated_run_stands_for_its_clients(tmp_path: Path) -> None:
+    for index, client in enumerate(("sums", "stories", "a%2Fb")):
+        lora(tmp_path / "run" / "clients" / client / "adapter", seed=index)
+    for a_init, same in (("common", True), ("per_client", False)):
+        settings = {"partition": "task", "a_init": a_init, "seed": 3}
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+        sources = load_sources([str(tmp_path / "run")])
+        assert {(source.name, source.tasks, source.seed) for source in sources} == {
+            ("sums", ("sums",), 3), ("stories", ("stories",), 3), ("a/b", ("a/b",), 3),
+        }  # fmt: skip
+        pairs = similarities(sources, baseline=BASELINE)
+        assert {(pair.same_task, pair.same_init) for pair in pairs} == {(False, same)}
 
 
 def test_names_differ(tmp_path: Path) -> None:

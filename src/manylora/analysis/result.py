@@ -11,7 +11,7 @@ from typing import Any
 from manylora.analysis.change import Change
 from manylora.analysis.gradients import Gradients
 from manylora.analysis.pairs import PairSimilarity
-from manylora.analysis.routers import Gates, overall
+from manylora.analysis.routers import Gates, differences, overall
 from manylora.analysis.sources import Source
 from manylora.analysis.subspaces import DRAWS
 from manylora.analysis.summary import change_lines, similarity_lines
@@ -32,6 +32,7 @@ class Analysis:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values; see docs/analyze.md for every key."""
+        apart = differences(self.gates)
         return _without_nan(
             {
                 "kind": "analyze",
@@ -44,7 +45,10 @@ class Analysis:
                 "summary": {
                     "similarity": _records(similarity_lines(self.similarity)),
                     "change": _records(change_lines(self.change, last_only=False)),
-                    "gates": _records(overall(self.gates)),
+                    "gates": [
+                        {**dataclasses.asdict(one), "from_all_tasks": apart[one.source, one.task]}
+                        for one in overall(self.gates)
+                    ],
                 },
                 "notes": list(self.notes),
             }

@@ -101,6 +101,20 @@ def overall(gates: Sequence[Gates]) -> list[Gates]:
     ]
 
 
+def differences(gates: Sequence[Gates]) -> dict[tuple[str, str], float]:
+    """Source and task → how far its mean weights are from those over all tasks, mean over modules.
+
+    The distance is half the sum of absolute differences: 0 where the router treats the task like all others.
+    """
+    everything = {(one.source, one.name): one.weights for one in gates if one.task == ALL}
+    found: dict[tuple[str, str], list[float]] = {}
+    for one in gates:
+        mean = everything[one.source, one.name]
+        distance = math.fsum(abs(a - b) for a, b in zip(one.weights, mean, strict=True)) / 2
+        found.setdefault((one.source, one.task), []).append(distance)
+    return {key: math.fsum(values) / len(values) for key, values in found.items()}
+
+
 def _gates(source: str, task: str, name: str, place: Place, weights: list[float], entropy: float) -> Gates:
     return Gates(
         source=source,

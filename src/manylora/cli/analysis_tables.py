@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from manylora.analysis.routers import ALL as ALL_TASKS
-from manylora.analysis.routers import overall
+from manylora.analysis.routers import differences, overall
 from manylora.analysis.summary import ALL, Spread, change_lines, similarity_lines, spread
 from manylora.cli.tables import console
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _MOST_TASKS = 10
 """Tasks that a matrix of cosines on the terminal may have."""
+
+_RELIABLE = 0.5
+"""Cosine of two halves of a task's rows below which its gradient is mostly noise: a convention of ours."""
 
 
 def print_analysis(found: Analysis) -> None:
@@ -174,17 +177,26 @@ def _conflict(one: Gradients, matrix: str) -> list[Table | str | None]:
         f"{matrix}: mean cosine {_number(spread(pairs.values()))} over {len(pairs)} pairs of tasks; negative in "
         f"{negative} of {len(single)} pairs × modules ({100 * negative / len(single):.0f} %)"
     )
+    halves = [found.cosine for found in one.overall_within if found.matrix == matrix]
+    noisy = sum(cosine < _RELIABLE for cosine in halves)
+    if noisy:
+        line += (
+            f"\nwarning: {one.source}: the gradients on {matrix} of a task's two halves of rows have a cosine below "
+            f"{_RELIABLE} for {noisy} of {len(halves)} tasks: so few rows say little. Raise --limit."
+        )
     return [table, line]
 
 
 def _gates(gates: Sequence[Gates]) -> Table | None:
     if not gates:
         return None
+    most = max(len(one.weights) for one in gates)
     table = _table(
         "gates: mean routing weight over all modules; entropy as a share of log N",
         "adapter", "task",
-        right=(*(f"expert {n}" for n in range(max(len(one.weights) for one in gates))), "entropy", "collapsed in"),
+        right=(*(f"expert {n}" for n in range(most)), "from all tasks", "entropy", "collapsed in"),
     )  # fmt: skip
+    apart = differences(gates)
     for one in overall(gates):
         group = [gate for gate in gates if (gate.source, gate.task) == (one.source, one.task)]
         if one.task == ALL_TASKS:
@@ -194,7 +206,8 @@ def _gates(gates: Sequence[Gates]) -> Table | None:
             one.source,
             one.task,
             *weights,
-            *[""] * (len(table.columns) - 4 - len(weights)),
+            *[""] * (most - len(weights)),
+            "" if one.task == ALL_TASKS else f"{apart[one.source, one.task]:.3f}",
             f"{one.entropy / math.log(len(one.weights)):.2f}",
             f"{sum(gate.collapsed for gate in group)} of {len(group)}",
         )

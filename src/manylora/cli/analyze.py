@@ -93,7 +93,7 @@ def _label(text: str) -> tuple[str, tuple[tuple[str, ...], int | None]]:
         raise ConfigError(
             f"--label {text} cannot be read; write PATH=TASK,SEED, such as loras/a=sums,0 (or PATH=TASK, or PATH=,0)."
         )
-    return path, ((task.strip(),) if task.strip() else (), int(seed) if seed.strip() else None)
+    return str(Path(path)), ((task.strip(),) if task.strip() else (), int(seed) if seed.strip() else None)
 
 
 def analyse(sources: Sequence[Source], options: AnalyzeOptions) -> Analysis:

@@ -32,6 +32,9 @@ KEPT = 4
 FOLDER = "runs/figures"
 """Where the figures go unless --out says otherwise."""
 
+_TRAINING = ("tasks", "seeds", "model", "data", "task_column", "r", "epochs", "learning_rate", "dtype")
+"""Options that the runs depend on."""
+
 TrainOne = Callable[["FigureRun", AnalyzeOptions], None]
 """Trains one run into its folder, from the start or from where it broke off, and leaves it finished."""
 
@@ -163,8 +166,13 @@ def _folder(path: Path, settings: dict[str, object], options: AnalyzeOptions) ->
         folder.__exit__()  # its lock is taken again by whoever uses it
         return folder
     folder = RunFolder.open(path)
-    if folder.read_config() != settings:
-        raise RunError(f"{path} holds figures with other settings; choose another --out.")
+    known = folder.read_config()
+    other = [name for name in _TRAINING if known.get(name) != settings[name]]
+    if other:
+        raise RunError(
+            f"{path} holds figures with another --{other[0].replace('_', '-')} ({known.get(other[0])}); choose another "
+            "--out."
+        )
     return folder
 
 

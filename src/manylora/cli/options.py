@@ -191,7 +191,7 @@ class AnalyzeOptions:
     """Only rows of these tasks, as "a,b" or a YAML list. Default: all. With --figures the two tasks to train on."""
     task_column: str | None = None
     """Column of --data that names a row's task. Default: the column "task", else the file's name."""
-    limit: int = 32
+    limit: int = 64
     """At most this many rows per task are measured on."""
     step: int | None = None
     """Measure on the weights that the runs kept at this step (train --keep-adapters). Default: the final ones."""
