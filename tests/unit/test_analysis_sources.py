@@ -259,6 +259,10 @@ def test_names_differ(tmp_path: Path) -> None:
     assert [source.name for source in load_sources(paths)] == ["one", "two"]
     same = [str(lora(tmp_path / run / "x")) for run in ("three", "four")]
     assert [source.name for source in load_sources(same)] == ["three-x", "four-x"]
+    clients = [str(lora(tmp_path / run / "clients" / "x" / "adapter").parents[2]) for run in ("five", "six")]
+    for run in clients:
+        (Path(run) / "config.yaml").write_text("seed: 0\n")
+    assert [source.name for source in load_sources(clients)] == ["five-x", "six-x"]
     with pytest.raises(ModelError, match="give each once"):
         load_sources([same[0], same[0]])
 

@@ -151,7 +151,9 @@ def _with_distinct_names(sources: list[Source]) -> list[Source]:
     longer = [
         source.name
         if names.count(source.name) == 1
-        else "-".join(source.path.resolve().parts[-2:]).removesuffix("-adapter")
+        else "-".join(
+            [part for part in source.path.resolve().parts if part not in ("clients", "adapter")][-2:]
+        )
         for source in sources
     ]
     seen: dict[str, Path] = {}
