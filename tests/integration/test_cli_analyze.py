@@ -98,7 +98,8 @@ def test_runs_are_measured_on_their_own_rows(
     assert len(found["gradients"]["norms"]) == 2 * 3 * 14
     assert len(found["gradients"]["conflict"]) == 2 * 3 * 14
     assert all(-1 <= pair["cosine"] <= 1 for pair in found["gradients"]["conflict"])
-    assert {gate["task"] for gate in found["gates"]} == {"first_word", "last_word", "swap", "all tasks"}
+    assert {gate["task"] for gate in found["gates"]} == {"first_word", "last_word", "swap"}
+    assert len(found["gates_over_tasks"]) == 2 * 14
     assert all(sum(gate["weights"]) == pytest.approx(1) for gate in found["gates"])
     spans = {(c["source"], c["matrix"], c["from_step"], c["to_step"]) for c in found["change"]}
     assert spans == {
@@ -161,6 +162,7 @@ def test_what_cannot_be_measured_is_a_note_unless_it_was_asked_for(
         (["--figures", "--seeds", "1"], ["two or more different seeds"]),
         (["--figures", "--seeds", "0,x"], ["0,x", "no numbers"]),
         (["--figures", "--data", "rows"], ["--tasks a,b"]),
+        (["--figures", "--tasks", "review_verdict,no_such"], ["no_such"]),
         (["one", "--limit", "0"], ["limit is 0"]),
         (["pickled"], ["pickled weights are not read"]),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 from manylora.analysis.change import Change
 from manylora.analysis.gradients import Gradients
 from manylora.analysis.pairs import PairSimilarity
-from manylora.analysis.routers import Gates, differences, overall
+from manylora.analysis.routers import ALL, Gates, differences, overall
 from manylora.analysis.sources import Source
 from manylora.analysis.subspaces import DRAWS
 from manylora.analysis.summary import change_lines, similarity_lines
@@ -41,7 +41,8 @@ class Analysis:
                 "similarity": _records(self.similarity),
                 "change": _records(self.change),
                 "gradients": _gradients(self.gradients) if self.gradients else None,
-                "gates": _records(self.gates),
+                "gates": _records([gate for gate in self.gates if gate.task != ALL]),
+                "gates_over_tasks": _records([gate for gate in self.gates if gate.task == ALL]),
                 "summary": {
                     "similarity": _records(similarity_lines(self.similarity)),
                     "change": _records(change_lines(self.change, last_only=False)),

@@ -1,27 +1,32 @@
 """`manylora analyze --figures`: the paper's figures 1 and 2, from runs that this trains where they are missing.
 
 One LoRA for each of two tasks and each seed. Figure 1 is the similarity of the pairs of runs (two tasks, one seed; one
-task, two seeds; two tasks, two seeds), figure 2 the change of each run. How a run is trained is `trainer_for`'s
+task, two seeds; two tasks, two seeds), figure 2 the change of each run. What a run trains is `training_config`'s
 business alone: everything after it takes finished run folders.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from manylora.cli.analyze import analyse, conclude
-from manylora.cli.console import TrainingProgress
+from manylora.cli.console import TrainingProgress, explain
 from manylora.cli.options import AnalyzeOptions
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, RunError
+from manylora.federated.home import folder_name
 from manylora.training import RunFolder, TrainConfig
 from manylora.training.config import as_list
+
+if TYPE_CHECKING:
+    from manylora.training import Prepared
 
 TASKS = ("praised_thing", "register_entry")
 """Two tasks of the embedded suite with little in common: choosing from a list, and formatting a record."""
@@ -34,9 +39,6 @@ FOLDER = "runs/figures"
 
 _TRAINING = ("tasks", "seeds", "model", "data", "task_column", "r", "epochs", "learning_rate", "dtype")
 """Options that the runs depend on."""
-
-TrainOne = Callable[["FigureRun", AnalyzeOptions], None]
-"""Trains one run into its folder, from the start or from where it broke off, and leaves it finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,29 +65,26 @@ def run_figures(options: AnalyzeOptions) -> int:
         RunError: the folder holds something else, or runs with other settings.
     """
     from manylora.analysis import load_source
+    from manylora.training import prepare
 
     tasks, seeds = _tasks(options), _seeds(options)
     path = Path(options.out or FOLDER).expanduser()
     settings = {**dataclasses.asdict(options), "tasks": tasks, "seeds": seeds, "out": str(path)}
-    train_one = trainer_for(options)
-    with _folder(path, settings, options) as folder:
+    runs = [
+        FigureRun(task=task, seed=seed, folder=path / "runs" / f"{folder_name(task)}-seed-{seed}")
+        for task in tasks
+        for seed in seeds
+    ]
+    # before anything is written, so that bad input leaves nothing behind
+    prepared = {run: prepare(training_config(run, options)) for run in runs if not run.finished}
+    with _folder(path, settings, options) as folder, _failing(folder):
         folder.lock()
         folder.set_state("running")
-        runs = [
-            FigureRun(task=task, seed=seed, folder=path / "runs" / f"{task}-seed-{seed}")
-            for task in tasks
-            for seed in seeds
-        ]
         for number, run in enumerate(runs, 1):
-            done = " (finished before)" if run.finished else ""
+            done = "" if run in prepared else " (finished before)"
             print(f"run {number}/{len(runs)}: {run.task}, seed {run.seed}{done}", file=sys.stderr, flush=True)
-            if done:
-                continue
-            try:
-                train_one(run, options)
-            except KeyboardInterrupt:
-                print(f"continue with: manylora {shlex.join(sys.argv[1:])}")
-                raise
+            if run in prepared:
+                train(run, prepared[run])
         sources = [load_source(run.folder) for run in runs]
         # every run has one task, so there is no conflict and no router to measure
         found = analyse(sources, dataclasses.replace(options, measure="none"))
@@ -93,56 +92,59 @@ def run_figures(options: AnalyzeOptions) -> int:
     return 0
 
 
-def trainer_for(options: AnalyzeOptions) -> TrainOne:
-    """How the runs of these options are trained.
+@contextlib.contextmanager
+def _failing(folder: RunFolder) -> Iterator[None]:
+    """Note in the folder why the block did not come to its end."""
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        reason = "stopped by Ctrl-C" if stopped else explain(error) or repr(error)
+        with contextlib.suppress(OSError):
+            folder.set_state("failed", error=reason)
+        if stopped:
+            print("the same command goes on from here")
+        raise
 
-    A sequence classifier on an encoder is another function of the same kind, chosen here by `options.model`.
+
+def training_config(run: FigureRun, options: AnalyzeOptions) -> TrainConfig:
+    """What one run trains: a LoRA on a language model, by the recipe of `manylora train`.
+
+    A classifier on an encoder differs here and nowhere else.
     """
-    return train_language_model
+    return TrainConfig(
+        model=options.model or EMBEDDED,
+        data=options.data or EMBEDDED,
+        tasks=[run.task],
+        task_column=options.task_column,
+        method="lora",
+        r=options.r,
+        lora_alpha=2.0 * options.r,  # the published runs' ratio: one scaling at every rank
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        seed=run.seed,
+        keep_adapters=KEPT,
+        dtype=options.dtype,
+        device=options.device,
+    )
 
 
-def train_language_model(run: FigureRun, options: AnalyzeOptions) -> None:
-    """One LoRA on a causal language model, with the recipe of `manylora train`, scored on its test rows.
+def train(run: FigureRun, prepared: Prepared) -> None:
+    """Train one run into its folder, from the start or from where it broke off, and score it on its test rows.
 
     Raises:
         RunError: the folder holds a run with other settings.
     """
-    from manylora.cli.scoring import score, write_scores
-    from manylora.training import finetune, prepare
+    from manylora.cli.scoring import score_run
+    from manylora.training import finetune
 
-    prepared = prepare(
-        TrainConfig(
-            model=options.model or EMBEDDED,
-            data=options.data or EMBEDDED,
-            tasks=[run.task],
-            task_column=options.task_column,
-            method="lora",
-            r=options.r,
-            lora_alpha=2.0
-            * options.r,  # the published runs' ratio, so that the scaling is the same at every rank
-            epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            seed=run.seed,
-            keep_adapters=KEPT,
-            dtype=options.dtype,
-            device=options.device,
-        )
-    )
-    with _run_folder(run, prepared.config) as folder:
+    with (
+        _run_folder(run, prepared.config) as folder,
+        _failing(folder),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         model = finetune(prepared, folder, report=TrainingProgress())
-        test = prepared.splits.test
-        if test:
-            scores = score(
-                model,
-                prepared.tokenizer,
-                test,
-                answer_tokens=prepared.answer_tokens,
-                batch_size=prepared.config.eval_batch_size,
-                max_length=prepared.config.max_length,
-                experts=None,
-            )
-            write_scores(folder.path, scores, {})
-            print(f"score on {scores.n} test rows: {scores.mean:.1f}", file=sys.stderr, flush=True)
+        score_run(prepared, folder, model)
         folder.set_state("finished")
 
 
