@@ -232,6 +232,8 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
     run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
     run.drop_incomplete()
     trainer = _trainer(prepared, run, model, report)
+    kept = snapshot_steps(prepared.plan.steps, prepared.config.keep_adapters)
+    trainer.add_callback(SnapshotRecorder(run.path, model, kept))
     checkpoint = run.newest_checkpoint()
     run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
     try:
@@ -256,11 +258,7 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
 
 def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Report | None) -> ManyTaskTrainer:
     config, plan = prepared.config, prepared.plan
-    snapshots = snapshot_steps(plan.steps, config.keep_adapters)
-    callbacks = [
-        RunRecorder(run, keep_best=config.keep == "best"),
-        SnapshotRecorder(run.path, model, snapshots),
-    ]
+    callbacks = [RunRecorder(run, keep_best=config.keep == "best")]
     return ManyTaskTrainer(
         task_names=prepared.task_names,
         route_by_task=config.router == "task" and config.num_experts != 1,
