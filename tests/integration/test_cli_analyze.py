@@ -216,7 +216,8 @@ def test_figures_go_on_after_a_kill(
     other = [p["mean_cosine"] for p in found["similarity"] if not p["same_init"] and p["matrix"] == "A"]
     assert min(same_seed) > max(other), "A is alike where the seed is the same"
     assert {(c["matrix"], c["from_step"]) for c in found["change"]} == {("A", 0), ("A", 2), ("B", 2)}
-    assert json.loads((second / "scores.json").read_text())["tasks"]
+    scores = [json.loads((run / "scores.json").read_text())["mean"] for run in (first, second)]
+    assert [source["score"] for source in found["sources"][:2]] == scores
     before = (in_empty_folder / "figures" / "analysis.json").read_bytes()
     assert main(words) == 0
     assert (in_empty_folder / "figures" / "analysis.json").read_bytes() == before

@@ -63,6 +63,7 @@ def _source(source: Source) -> dict[str, Any]:
         "format": source.format,
         "tasks": list(source.tasks),
         "seed": source.seed,
+        "score": source.score,
         "share": source.share,
         "num_experts": source.num_experts,
         "router": source.router,

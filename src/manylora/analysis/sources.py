@@ -66,6 +66,8 @@ class Source:
     tasks: tuple[str, ...] = ()
     """Tasks it was trained on; empty where unknown."""
     seed: int | None = None
+    score: float | None = None
+    """Mean score of its run on test rows: what was learnt at all."""
     snapshots: Mapping[int, Path] = field(default_factory=dict)
     """Step to safetensors file."""
     last_step: int | None = None
@@ -202,7 +204,13 @@ def _run_facts(run: Path, folder: Path) -> dict[str, Any]:
     seed = settings.get("seed")
     # where the best weights were kept, it is not known which step's they are
     last = known.state.get("steps") if settings.get("keep", "last") == "last" else None
-    return {"tasks": tuple(tasks), "seed": seed if isinstance(seed, int) else None, "last_step": last}
+    score = known.read_json("scores.json").get("mean") if (run / "scores.json").is_file() else None
+    return {
+        "tasks": tuple(tasks),
+        "seed": seed if isinstance(seed, int) else None,
+        "score": float(score) if isinstance(score, (int, float)) else None,
+        "last_step": last,
+    }
 
 
 def _read(folder: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Layer]]:

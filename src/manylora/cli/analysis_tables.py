@@ -45,7 +45,9 @@ def print_analysis(found: Analysis) -> None:
 
 
 def _sources(found: Analysis) -> Table:
-    table = _table("adapters", "adapter", "kind", "tasks", right=("experts", "seed", "modules", "kept steps"))
+    table = _table(
+        "adapters", "adapter", "kind", "tasks", right=("experts", "seed", "score", "modules", "kept steps")
+    )
     for source in found.sources:
         kind = "LoRA" if source.num_experts == 1 else f"share {source.share}, {source.router} router"
         many = len(source.tasks) > 3
@@ -55,6 +57,7 @@ def _sources(found: Analysis) -> Table:
             f"{len(source.tasks)} tasks" if many else ", ".join(source.tasks) or "?",
             str(source.num_experts),
             "?" if source.seed is None else str(source.seed),
+            "–" if source.score is None else f"{source.score:.1f}",
             str(len(source.layers)),
             ", ".join(map(str, source.snapshots)) or "–",
         )
