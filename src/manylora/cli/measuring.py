@@ -64,9 +64,9 @@ def _measure_one(
     notes = []
     has_router = source.router == "token"
     shares = source.share != "none" or source.num_experts == 1
-    if not shares:
+    if wanted.gradients and not shares:
         notes.append(f"{source.name}: its experts share no matrix, so tasks cannot conflict on one.")
-    if not has_router:
+    if wanted.gates and not has_router:
         notes.append(f"{source.name}: it has no token router, so it has no gates to look at.")
     with_gates = wanted.gates and has_router
     with_gradients = wanted.gradients and shares
