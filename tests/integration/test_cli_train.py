@@ -29,6 +29,8 @@ def train(base: Path, data: Path, *more: object) -> list[str]:
         8,
         "--learning-rate",
         0.01,
+        "--keep-adapters",
+        3,
     ]
     return [str(word) for word in (*fixed, "--device", "cpu", *more)]
 
@@ -149,6 +151,10 @@ def test_a_killed_run_resumes_to_the_same_weights(
     _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     assert weights(run) == weights(finished)
+    kept = [path.name for path in (finished / "adapters").iterdir()]
+    assert len(kept) == 5
+    for name in kept:
+        assert (run / "adapters" / name).read_bytes() == (finished / "adapters" / name).read_bytes(), name
     assert (run / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
     assert not (run / "checkpoints" / "checkpoint-999").exists()
     steps = [

@@ -20,7 +20,7 @@ from manylora.adapters.config import (
 )
 from manylora.adapters.export import PlainLora, expert_names, export_lora
 from manylora.adapters.factored import FactoredBank
-from manylora.adapters.folders import find_loras, read_adapter, read_lora, write_folder
+from manylora.adapters.folders import find_loras, read_adapter, read_any, read_lora, write_folder
 from manylora.adapters.from_lora import import_loras
 from manylora.adapters.gates import (
     COLLAPSE,
@@ -66,6 +66,7 @@ __all__ = [
     "load_balance_loss",
     "parameters_per_layer",
     "read_adapter",
+    "read_any",
     "read_lora",
     "write_folder",
 ]

@@ -55,6 +55,24 @@ def read_lora(folder: Path) -> PlainLora:
     return PlainLora(config=_built(LoraConfig, values, folder), weights=_weights(folder))
 
 
+def read_any(
+    folder: Path, *, weights: Path | None = None
+) -> tuple[ManyLoraConfig | dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights for readers of matrices alone: another method's settings stay as the file has them.
+
+    Args:
+        folder: adapter of any PEFT method.
+        weights: a safetensors file to read in place of the folder's own.
+
+    Raises:
+        ModelError: no adapter there, pickled weights, or damaged files.
+    """
+    values = _settings(folder)
+    ours = values.get("peft_type") == ManyLoraType.MANYLORA.value
+    config = _built(ManyLoraConfig, values, folder) if ours else values
+    return config, _weights(folder) if weights is None else _read(weights)
+
+
 def find_loras(folder: Path) -> list[Path]:
     """The LoRA folder meant: itself, or the adapter folders in it, by name.
 
@@ -111,8 +129,12 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise ModelError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         # copies: the loaded tensors are the file itself, which another program may replace
         return {key: tensor.clone() for key, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise ModelError(f"The weights in {folder} are broken ({error}).") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"The weights in {path} are broken ({error}).") from error

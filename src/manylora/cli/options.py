@@ -171,3 +171,71 @@ class ExportOptions:
                 raise ConfigError(f"{name} is {value}; give a value above 0.")
         if not self.max_loss >= 0:
             raise ConfigError(f"max_loss is {self.max_loss}; give points, 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions:
+    """What to look into, and what to measure on."""
+
+    adapters: list[str] | str | None = None
+    """Runs and adapter folders, ours and plain LoRAs; also without "--adapters". A federated run stands for its
+    clients' personal models, a trainer's output folder for its checkpoint-STEP folders."""
+    label: list[str] | str | None = None
+    """Task and seed of an adapter that comes from no run here, as "PATH=TASK,SEED" (either may be empty); once each."""
+    measure: Literal["auto", "none", "gradients", "gates", "all"] = "auto"
+    """What to measure on rows, for which the base model is loaded. auto: what can be measured."""
+    data: str | None = None
+    """Rows to measure on: "embedded", a file or folder of JSON, JSONL, CSV or Parquet, or a Hub data set id. Default:
+    the training rows of each adapter's run; the embedded suite for other adapters of the embedded base."""
+    tasks: list[str] | str | None = None
+    """Only rows of these tasks, as "a,b" or a YAML list. Default: all. With --figures the two tasks to train on."""
+    task_column: str | None = None
+    """Column of --data that names a row's task. Default: the column "task", else the file's name."""
+    limit: int = 64
+    """At most this many rows per task are measured on."""
+    step: int | None = None
+    """Measure on the weights that the runs kept at this step (train --keep-adapters). Default: the final ones."""
+    model: str | None = None
+    """Base model. Default: the one each adapter was trained on; with --figures the embedded one."""
+    figures: bool = False
+    """Repeat the paper's figures 1 and 2: train one LoRA for each of two tasks and two or more seeds, then compare
+    them. Goes on where it was stopped; finished runs are not trained again."""
+    seeds: list[int] | str = "0,1"
+    """With --figures: seeds of the runs, as "0,1,2" or a YAML list."""
+    r: int = 8
+    """With --figures: rank of the LoRAs."""
+    epochs: float | None = None
+    """With --figures: passes over the training rows. Default: as `manylora train`."""
+    learning_rate: float | None = None
+    """With --figures: peak step size. Default: as `manylora train`."""
+    seed: int = 0
+    """Of the random subspaces that similarity is compared with."""
+    batch_size: int = 16
+    """Rows per forward pass."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base. auto: float32 on CPU, bfloat16 on a GPU that has it."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+    out: str | None = None
+    """Folder for analysis.json; must not exist. Default: the next free runs/analyze-NNN; with --figures runs/figures,
+    which may exist."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size", "r", "epochs", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}; give a value above 0.")
+        for name in ("seed", "step"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value}; give 0 or more.")
+        if self.figures == bool(self.adapters):
+            raise ConfigError(
+                "--figures trains its own adapters; leave the folders out, or leave --figures out."
+                if self.figures
+                else "There is nothing to analyze; give runs or adapter folders, such as manylora analyze "
+                "runs/train-001, or --figures."
+            )
+        unused = [name for name in ("label", "step") if self.figures and getattr(self, name)]
+        if unused:
+            raise ConfigError(f"--figures does nothing with --{unused[0]}; leave it out.")

@@ -50,6 +50,7 @@ def parse(
     verb: str,
     description: str,
     positional: Sequence[str] = (),
+    several: Sequence[str] = (),
 ) -> tuple[Config, set[str]]:
     """Read options and `--config FILE.yaml` into `config_class`; options win over the file.
 
@@ -59,6 +60,7 @@ def parse(
         verb: for messages.
         description: first paragraph of the help.
         positional: fields that may also be given without their name, in this order.
+        several: fields that may be given many times, as lists of texts; further words without a name go to the first.
 
     Returns:
         The configuration, and the names of the fields given on the command line.
@@ -78,7 +80,7 @@ def parse(
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(config_class, None)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    words, verbatim = _normalise(arguments, fields, positional)
+    words, verbatim = _normalise(arguments, fields, positional, several)
     try:
         namespace = parser.parse_args(words)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
@@ -92,15 +94,18 @@ def parse(
 
 
 def _normalise(
-    arguments: Sequence[str], fields: dict[str, dataclasses.Field[Any]], positional: Sequence[str]
-) -> tuple[list[str], dict[str, str]]:
+    arguments: Sequence[str],
+    fields: dict[str, dataclasses.Field[Any]],
+    positional: Sequence[str],
+    several: Sequence[str],
+) -> tuple[list[str], dict[str, Any]]:
     """Dashes become underscores, `--flag` alone `--flag=true`, `--option value` one word.
 
-    Texts of the `positional` options, named or not, are returned apart: the parser reads values as YAML, to which
-    "null" and "# c" are nothing.
+    Texts of the `positional` and `several` options, named or not, are returned apart: the parser reads values as YAML,
+    to which "null" and "# c" are nothing.
     """
     words: list[str] = []
-    verbatim: dict[str, str] = {}
+    verbatim: dict[str, Any] = {}
     free = list(positional)
     waiting = False  # whether the last option still wants its value
     queue = list(arguments)
@@ -116,14 +121,18 @@ def _normalise(
                 equals, value = "=", queue.pop(0)  # joined, so that a value may begin with a dash
             if equals and name in positional:
                 verbatim[name] = value
+            elif equals and name in several:
+                verbatim.setdefault(name, []).append(value)
             else:
                 words.append(f"--{name}{equals}{value}")
             waiting = not equals and name != "help"
-        elif waiting or not free or word == "-h":
+        elif waiting or not (free or several) or word == "-h":
             words.append(word)
             waiting = False
-        else:
+        elif free:
             verbatim[free.pop(0)] = word
+        else:
+            verbatim.setdefault(several[0], []).append(word)
     return words, verbatim
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from manylora.training.plan import MemoryPlan, Plan, TaskPlan, plan_lines
     from manylora.training.runs import RunFolder, environment, write_json, write_text
+    from manylora.training.snapshots import find_snapshots
 
 _HOME = {
     "batches": ("ExpertCollator",),
@@ -43,6 +44,7 @@ _HOME = {
     ),
     "plan": ("MemoryPlan", "Plan", "TaskPlan", "plan_lines"),
     "runs": ("RunFolder", "environment", "write_json", "write_text"),
+    "snapshots": ("find_snapshots",),
 }
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "build_model",
     "check_mergeable",
     "environment",
+    "find_snapshots",
     "finetune",
     "load_adapter",
     "load_base",

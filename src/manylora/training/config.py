@@ -159,6 +159,9 @@ class TrainConfig:
     """Steps between checkpoints. Default: once an epoch."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the result: the last, or those with the lowest mean validation loss."""
+    keep_adapters: int = 0
+    """Keep the adapter's weights for `manylora analyze` at this many evenly spread steps, and with them those at step 0
+    and at an early step (5 %). Default: none."""
     report_to: Literal["none", "tensorboard"] = "none"
     """Where the trainer also reports to, besides metrics.jsonl."""
     eval_batch_size: int = 64
@@ -176,7 +179,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; give a value above 0.")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "seed", "load_balance_weight"):
+        for name in (
+            "warmup",
+            "weight_decay",
+            "max_grad_norm",
+            "seed",
+            "load_balance_weight",
+            "keep_adapters",
+        ):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"{name} is {value}; give 0 or more.")

@@ -36,6 +36,7 @@ from manylora.training.plan import (
     step_counts,
 )
 from manylora.training.runs import RunFolder, step_of, write_json
+from manylora.training.snapshots import SnapshotRecorder, snapshot_steps
 from manylora.training.trainer import (
     ManyTaskTrainer,
     Reporter,
@@ -231,6 +232,8 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
     run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
     run.drop_incomplete()
     trainer = _trainer(prepared, run, model, report)
+    kept = snapshot_steps(prepared.plan.steps, prepared.config.keep_adapters)
+    trainer.add_callback(SnapshotRecorder(run.path, model, kept))
     checkpoint = run.newest_checkpoint()
     run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
     try:

@@ -5,6 +5,7 @@
     state.json          {"state": "running" | "finished" | "failed", …}
     metrics.jsonl       one line per log or validation
     checkpoints/        checkpoint-STEP/, complete only where it holds complete.json
+    adapters/           step-STEP.safetensors: the adapter's weights at chosen steps, where `keep_adapters` asks for it
     adapter/            the result in PEFT format, renamed into place when whole
     tasks.json          cut-off of prompts, and per task: expert, rows, tokens an answer may have
     predictions.jsonl   test rows with the model's answers

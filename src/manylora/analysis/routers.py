@@ -1,0 +1,132 @@
+"""What a token router does with each task: mean routing weight per expert, entropy, collapse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+
+from manylora.adapters import COLLAPSE, gate_statistics
+from manylora.analysis.batches import Reader, TaskRows
+from manylora.analysis.places import Place, locate
+
+ALL = "all tasks"
+"""Task of the entries over all tasks, which count alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Of one task in one module, over all tokens of its rows (padding left out)."""
+
+    source: str
+    task: str
+    layer: int | None
+    module: str
+    name: str
+    """Full module name; "" for the mean over all modules."""
+    weights: list[float]
+    """Mean routing weight of each expert."""
+    entropy: float
+    """Mean entropy of a token's weights in nats: 0 where one expert has all, log N where all count alike."""
+    collapsed: bool
+    """Whether one expert has more than `manylora.adapters.COLLAPSE` of the weight."""
+
+
+def measure_gates(
+    model: PeftModel,
+    rows: TaskRows,
+    reader: Reader,
+    *,
+    source: str,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Gates]:
+    """Per task and module, and per module over all tasks (`ALL`); empty where there is no token router.
+
+    Args:
+        model: base with the adapter active.
+        rows: per task.
+        reader: how the model is given them.
+        source: name of the adapter in the result.
+        on_progress: called with the rows done.
+    """
+    config = model.active_peft_config
+    if getattr(config, "router", None) != "token" or config.num_experts == 1:
+        return []
+    measured: dict[str, dict[str, tuple[list[float], float]]] = {}
+    done, was_training = 0, model.training
+    model.eval()
+    try:
+        for task, encoded in rows.items():
+            with torch.no_grad(), gate_statistics(model) as statistics:
+                for batch in reader.batches(encoded):
+                    reader.logits(model, batch, task)
+                    done += len(batch["input_ids"])
+                    if on_progress is not None:
+                        on_progress(done)
+            measured[task] = {name: (layer.share, layer.entropy) for name, layer in statistics.layers.items()}
+    finally:
+        model.train(was_training)
+    where = locate({name for layers in measured.values() for name in layers})
+    found = []
+    for name, place in where.items():
+        per_task = {task: layers[name] for task, layers in measured.items() if name in layers}
+        everything = (
+            _mean([weights for weights, _ in per_task.values()]),
+            math.fsum(entropy for _, entropy in per_task.values()) / len(per_task),
+        )
+        for task, (weights, entropy) in {**per_task, ALL: everything}.items():
+            found.append(_gates(source, task, name, place, weights, entropy))
+    return found
+
+
+def overall(gates: Sequence[Gates]) -> list[Gates]:
+    """The mean over the modules of each source and task; collapsed where that mean is."""
+    groups: dict[tuple[str, str], list[Gates]] = {}
+    for one in gates:
+        groups.setdefault((one.source, one.task), []).append(one)
+    whole = Place(layer=None, module="all")
+    return [
+        _gates(
+            source,
+            task,
+            "",
+            whole,
+            _mean([one.weights for one in group]),
+            math.fsum(one.entropy for one in group) / len(group),
+        )
+        for (source, task), group in groups.items()
+    ]
+
+
+def differences(gates: Sequence[Gates]) -> dict[tuple[str, str], float]:
+    """Source and task → how far its mean weights are from those over all tasks, mean over modules.
+
+    The distance is half the sum of absolute differences: 0 where the router treats the task like all others.
+    """
+    everything = {(one.source, one.name): one.weights for one in gates if one.task == ALL}
+    found: dict[tuple[str, str], list[float]] = {}
+    for one in gates:
+        mean = everything[one.source, one.name]
+        distance = math.fsum(abs(a - b) for a, b in zip(one.weights, mean, strict=True)) / 2
+        found.setdefault((one.source, one.task), []).append(distance)
+    return {key: math.fsum(values) / len(values) for key, values in found.items()}
+
+
+def _gates(source: str, task: str, name: str, place: Place, weights: list[float], entropy: float) -> Gates:
+    return Gates(
+        source=source,
+        task=task,
+        layer=place.layer,
+        module=place.module,
+        name=name,
+        weights=weights,
+        entropy=entropy,
+        collapsed=max(weights) > COLLAPSE,
+    )
+
+
+def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]

@@ -1,0 +1,292 @@
+"""Adapters from disk as matrices: ours and plain PEFT LoRAs, finished runs and bare folders, safetensors only.
+
+No base model is needed. A source is one adapter; where it comes from a run, the run tells its tasks, its seed and the
+snapshots that it kept.
+
+Shape letters: D in, O out, R rank, N experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote
+
+from torch import Tensor
+
+from manylora.adapters import ManyLoraConfig, expert_names, read_any
+from manylora.adapters.export import PREFIX
+from manylora.adapters.ops import Layout
+from manylora.errors import ModelError, RunError
+from manylora.training import RunFolder, adapter_folder, find_snapshots
+
+Format = Literal["manylora", "lora"]
+
+_CONFIG = "adapter_config.json"
+_BANK = ".manylora_experts."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """The matrices of one adapted linear layer, by expert; the one of a shared matrix, or of a single LoRA, is ""."""
+
+    A: Mapping[str, Tensor]
+    """(R, D) each."""
+    B: Mapping[str, Tensor]
+    """(O, R) each."""
+
+    def vectors(self, matrix: str) -> dict[str, Tensor]:
+        """The R vectors of each A, its rows (R, D), or of each B, its columns (R, O)."""
+        return dict(self.A) if matrix == "A" else {name: B.T for name, B in self.B.items()}
+
+
+Layers = Mapping[str, Layer]
+"""Full module name to its matrices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One adapter and what is known of it."""
+
+    name: str
+    path: Path
+    """As given."""
+    folder: Path
+    """The PEFT folder."""
+    format: Format
+    layers: Layers
+    share: Literal["A", "B", "none"]
+    """Which matrix the experts share; "B" for a single LoRA too, which shares both."""
+    num_experts: int = 1
+    router: str | None = None
+    expert_tasks: Mapping[str, str] = field(default_factory=dict)
+    """Expert to its task, under the task router."""
+    tasks: tuple[str, ...] = ()
+    """Tasks it was trained on; empty where unknown."""
+    seed: int | None = None
+    score: float | None = None
+    """Mean score of its run on test rows: what was learnt at all."""
+    snapshots: Mapping[int, Path] = field(default_factory=dict)
+    """Step to safetensors file."""
+    last_step: int | None = None
+    """Step of `layers`, where known."""
+    drawn_apart: str | None = None
+    """Tells adapters with one seed apart whose initialisation was drawn apart all the same (federated clients)."""
+
+    def initialisation(self) -> tuple[object, ...] | None:
+        """Equal for two adapters that began with the same A; None where the seed is unknown.
+
+        One seed draws the same numbers only for the same layers, ranks and number of experts.
+        """
+        if self.seed is None:
+            return None
+        shapes = tuple(
+            (name, expert, tuple(A.shape))
+            for name, layer in self.layers.items()
+            for expert, A in layer.A.items()
+        )
+        return (self.seed, self.drawn_apart, self.router == "token", shapes)
+
+    def snapshot(self, step: int) -> Layers:
+        """The matrices at a kept step."""
+        _, layers = _read(self.folder, self.snapshots[step])
+        return layers
+
+
+def load_source(path: str | Path, *, name: str | None = None) -> Source:
+    """Read one adapter.
+
+    Args:
+        path: a finished run, an adapter folder of ours or of PEFT's LoRA, or a trainer's output folder whose
+            checkpoint-STEP folders are adapters.
+        name: what to call it. Default: the folder's name.
+
+    Raises:
+        ModelError: no adapter there, another method's, pickled or damaged weights, numbers that are not finite.
+        RunError: the run's files are damaged.
+    """
+    given = Path(path).expanduser()
+    checkpoints = _checkpoints(given)
+    newest = checkpoints[max(checkpoints)] if checkpoints else None
+    folder = newest if newest and not (given / _CONFIG).is_file() else adapter_folder(given)
+    about, layers = _read(folder)
+    run = folder.parent if folder.name == "adapter" else given
+    facts = _run_facts(run, folder)
+    snapshots = find_snapshots(run) or {
+        step: file
+        for step, place in checkpoints.items()
+        if (file := place / "adapter_model.safetensors").is_file()
+    }
+    last = facts.pop("last_step", None)
+    return Source(
+        name=name or (given.resolve().parent if given.name == "adapter" else given.resolve()).name,
+        path=given,
+        folder=folder,
+        layers=layers,
+        snapshots=snapshots,
+        last_step=last if last is not None else max(checkpoints, default=None),
+        **about,
+        **facts,
+    )
+
+
+def load_sources(paths: list[str]) -> list[Source]:
+    """Read several adapters and give them names that differ; a federated run stands for all its clients.
+
+    Raises:
+        ModelError, RunError: as `load_source`.
+    """
+    sources: list[Source] = []
+    for path in paths:
+        clients = sorted(Path(path).expanduser().glob(f"clients/*/adapter/{_CONFIG}"))
+        if clients:
+            sources += [_client(Path(path).expanduser(), place.parents[1]) for place in clients]
+        else:
+            sources.append(load_source(path))
+    return _with_distinct_names(sources)
+
+
+def _with_distinct_names(sources: list[Source]) -> list[Source]:
+    names = [source.name for source in sources]
+    longer = [
+        source.name
+        if names.count(source.name) == 1
+        else "-".join(
+            [part for part in source.path.resolve().parts if part not in ("clients", "adapter")][-2:]
+        )
+        for source in sources
+    ]
+    seen: dict[str, Path] = {}
+    for name, source in zip(longer, sources, strict=True):
+        if name in seen:
+            raise ModelError(f"{seen[name]} and {source.path} would both be called {name!r}; give each once.")
+        seen[name] = source.path
+    return [replace(source, name=name) for name, source in zip(longer, sources, strict=True)]
+
+
+def _client(run: Path, home: Path) -> Source:
+    """A federated run's client: its personal LoRA."""
+    source, settings = load_source(home), RunFolder(run).read_config()
+    client = unquote(home.name)
+    return replace(
+        source,
+        name=client,
+        tasks=(client,) if settings.get("partition") == "task" else (),
+        seed=settings.get("seed"),
+        drawn_apart=None if settings.get("a_init") == "common" else client,
+    )
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Step to adapter folder, as transformers' Trainer names them."""
+    found = {}
+    for config in folder.glob(f"checkpoint-*/{_CONFIG}"):
+        number = config.parent.name.removeprefix("checkpoint-")
+        if number.isdigit():
+            found[int(number)] = config.parent
+    return dict(sorted(found.items()))
+
+
+def _run_facts(run: Path, folder: Path) -> dict[str, Any]:
+    """Tasks, seed and last step, as far as a run folder tells them."""
+    if not (run / "config.yaml").is_file() or not (run / "state.json").is_file():
+        return {}
+    known = RunFolder(run)
+    settings = known.read_config()
+    tasks = settings.get("tasks") or ()
+    if (run / "tasks.json").is_file():
+        try:
+            tasks = list(known.read_json("tasks.json")["tasks"])
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{run / 'tasks.json'} is damaged ({error!r}); remove it to go on.") from error
+    seed = settings.get("seed")
+    # where the best weights were kept, it is not known which step's they are
+    last = known.state.get("steps") if settings.get("keep", "last") == "last" else None
+    score = known.read_json("scores.json").get("mean") if (run / "scores.json").is_file() else None
+    return {
+        "tasks": tuple(tasks),
+        "seed": seed if isinstance(seed, int) else None,
+        "score": float(score) if isinstance(score, (int, float)) else None,
+        "last_step": last,
+    }
+
+
+def _read(folder: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Layer]]:
+    """What the settings say, and the matrices (of `file` in place of the folder's own)."""
+    config, weights = read_any(folder, weights=file)
+    if isinstance(config, ManyLoraConfig):
+        layers = _expert_layers(config, weights, folder)
+        named = config.router == "task" and config.num_experts > 1 and config.task_names is not None
+        about: dict[str, Any] = {
+            "format": "manylora",
+            "share": config.share,
+            "num_experts": config.num_experts,
+            "router": config.router if config.num_experts > 1 else None,
+            "expert_tasks": {task: task for task in expert_names(config)} if named else {},
+        }
+    elif config.get("peft_type") == "LORA":
+        layers = _lora_layers(weights, folder)
+        about = {"format": "lora", "share": "B"}
+    else:
+        raise ModelError(
+            f"{folder} holds a {config.get('peft_type')} adapter; this reads those of ManyLoRA and PEFT's LoRA."
+        )
+    _check_finite(layers, file or folder)
+    return about, layers
+
+
+def _expert_layers(config: ManyLoraConfig, weights: Mapping[str, Tensor], folder: Path) -> dict[str, Layer]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        module, mark, leaf = key.removeprefix(PREFIX).rpartition(_BANK)
+        if mark:
+            found.setdefault(module, {})[leaf] = tensor
+    names = expert_names(config)
+    layers = {}
+    for module, parts in found.items():
+        if not {"lora_A", "lora_B"} <= parts.keys():
+            raise ModelError(f"The weights of {module!r} in {folder} are incomplete; save the adapter again.")
+        A, B = parts["lora_A"], parts["lora_B"]
+        counts = Layout(num_experts=config.num_experts, rank=1, share=config.share)
+        rank = A.shape[0] // counts.a_count
+        if not rank or A.shape[0] != rank * counts.a_count or B.shape[1] != rank * counts.b_count:
+            raise ModelError(
+                f"The weights of {module!r} in {folder} have shapes {tuple(A.shape)} and {tuple(B.shape)}, which are "
+                f"not those of {config.num_experts} experts with share={config.share!r}; save the adapter again."
+            )
+        layers[module] = Layer(
+            A=dict(zip(names if counts.a_count > 1 else [""], A.split(rank), strict=True)),
+            B=dict(zip(names if counts.b_count > 1 else [""], B.split(rank, dim=1), strict=True)),
+        )
+    if not layers:
+        raise ModelError(f"{folder} holds no experts; save the adapter again.")
+    return layers
+
+
+def _lora_layers(weights: Mapping[str, Tensor], folder: Path) -> dict[str, Layer]:
+    """Linear layers only: embeddings and convolutions have no (R, D) and (O, R), and are left out."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        module, mark, leaf = key.removeprefix(PREFIX).rpartition(".lora_")
+        if mark and leaf in ("A.weight", "B.weight") and tensor.dim() == 2:
+            pairs.setdefault(module, {})[leaf[0]] = tensor
+    if not pairs:
+        raise ModelError(f"{folder} holds no LoRA of a linear layer.")
+    for module, pair in pairs.items():
+        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            shapes = {part: tuple(tensor.shape) for part, tensor in pair.items()}
+            raise ModelError(f"{folder} is damaged: the weights of {module!r} are {shapes}.")
+    return {module: Layer(A={"": pair["A"]}, B={"": pair["B"]}) for module, pair in pairs.items()}
+
+
+def _check_finite(layers: Layers, place: Path) -> None:
+    for module, layer in layers.items():
+        for matrix, members in (("A", layer.A), ("B", layer.B)):
+            for tensor in members.values():
+                if not bool(tensor.isfinite().all()):
+                    raise ModelError(
+                        f"{matrix} of {module!r} in {place} has values that are not finite (NaN or infinity); the "
+                        "training diverged, or the file is damaged. Leave this adapter out."
+                    )
