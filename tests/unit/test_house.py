@@ -52,7 +52,12 @@ def test_imports_go_one_way(room: str) -> None:
         assert imported_rooms(path) <= allowed, f"{path} imports {imported_rooms(path) - allowed}"
 
 
-@pytest.mark.parametrize("room", ROOMS)
+def test_the_report_reads_files_and_imports_no_room() -> None:
+    for path in (ROOT / "report").rglob("*.py"):
+        assert imported_rooms(path) <= {"errors", "report"}, path
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "report"])
 def test_every_room_says_what_it_is_and_lists_its_names(room: str) -> None:
     module = importlib.import_module(f"manylora.{room}")
     assert module.__doc__
@@ -85,7 +90,7 @@ def test_help_imports_no_torch() -> None:
         "import sys; from manylora.cli import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules))"
     )
     assert run_python(code).splitlines()[-1] == "set()"
 

@@ -16,7 +16,7 @@ from manylora.report.common import signed
 from manylora.report.files import mean, number, rows, text, whole
 from manylora.report.heat import HeatMaps, HeatPanel
 from manylora.report.page import Figure, Section
-from manylora.report.plots import LinePanel, Lines, Shares
+from manylora.report.plots import LinePanel, Lines, Shares, named_and_others
 from manylora.report.tables import Cell, Column, Table
 
 
@@ -32,14 +32,16 @@ def gradient_section(gradients: Row) -> Section | None:
         for task in tasks
         if (line := layer_line(task, [r for r in norms if text(r.get("task")) == task], "norm", band=False))
     ]
+    lines, which = named_and_others(lines)
     if lines:
         figures.append(
             Figure(
                 name="gradient-norms",
                 title=f"Gradient norm on the shared {shared}, per task",
-                caption="Mean over kinds of module. A task far above the others decides where the shared matrix goes.",
+                caption=f"{which}Mean over kinds of module. A task far above the others decides where the shared "
+                "matrix goes.",
                 alt="Mean norm: "
-                + ", ".join(f"{line.name} {mean(line.y) or 0.0:.3g}" for line in lines[:12])
+                + ", ".join(f"{line.name} {mean(line.y) or 0.0:.3g}" for line in lines if not line.aside)
                 + ".",
                 plot=Lines(
                     panels=(LinePanel(title="", lines=tuple(lines), ylabel="norm", least=0.0),),

@@ -139,7 +139,7 @@ def change_section(change: list[Row]) -> Section | None:
         lines = [layer_line(m, [row for row in whole_span if row["matrix"] == m], key) for m in MATRICES]
         kept = tuple(line for line in lines if line is not None)
         if kept:
-            panels.append(LinePanel(title=key.capitalize(), lines=kept, ylabel="", least=0.0))
+            panels.append(_measure_panel(key, kept))
     figures = []
     if panels:
         figures.append(
@@ -212,7 +212,7 @@ def _over_time(change: list[Row], measures: list[str]) -> Figure | None:
                 y = tuple(mean(values[step]) or 0.0 for step in ordered)
                 lines.append(Line(name=matrix, x=tuple(ordered), y=y))
         if lines:
-            panels.append(LinePanel(title=key.capitalize(), lines=tuple(lines), ylabel="", least=0.0))
+            panels.append(_measure_panel(key, tuple(lines)))
     if not panels:
         return None
     return Figure(
@@ -222,6 +222,11 @@ def _over_time(change: list[Row], measures: list[str]) -> Figure | None:
         alt=". ".join(f"{panel.title}: {_ends(panel)}" for panel in panels) + ".",
         plot=Lines(panels=tuple(panels), xlabel="step", whole=True),
     )
+
+
+def _measure_panel(key: str, lines: tuple[Line, ...]) -> LinePanel:
+    most = 1.05 if key == "similarity" else None
+    return LinePanel(title=key.capitalize(), lines=lines, ylabel="", least=0.0, most=most)
 
 
 def _ends(panel: LinePanel) -> str:

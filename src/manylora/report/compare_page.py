@@ -133,9 +133,7 @@ def _limits(cells: list[dict[str, Any]], claims: list[dict[str, Any]], reference
 def _claims_section(claims: list[dict[str, Any]]) -> Section | None:
     if not claims:
         return None
-    sentences = tuple(
-        f"{text(claim.get('verdict')).capitalize()}: {text(claim.get('text'))}" for claim in claims
-    )
+    sentences = tuple((text(claim.get("verdict")).capitalize(), text(claim.get("text"))) for claim in claims)
     drawn = [claim for claim in claims if number(claim.get("difference")) is not None]
     figures: tuple[Figure, ...] = ()
     if drawn:
@@ -150,7 +148,7 @@ def _claims_section(claims: list[dict[str, Any]]) -> Section | None:
                 )
                 + ".",
                 plot=Intervals(
-                    rows=tuple(text(claim.get("text")) for claim in drawn),
+                    rows=tuple(f"{claims.index(claim) + 1}. {text(claim.get('text'))}" for claim in drawn),
                     series=(Series(name="difference", points=tuple(_point(c, "difference") for c in drawn)),),
                     xlabel="difference in points",
                     zero=True,
@@ -158,7 +156,9 @@ def _claims_section(claims: list[dict[str, Any]]) -> Section | None:
                 ),
             ),
         )
-    return Section(title="Claims", text=sentences, figures=figures, tables=(_claims_table(claims),))
+    return Section(
+        title="Claims", points=sentences, figures=figures, tables=(_claims_table(claims),), folded=True
+    )
 
 
 def _claims_table(claims: list[dict[str, Any]]) -> Table:

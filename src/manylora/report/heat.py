@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manylora.report.style import NARROW, RULE, WIDE, diverging, new_figure, sequential, short
+from manylora.report.plots import few_ticks
+from manylora.report.style import (
+    NARROW,
+    ON_CELL,
+    RULE,
+    WIDE,
+    diverging,
+    new_figure,
+    sequential,
+    short_names,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,11 +60,12 @@ class HeatMaps:
         down = -(-len(self.panels) // across)
         width = NARROW if narrow else WIDE
         limit = 12 if narrow else 18
-        columns = [short(name, limit) for name in self.columns]
-        rows = [short(name, limit) for name in self.rows]
+        columns, rows = short_names(self.columns, limit), short_names(self.rows, limit)
         under = min(130.0, 7.0 * max(map(len, columns))) if self._upright(columns) else 18.0
         each = min(26.0, max(9.0, 420.0 / len(rows)))
-        figure = new_figure(width, down * (each * len(rows) + under + 42.0) + 62.0)
+        titled = int(width / across / 8.5)
+        over = 16.0 * max(len(wrap(panel.title, titled)) for panel in self.panels)
+        figure = new_figure(width, down * (each * len(rows) + under + over + 26.0) + 62.0)
         grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
         colours = (diverging() if self.low < 0 else sequential()).with_extremes(bad="none")
         shown: Any = None
@@ -68,8 +81,11 @@ class HeatMaps:
             )
             if cell >= _ROOM_TO_WRITE and each >= 14:
                 self._write(axes, panel, shown)
-            axes.set_title(short(panel.title, int(width / across / 8.5)), fontsize=11)
-            axes.set_xticks(range(len(columns)), columns, rotation=90 if self._upright(columns) else 0)
+            if panel.title:
+                axes.set_title("\n".join(wrap(panel.title, titled)), fontsize=11)
+            skip = 1 if self._upright(columns) else max(1, math.ceil(24.0 / cell))
+            ticks = range(0, len(columns), skip)
+            axes.set_xticks(ticks, columns[::skip], rotation=90 if self._upright(columns) else 0)
             every = max(1, round(14.0 / each))
             axes.set_yticks(range(0, len(rows), every), rows[::every])
             axes.tick_params(length=0, labelbottom=place + across >= len(self.panels))
@@ -89,18 +105,25 @@ class HeatMaps:
         bar.set_label(self.scale)
         bar.outline.set_edgecolor(RULE)
         bar.ax.tick_params(length=0)
+        bar.ax.xaxis.set_major_locator(few_ticks(True))
         return figure
 
     def _upright(self, columns: list[str]) -> bool:
-        return max(map(len, columns)) > 2 or len(columns) > 12
+        """Whether the columns' names stand upright: words that are not short."""
+        return max(map(len, columns)) > 3
 
     def _write(self, axes: Any, panel: HeatPanel, image: Any) -> None:
         for row, values in enumerate(panel.values):
             for column, value in enumerate(values):
                 if value is None:
                     continue
-                red, green, blue, _ = image.cmap(image.norm(value))
-                bright = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-                # Written so that the theme leaves it alone: the colours of the cells are the same in the dark.
-                axes.text(column, row, f"{value:.2f}".replace("-", "−"), ha="center", va="center", fontsize=9.5,
-                          color="#000000" if bright > 0.18 else "#fffffe")  # fmt: skip
+                words = f"{value:.2f}".replace("-", "−")
+                ink = ink_on(image.cmap(image.norm(value)))
+                axes.text(column, row, words, ha="center", va="center", fontsize=9.5, color=ink, gid=ON_CELL)
+
+
+def ink_on(cell: tuple[float, float, float, float]) -> str:
+    """Black or white, whichever stands out from a cell's colour by 4.5 : 1; no theme changes either."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in cell[:3]]
+    bright = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if bright > 0.179 else "#fffffe"

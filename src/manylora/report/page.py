@@ -39,6 +39,8 @@ class Section:
 
     title: str
     text: tuple[str, ...] = ()
+    points: tuple[tuple[str, str], ...] = ()
+    """A numbered list below the text: a word that stands out, and the rest."""
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     folded: bool = False

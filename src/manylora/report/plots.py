@@ -6,7 +6,7 @@ Units are CSS pixels. A narrow drawing shows the same numbers; only names are sh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from manylora.report.style import (
@@ -20,7 +20,7 @@ from manylora.report.style import (
     label,
     mark,
     new_figure,
-    short,
+    short_names,
     wrap,
 )
 
@@ -81,18 +81,26 @@ class Intervals:
         for index, one in enumerate(self.series):
             _points(axes, one, shift=sink + (index - (len(self.series) - 1) / 2) * step, index=index)
         axes.set_ylim(len(self.rows) - 0.5, -0.5)
-        axes.set_yticks(range(len(self.rows)), [short(row, 17 if narrow else 34) for row in self.rows])
+        axes.set_yticks(range(len(self.rows)), short_names(self.rows, 17 if narrow else 34))
         axes.tick_params(axis="both", length=0)
         axes.grid(axis="x")
         axes.set_xlim(*self._limits())
+        axes.xaxis.set_major_locator(few_ticks(narrow))
         axes.set_xlabel(self.xlabel)
         axes.spines[["left", "bottom"]].set_visible(False)
         beside = axes.get_yaxis_transform()
         if self.sentences:
             axes.set_yticks([])
             for row, name in enumerate(above):
+                behind = {"facecolor": PAPER if row % 2 else BAND, "edgecolor": "none", "pad": 1.5}
                 axes.text(
-                    0.01, row - 0.5 + 4.0 / each, "\n".join(name), transform=beside, va="top", fontsize=11
+                    0.01,
+                    row - 0.5 + 5.0 / each,
+                    "\n".join(name),
+                    transform=beside,
+                    va="top",
+                    fontsize=11,
+                    bbox=behind,
                 )
         if several:
             _legend(figure, [(one.name, index) for index, one in enumerate(self.series)], narrow=narrow)
@@ -205,17 +213,18 @@ class Lines:
         grid = figure.subplots(down, columns, squeeze=False, sharex=True)
         for axes in grid.flat[len(self.panels) :]:
             axes.set_visible(False)
-        for axes, panel in zip(grid.flat, self.panels, strict=False):
+        for place, (axes, panel) in enumerate(zip(grid.flat, self.panels, strict=False)):
             for line in panel.lines:
                 _curve(axes, line, None if line.aside else names.index(line.name))
             axes.set_title(panel.title)
             axes.set_ylabel(panel.ylabel)
-            axes.set_xlabel(self.xlabel)
+            if place + columns >= len(self.panels):
+                axes.set_xlabel(self.xlabel)
+                axes.tick_params(axis="x", labelbottom=True)
             axes.grid(axis="y")
             axes.tick_params(axis="y", length=0)
             axes.set_ylim(bottom=panel.least, top=panel.most)
-            if self.whole:
-                axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(few_ticks(narrow or columns > 1, whole=self.whole))
         if len(shown) > 1:
             entries = [(name, index if index < len(names) else None) for index, name in enumerate(shown)]
             _legend(figure, entries, narrow=narrow, curves=True)
@@ -235,6 +244,23 @@ def _curve(axes: Axes, line: Line, index: int | None) -> None:
     every = max(1, len(x) // 8)
     axes.plot(x, y, color=look.light, linestyle=look.dash, marker=look.marker, markevery=every,
               markeredgecolor=PAPER, markeredgewidth=0.6, zorder=2)  # fmt: skip
+
+
+MOST_NAMED = 8
+"""Curves of one panel that can be told apart."""
+
+
+def named_and_others(lines: Sequence[Line]) -> tuple[list[Line], str]:
+    """Where there are too many curves, only the four that lie highest (by their means) keep their names.
+
+    Returns:
+        The curves, those without a name first, and a sentence that says so, or "".
+    """
+    if len(lines) <= MOST_NAMED:
+        return list(lines), ""
+    highest = sorted(lines, key=lambda line: -sum(line.y) / len(line.y))[:4]
+    others = [replace(line, name="the others", aside=True) for line in lines if line not in highest]
+    return [*others, *highest], f"The four highest have names, the other {len(others)} do not. "
 
 
 def thinned(values: Sequence[float]) -> list[float]:
@@ -278,6 +304,7 @@ class Scatter:
         if min(known) > 0 and max(known) / min(known) >= 20:
             axes.set_xscale("log")
         else:
+            axes.xaxis.set_major_locator(few_ticks(narrow))
             space = max(max(known) - min(known), max(known) * 0.1, 1e-9) * 0.08
             axes.set_xlim(max(0.0, min(known) - space) if min(known) else -space, max(known) + space)
         axes.grid()
@@ -311,7 +338,7 @@ class Shares:
                           edgecolor=PAPER, linewidth=0.9)  # fmt: skip
                 left += value
         axes.set_ylim(len(self.rows) - 0.5, -0.5)
-        axes.set_yticks(range(len(self.rows)), [short(row, 17 if narrow else 34) for row in self.rows])
+        axes.set_yticks(range(len(self.rows)), short_names(self.rows, 17 if narrow else 34))
         axes.set_xlim(0, 1)
         axes.tick_params(length=0)
         axes.set_xlabel(self.xlabel)
@@ -320,7 +347,14 @@ class Shares:
         return figure
 
 
-# ---- legends
+# ---- ticks and legends
+
+
+def few_ticks(narrow: bool, *, whole: bool = False) -> Any:
+    """As many ticks as their numbers have room for."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=5 if narrow else 9, integer=whole, steps=[1, 2, 2.5, 5, 10])
 
 
 def _columns(names: Sequence[str], narrow: bool) -> int:
@@ -370,7 +404,7 @@ def _legend(
                     markeredgewidth=0.6,
                 )
             )
-    names = [label(name, _name_limit(narrow)) for name, _ in entries]
+    names = list(map(label, short_names([name for name, _ in entries], _name_limit(narrow))))
     figure.legend(
         handles,
         names,

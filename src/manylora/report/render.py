@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from manylora.report.files import clean, write_bytes
 from manylora.report.page import Figure, Page
-from manylora.report.style import css_variables, drawing, to_inline, to_png, to_svg
+from manylora.report.style import css_variables, drawing, lay_out, to_inline, to_png, to_svg
 from manylora.report.tables import is_numeric, shown, to_csv, to_latex
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _draw(figure: Figure, folder: Path) -> str:
     parts = []
     with drawing():
         for kind in ("wide", "narrow"):
-            canvas = figure.plot.draw(narrow=kind == "narrow")
+            canvas = lay_out(figure.plot.draw(narrow=kind == "narrow"))
             name = f"{figure.name}-{kind}"
             svg = to_svg(canvas, salt=name, as_paths=False)
             parts.append(to_inline(svg, name=name, alt=figure.alt, kind=kind))

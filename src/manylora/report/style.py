@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = 720.0, 340.0
 """Widths in CSS pixels: the page's column on a desktop, and a phone's. A figure is drawn for each."""
+ON_CELL = "on-cell"
+"""Class of text whose background is a heat map's cell."""
 _UNIT = 72.0  # matplotlib's SVG has 72 units to the inch; one of ours is one CSS pixel
 PNG_DPI = 160
 
@@ -43,12 +45,12 @@ class Mark:
 MARKS = (
     Mark(light="#0072b2", dark="#56b4e9", marker="o", hatch="", dash="-"),
     Mark(light="#d55e00", dark="#ff8f45", marker="s", hatch="////", dash=(0, (5, 1.5))),
-    Mark(light="#00805d", dark="#2cc79a", marker="^", hatch="....", dash=(0, (1.5, 1.2))),
+    Mark(light="#00805d", dark="#2cc79a", marker="^", hatch="||||", dash=(0, (1.5, 1.2))),
     Mark(light="#b0568b", dark="#e59ac6", marker="D", hatch="xxxx", dash=(0, (6, 1.5, 1.5, 1.5))),
     Mark(light="#9a6a00", dark="#f0b83c", marker="v", hatch="\\\\\\\\", dash=(0, (3, 1.5))),
     Mark(light="#4b7f99", dark="#a9d5ec", marker="P", hatch="++++", dash=(0, (8, 2))),
-    Mark(light="#454b52", dark="#d2d6da", marker="X", hatch="oooo", dash=(0, (2, 2, 1, 2))),
-    Mark(light="#77761a", dark="#e3dc4a", marker="<", hatch="----", dash=(0, (4, 1, 1, 1, 1, 1))),
+    Mark(light="#454b52", dark="#d2d6da", marker="X", hatch="----", dash=(0, (2, 2, 1, 2))),
+    Mark(light="#77761a", dark="#e3dc4a", marker="<", hatch="/|", dash=(0, (4, 1, 1, 1, 1, 1))),
 )
 """The palette of Okabe and Ito (2008) in its order of use, darkened on white until lines stand out at 3 : 1."""
 
@@ -100,14 +102,39 @@ def short(name: str, limit: int) -> str:
     return line[: limit - 1 - tail] + "…" + line[len(line) - tail :]
 
 
+def short_names(names: Sequence[str], limit: int) -> list[str]:
+    """`short` of each name; where some would look alike, what all of those share goes first."""
+    found = [short(name, limit) for name in names]
+    alike = [index for index, name in enumerate(found) if found.count(name) > 1]
+    if len({names[index] for index in alike}) < 2:
+        return found
+    lines = [" ".join(clean(names[index]).split()) for index in alike]
+    before = _shared(lines)
+    after = _shared([line[before:][::-1] for line in lines])
+    for index, line in zip(alike, lines, strict=True):
+        middle = line[before : len(line) - after]
+        room = limit - len(middle) - 2  # for what is shared, and two dots
+        kept = line[: min(before, max(0, room))]
+        tail = "…" if after else ""
+        found[index] = short(f"{kept}{'…' if len(kept) < before else ''}{middle}{tail}", limit)
+    return found
+
+
+def _shared(lines: Sequence[str]) -> int:
+    """Characters that all lines begin with."""
+    return next(
+        (at for at, signs in enumerate(zip(*lines, strict=False)) if len(set(signs)) > 1),
+        min(map(len, lines)),
+    )
+
+
 def wrap(words: str, width: int, *, lines: int = 3) -> list[str]:
     """`words` in at most `lines` lines of `width` characters."""
     return textwrap.wrap(" ".join(clean(words).split()), width, max_lines=lines, placeholder=" …") or [""]
 
 
-def label(name: str, limit: int) -> str:
-    """`short` for a legend, where matplotlib would hide a name that begins with an underscore."""
-    line = short(name, limit)
+def label(line: str) -> str:
+    """`line` for a legend, where matplotlib would hide a name that begins with an underscore."""
     return "\u200b" + line if line.startswith("_") else line
 
 
@@ -134,6 +161,7 @@ def drawing() -> Iterator[None]:
 @cache
 def _settings() -> dict[str, Any]:
     return {
+        "font.family": "DejaVu Sans",  # comes with matplotlib
         "font.size": 11.5,
         "axes.titlesize": 12,
         "axes.titleweight": "bold",
@@ -173,6 +201,13 @@ def _settings() -> dict[str, Any]:
 # ---- from drawing to file and page
 
 
+def lay_out(figure: Figure) -> Figure:
+    """Find room for every label once, so that each file of the figure does not search for it anew."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
 def to_svg(figure: Figure, *, salt: str, as_paths: bool) -> str:
     """The figure as SVG, the same text for the same numbers.
 
@@ -205,10 +240,15 @@ def to_inline(svg: str, *, name: str, alt: str, kind: str) -> str:
         alt: what the figure shows.
         kind: class of the element, "wide" or "narrow".
     """
+    svg = re.sub(r"font-family: [^;\"]*;?|transform=\"rotate\(-?0 [^\"]*\"|\n *", _spare, svg)
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):
             if _tag(child) in ("metadata", "style", "title"):
+                parent.remove(child)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _tag(child) == "g" and not len(child):
                 parent.remove(child)
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg))
     for element in root.iter():
@@ -216,7 +256,9 @@ def to_inline(svg: str, *, name: str, alt: str, kind: str) -> str:
         for key, value in list(element.attrib.items()):
             del element.attrib[key]
             plain = key.rpartition("}")[2]
-            if plain == "id":
+            if value.startswith(ON_CELL):
+                plain, value = "class", ON_CELL
+            elif plain == "id":
                 if value not in used:
                     continue
                 value = f"{name}-{value}"
@@ -228,6 +270,11 @@ def to_inline(svg: str, *, name: str, alt: str, kind: str) -> str:
     root.attrib |= {"viewBox": view, "class": f"plot {kind}", "role": "img", "aria-label": clean(alt)}
     root.set("style", f"max-width: {float(view.split()[2]):.0f}px")
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+
+
+def _spare(found: re.Match[str]) -> str:
+    """What the page needs not: its own font applies, most text stands level, and lines break nowhere."""
+    return " " if found[0].startswith("\n") else ""
 
 
 def _tag(element: ElementTree.Element) -> str:

@@ -21,13 +21,11 @@ from manylora.report.common import (
 )
 from manylora.report.files import mapping, number, numbers, read_if_there, read_lines, text
 from manylora.report.page import Figure, Page, Section
-from manylora.report.plots import Intervals, Line, LinePanel, Lines, Point, Series
+from manylora.report.plots import Intervals, Line, LinePanel, Lines, Point, Series, named_and_others
 from manylora.report.tables import Cell, Column, Table
 
 _ANSWERS = 32
 """Answers shown at most; two of a task."""
-_NAMED_CURVES = 8
-"""Tasks whose curves can be told apart."""
 _PROMPT = 500
 
 
@@ -233,22 +231,14 @@ def _loss_section(path: Path) -> Section | None:
 
 
 def _task_curves(tasks: Mapping[str, list[tuple[float, float]]]) -> Figure:
-    many = len(tasks) > _NAMED_CURVES
-    worst = sorted(tasks, key=lambda name: -tasks[name][-1][1])
-    named = worst[:4] if many else list(tasks)
-    lines = [_line("the other tasks", tasks[name], aside=True) for name in tasks if name not in named]
-    lines += [_line(name, tasks[name]) for name in named]
-    which = (
-        f"The four tasks with the highest loss at the end have names, the other {len(tasks) - 4} do not. "
-        if many
-        else ""
-    )
+    lines, which = named_and_others([_line(name, values) for name, values in tasks.items()])
+    named = [line for line in lines if not line.aside]
     return Figure(
         name="loss-per-task",
         title="Validation loss per task",
         caption=f"{which}A curve that turns up again is a task that is being unlearnt or overfitted.",
         alt="Validation loss against training step; at the end "
-        + ", ".join(f"{name} {signed(tasks[name][-1][1], 2)}" for name in named)
+        + ", ".join(f"{line.name} {signed(line.y[-1], 2)}" for line in named)
         + ".",
         plot=_loss_plot(lines),
     )
@@ -259,8 +249,8 @@ def _loss_plot(lines: list[Line]) -> Lines:
     return Lines(panels=(panel,), xlabel="step", whole=True)
 
 
-def _line(name: str, values: list[tuple[float, float]], *, aside: bool = False) -> Line:
-    return Line(name=name, x=tuple(x for x, _ in values), y=tuple(y for _, y in values), aside=aside)
+def _line(name: str, values: list[tuple[float, float]]) -> Line:
+    return Line(name=name, x=tuple(x for x, _ in values), y=tuple(y for _, y in values))
 
 
 def _answers_section(path: Path) -> Section | None:
