@@ -18,13 +18,17 @@ Row = dict[str, Any]
 Values = tuple[tuple[float | None, ...], ...]
 
 
+def _either(value: object, yes: str, no: str) -> str:
+    """A word for true, one for false, "" for anything else."""
+    return yes if value is True else no if value is False else ""
+
+
 def group_of(row: Row) -> str:
     """What kind of pair a row compares: "two tasks, same start"."""
-    task = {True: "same task", False: "different tasks"}.get(row.get("same_task"))  # type: ignore[arg-type]
-    init = {True: "same start", False: "different starts"}.get(row.get("same_init"))  # type: ignore[arg-type]
-    known = [part for part in (task, init) if part is not None]
-    if known:
-        return ", ".join(known)
+    known = [_either(row.get("same_task"), "same task", "different tasks")]
+    known.append(_either(row.get("same_init"), "same start", "different starts"))
+    if any(known):
+        return ", ".join(filter(None, known))
     left, _, expert = text(row.get("left")).partition("/")
     return (
         "experts of one adapter" if expert and left == text(row.get("right")).partition("/")[0] else "pairs"

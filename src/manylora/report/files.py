@@ -86,15 +86,19 @@ def read_settings(path: Path) -> dict[str, Any]:
     return found
 
 
+_LARGEST = 1e30
+"""No count, score or loss of a run is larger; axes cannot hold all that floating point can."""
+
+
 def number(value: object) -> float | None:
-    """A finite number, else `None`."""
+    """A finite number of a size that can be drawn, else `None`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         found = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return found if math.isfinite(found) and abs(found) <= _LARGEST else None
 
 
 def whole(value: object) -> int | None:

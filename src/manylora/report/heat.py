@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from manylora.report.files import clean
 from manylora.report.plots import few_ticks
 from manylora.report.style import (
     NARROW,
@@ -90,9 +91,9 @@ class HeatMaps:
             axes.set_yticks(range(0, len(rows), every), rows[::every])
             axes.tick_params(length=0, labelbottom=place + across >= len(self.panels))
             axes.spines[:].set_visible(False)
-            axes.set_xlabel(self.column_label)
+            axes.set_xlabel(clean(self.column_label))
             if place % across == 0:
-                axes.set_ylabel(self.ylabel)
+                axes.set_ylabel(clean(self.ylabel))
         bar = figure.colorbar(
             shown,
             ax=grid,
@@ -102,7 +103,7 @@ class HeatMaps:
             fraction=0.04,
             pad=0.02,
         )
-        bar.set_label(self.scale)
+        bar.set_label(clean(self.scale))
         bar.outline.set_edgecolor(RULE)
         bar.ax.tick_params(length=0)
         bar.ax.xaxis.set_major_locator(few_ticks(True))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from manylora.report.files import clean
 from manylora.report.style import (
     BAND,
     INK,
@@ -16,7 +17,6 @@ from manylora.report.style import (
     PAPER,
     SOFT,
     WIDE,
-    extremes,
     label,
     mark,
     new_figure,
@@ -86,7 +86,7 @@ class Intervals:
         axes.grid(axis="x")
         axes.set_xlim(*self._limits())
         axes.xaxis.set_major_locator(few_ticks(narrow))
-        axes.set_xlabel(self.xlabel)
+        axes.set_xlabel(clean(self.xlabel))
         axes.spines[["left", "bottom"]].set_visible(False)
         beside = axes.get_yaxis_transform()
         if self.sentences:
@@ -135,9 +135,11 @@ class Intervals:
             for value in (point.value, point.low, point.high)
             if value is not None
         ]
-        low, high = extremes([*values, *([0.0] if self.zero else [])], least=float("-inf"), most=float("inf"))
-        space = (high - low) * 0.02
-        return max(low, self.least - space), min(high, self.most + space)
+        values += [0.0] if self.zero else []
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        room = max(high - low, 1e-9) * 0.06
+        # A value at the end of its scale, such as 100 of 100, keeps its marker whole.
+        return max(low - room, self.least - room / 3), min(high + room, self.most + room / 3)
 
 
 def _points(axes: Axes, series: Series, *, shift: float, index: int) -> None:
@@ -216,10 +218,10 @@ class Lines:
         for place, (axes, panel) in enumerate(zip(grid.flat, self.panels, strict=False)):
             for line in panel.lines:
                 _curve(axes, line, None if line.aside else names.index(line.name))
-            axes.set_title(panel.title)
-            axes.set_ylabel(panel.ylabel)
+            axes.set_title(clean(panel.title))
+            axes.set_ylabel(clean(panel.ylabel))
             if place + columns >= len(self.panels):
-                axes.set_xlabel(self.xlabel)
+                axes.set_xlabel(clean(self.xlabel))
                 axes.tick_params(axis="x", labelbottom=True)
             axes.grid(axis="y")
             axes.tick_params(axis="y", length=0)
@@ -309,8 +311,8 @@ class Scatter:
             axes.set_xlim(max(0.0, min(known) - space) if min(known) else -space, max(known) + space)
         axes.grid()
         axes.tick_params(length=0)
-        axes.set_xlabel(self.xlabel)
-        axes.set_ylabel(self.ylabel)
+        axes.set_xlabel(clean(self.xlabel))
+        axes.set_ylabel(clean(self.ylabel))
         _legend(figure, [(name, index) for index, name in enumerate(names)], narrow=narrow)
         return figure
 
@@ -341,7 +343,7 @@ class Shares:
         axes.set_yticks(range(len(self.rows)), short_names(self.rows, 17 if narrow else 34))
         axes.set_xlim(0, 1)
         axes.tick_params(length=0)
-        axes.set_xlabel(self.xlabel)
+        axes.set_xlabel(clean(self.xlabel))
         axes.spines[["left", "bottom"]].set_visible(False)
         _legend(figure, [(part, index) for index, part in enumerate(self.parts)], narrow=narrow, bars=True)
         return figure

@@ -288,12 +288,3 @@ def _themed(value: str) -> str:
 @cache
 def _variables() -> dict[str, str]:
     return {pair[0]: f"var(--{name})" for name, pair in _THEME.items()}
-
-
-def extremes(
-    values: Sequence[float], *, least: float, most: float, room: float = 0.06
-) -> tuple[float, float]:
-    """Limits of an axis: around the values with some room, but not past `least` and `most`."""
-    low, high = min(values), max(values)
-    space = max(high - low, 1e-9) * room
-    return max(least, low - space), min(most, high + space)
