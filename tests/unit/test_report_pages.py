@@ -77,9 +77,7 @@ def test_a_federate_page_compares_with_clients_on_their_own(tmp_path: Path) -> N
 
 def test_refused_answers_and_one_client_for_all_rows(tmp_path: Path) -> None:
     page = build_page(federate_folder(tmp_path / "many", 40))
-    assert page.warnings == (
-        "20 answers did not count, the first in round 1 from client-04: no answer within 20 s.",
-    ) or (page.warnings[0].startswith("20 answers did not count"))
+    assert page.warnings[0].startswith("20 answers did not count, the first in round 1 from client-")
     one = federate_folder(tmp_path / "one")
     saved = json.loads((one / "scores.json").read_text())
     tasks = [client["tasks"][0] for client in saved["clients"].values()]
