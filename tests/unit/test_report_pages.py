@@ -100,7 +100,7 @@ def test_an_analyze_page_groups_pairs_and_warns_of_collapse(tmp_path: Path) -> N
     assert len(found) == 6
     values = [pair["mean_cosine"] for pair in saved["similarity"]
               if pair["matrix"] == "A" and pair["same_init"] and not pair["same_task"]]  # fmt: skip
-    assert found["different tasks, same start", "A"] == pytest.approx(sum(values) / len(values))
+    assert found["different tasks, same init", "A"] == pytest.approx(sum(values) / len(values))
     assert "collapse" in page.warnings[0]
     assert TASKS[0] in page.warnings[0]
     assert table(page, "change")["A"][2] < table(page, "change")["B"][2]
@@ -117,6 +117,19 @@ def test_a_compare_page_leads_with_the_verdicts(tmp_path: Path) -> None:
     assert any("fewer than 5 seeds" in limit for limit in page.limits)
     assert table(page, "cost")["lora"][0] == 240_000
     assert figures(page) == {"claims", "scores", "delta-m", "quality-bytes"}
+    more = {
+        "curves": [
+            {"method": "lora", "epoch": epoch, "mean": 50.0 + epoch, "low": None, "high": None, "n": 1,
+             "delta_m": {"mean": -epoch, "low": -9, "high": 9, "n": 2}} for epoch in (1, 2)
+        ],
+        "notes": ["2 seeds: a screening."], "missing": ["lora seed 3"],
+    }  # fmt: skip
+    page = build_page(
+        compare_folder(tmp_path / "long", methods=("lora", "alora"), tasks=TASKS[:2], more=more)
+    )
+    assert "curves" in figures(page)
+    assert "2 seeds: a screening." in page.limits
+    assert "lora seed 3" in page.warnings[0]
     sent = compare_folder(tmp_path / "sent", methods=("fedit", "fed-alora"), tasks=TASKS[:2])
     study = json.loads((sent / "study.json").read_text())
     for cell in study["cells"]:

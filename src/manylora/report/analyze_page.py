@@ -7,8 +7,8 @@ from pathlib import Path
 from manylora.report.analyze_gates import gates_section, gradient_section
 from manylora.report.analyze_rows import FOLDED, MATRICES, Row, known
 from manylora.report.analyze_similarity import change_section, similarity_section
-from manylora.report.common import counted, read_recipe, signed
-from manylora.report.files import mapping, mean, read_object, rows, text, whole
+from manylora.report.common import counted, notes_of, read_recipe, signed
+from manylora.report.files import mapping, mean, number, read_object, rows, text, whole
 from manylora.report.page import Page, Section
 from manylora.report.tables import Column, Table
 
@@ -41,7 +41,7 @@ def analyze_page(folder: Path) -> Page:
         summary=_summary(sources, pairs, change, gates),
         warnings=(*recipe.warnings, *([_collapse(collapsed, len(gates))] if collapsed else [])),
         sections=tuple(section for section in sections if section is not None),
-        limits=_limits(sources, pairs, gradients, gates),
+        limits=(*_limits(sources, pairs, gradients, gates), *notes_of(found)),
         command=recipe.command,
         versions=recipe.versions,
         settings=recipe.settings,
@@ -108,10 +108,11 @@ def _sources_section(sources: list[Row]) -> Section | None:
             text(row.get("format")),
             text(row.get("tasks")) if row.get("tasks") else None,
             whole(row.get("seed")),
+            number(row.get("score")),
             text(row.get("path")),
         )
         for row in sources
     )
-    columns = tuple(Column(name=name) for name in ("name", "format", "tasks", "seed", "path"))
+    columns = tuple(Column(name=name) for name in ("name", "format", "tasks", "seed", "score", "path"))
     table = Table(name="sources", caption=counted(len(sources), "adapter"), columns=columns, rows=found)
     return Section(title="What was analyzed", tables=(table,), folded=len(sources) > FOLDED)

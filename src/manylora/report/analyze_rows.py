@@ -24,9 +24,11 @@ def _either(value: object, yes: str, no: str) -> str:
 
 
 def group_of(row: Row) -> str:
-    """What kind of pair a row compares: "two tasks, same start"."""
+    """What kind of pair a row compares: "different tasks, same init"."""
+    if row.get("one_adapter") is True:
+        return "experts of one adapter"
     known = [_either(row.get("same_task"), "same task", "different tasks")]
-    known.append(_either(row.get("same_init"), "same start", "different starts"))
+    known.append(_either(row.get("same_init"), "same init", "different init"))
     if any(known):
         return ", ".join(filter(None, known))
     left, _, expert = text(row.get("left")).partition("/")

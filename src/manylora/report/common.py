@@ -36,14 +36,18 @@ class Recipe:
     warnings: tuple[str, ...]
 
 
-def read_recipe(folder: Path) -> Recipe:
+def read_recipe(folder: Path, *, environment: Mapping[str, Any] | None = None) -> Recipe:
     """config.yaml, environment.json and state.json of a folder, each of which may be absent.
+
+    Args:
+        folder: of the run.
+        environment: what to take for an absent environment.json.
 
     Raises:
         RunError: one of them is broken.
     """
     config = read_settings(folder / "config.yaml")
-    environment = read_if_there(folder / "environment.json")
+    environment = read_if_there(folder / "environment.json") or environment or {}
     state = read_if_there(folder / "state.json")
     return Recipe(
         command=command_line(environment.get("command")),
@@ -52,6 +56,16 @@ def read_recipe(folder: Path) -> Recipe:
         values=config,
         seed=whole(config.get("seed", environment.get("seed"))),
         warnings=_state_warnings(state),
+    )
+
+
+def notes_of(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the verb itself noted about its numbers."""
+    notes = found.get("notes")
+    return (
+        tuple(text(note, limit=600) for note in notes if isinstance(note, str))
+        if isinstance(notes, list)
+        else ()
     )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from manylora.report.common import counted, read_recipe, signed
-from manylora.report.files import mean, number, numbers, read_object, rows, text, whole
+from manylora.report.common import counted, notes_of, read_recipe, signed
+from manylora.report.compare_curves import curves_section
+from manylora.report.files import mapping, mean, number, numbers, read_object, rows, text, whole
 from manylora.report.page import Figure, Page, Section
 from manylora.report.plots import Intervals, Point, Scatter, Series, Spot
 from manylora.report.tables import Cell, Column, Table
@@ -15,7 +16,7 @@ from manylora.report.tables import Cell, Column, Table
 _MEAN = "mean"
 _MIB = 1024.0**2
 _BYTES = ("bytes", "bytes_up", "bytes_down")
-"""What a federated cell may say of its messages: all of them, or those of each way."""
+"""What a federated cell may say of the messages of a client and round: both ways together, or each."""
 
 
 def compare_page(folder: Path) -> Page:
@@ -25,7 +26,7 @@ def compare_page(folder: Path) -> Page:
         RunError: study.json, or another file, is broken.
     """
     study = read_object(folder / "study.json")
-    recipe = read_recipe(folder)
+    recipe = read_recipe(folder, environment=mapping(study.get("environment")))
     cells, claims = rows(study.get("cells")), rows(study.get("claims"))
     table = [row for row in rows(study.get("table")) if number(row.get("mean")) is not None]
     reference, name = text(study.get("reference", "")), text(study.get("name", "this study"))
@@ -33,6 +34,7 @@ def compare_page(folder: Path) -> Page:
         _claims_section(claims),
         _scores_section(table, _order(study, table, "task")),
         _delta_section(rows(study.get("delta_m"))),
+        curves_section(study),
         _cost_section(cells, table),
         _cells_section(cells),
     )
@@ -40,9 +42,9 @@ def compare_page(folder: Path) -> Page:
         kind="compare",
         question=text(study.get("question") or f"How do the methods of {name} compare?"),
         summary=_summary(study, cells, claims, table),
-        warnings=recipe.warnings,
+        warnings=(*recipe.warnings, *_missing(study)),
         sections=tuple(section for section in sections if section is not None),
-        limits=_limits(cells, claims, reference),
+        limits=(*_limits(cells, claims, reference), *notes_of(study)),
         command=recipe.command,
         versions=recipe.versions,
         settings=recipe.settings,
@@ -67,6 +69,13 @@ def _point(row: Mapping[str, Any], value: str = "mean") -> Point | None:
 
 
 # ---- words
+
+
+def _missing(study: Mapping[str, Any]) -> tuple[str, ...]:
+    missing = study.get("missing")
+    if not isinstance(missing, list) or not missing:
+        return ()
+    return (f"{counted(len(missing), 'cell')} not in these numbers: {text(missing)}.",)
 
 
 def _summary(
@@ -133,7 +142,9 @@ def _limits(cells: list[dict[str, Any]], claims: list[dict[str, Any]], reference
 def _claims_section(claims: list[dict[str, Any]]) -> Section | None:
     if not claims:
         return None
-    sentences = tuple((text(claim.get("verdict")).capitalize(), text(claim.get("text"))) for claim in claims)
+    sentences = tuple(
+        (text(claim.get("verdict")).capitalize(), text(claim.get("text"), limit=600)) for claim in claims
+    )
     drawn = [claim for claim in claims if number(claim.get("difference")) is not None]
     figures: tuple[Figure, ...] = ()
     if drawn:
@@ -143,12 +154,12 @@ def _claims_section(claims: list[dict[str, Any]]) -> Section | None:
                 title="The difference behind each claim",
                 caption="Mean difference over paired seeds and its 95 % interval; the line is no difference.",
                 alt="; ".join(
-                    f"{text(claim.get('text'))}: {signed(number(claim['difference']) or 0.0, 2)}"
+                    f"{_short_claim(claim)}: {signed(number(claim['difference']) or 0.0, 2)}"
                     for claim in drawn[:12]
                 )
                 + ".",
                 plot=Intervals(
-                    rows=tuple(f"{claims.index(claim) + 1}. {text(claim.get('text'))}" for claim in drawn),
+                    rows=tuple(f"{claims.index(claim) + 1}. {_short_claim(claim)}" for claim in drawn),
                     series=(Series(name="difference", points=tuple(_point(c, "difference") for c in drawn)),),
                     xlabel="difference in points",
                     zero=True,
@@ -159,6 +170,11 @@ def _claims_section(claims: list[dict[str, Any]]) -> Section | None:
     return Section(
         title="Claims", points=sentences, figures=figures, tables=(_claims_table(claims),), folded=True
     )
+
+
+def _short_claim(claim: Mapping[str, Any]) -> str:
+    """What is claimed, without the numbers that its sentence may have."""
+    return text(claim.get("claim") or claim.get("text"))
 
 
 def _claims_table(claims: list[dict[str, Any]]) -> Table:
@@ -184,7 +200,7 @@ def _claims_table(claims: list[dict[str, Any]]) -> Table:
         values = [number(claim.get(key)) for key in ("difference", "low", "high", "p", "p_holm")]
         found.append(
             (
-                text(claim.get("text")),
+                _short_claim(claim),
                 text(claim.get("verdict")),
                 *values,
                 *bootstrap,
@@ -342,8 +358,8 @@ def _cost_section(cells: list[dict[str, Any]], table: list[dict[str, Any]]) -> S
         found.append(row)
     columns = [
         Column(name="method"), Column(name="trainable parameters"), Column(name="seconds", digits=1),
-        Column(name="peak MiB", digits=0), *([Column(name="MiB sent")] if any(sent.values()) else []),
-        Column(name="cells"),
+        Column(name="peak MiB", digits=0),
+        *([Column(name="MiB sent a client and round")] if any(sent.values()) else []), Column(name="cells"),
     ]  # fmt: skip
     costs = Table(
         name="cost",
@@ -370,7 +386,7 @@ def _quality(
             spots.append(Spot(name=name, x=(size if travels else 4 * size) / _MIB, y=point))
     if len(spots) < 2:
         return ()
-    what = "MiB that travelled" if travels else "adapter in MiB, 4 bytes a parameter"
+    what = "MiB up and down a client and round" if travels else "adapter in MiB, 4 bytes a parameter"
     return (
         Figure(
             name="quality-bytes",
