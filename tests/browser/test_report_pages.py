@@ -136,6 +136,9 @@ def test_it_prints_on_white_with_the_wide_figures_whatever_the_scheme(
     assert seen.ask("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert seen.ask("() => getComputedStyle(document.querySelector('svg.wide')).display") == "block"
     assert seen.ask("() => getComputedStyle(document.querySelector('svg.narrow')).display") == "none"
+    assert (
+        seen.ask("() => document.querySelector('details td').getBoundingClientRect().height") > 5
+    )  # unfolded
     printed = seen.page.pdf(format="A4")
     assert printed.startswith(b"%PDF-")
     assert len(printed) > 20_000

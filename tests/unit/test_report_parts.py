@@ -200,6 +200,20 @@ def test_long_curves_are_averaged_and_too_many_lose_their_names() -> None:
 # ---- drawings
 
 POINT = Point(value=50.0, low=40.0, high=60.0)
+
+
+def test_intervals_are_cut_at_the_ends_of_the_scale_and_values_are_not() -> None:
+    wide = Series(name="m", points=(Point(value=50.0, low=-400.0, high=600.0),))
+    beyond = Series(name="m", points=(Point(value=-7.0), Point(value=300.0)))
+    with drawing():
+        plot = Intervals(rows=("a",), series=(wide,), xlabel="", least=0.0, most=100.0)
+        low, high = plot.draw(narrow=False).axes[0].get_xlim()
+        assert -30 < low < 0 < 100 < high < 130
+        plot = Intervals(rows=("a", "b"), series=(beyond,), xlabel="", least=0.0, most=100.0)
+        low, high = plot.draw(narrow=False).axes[0].get_xlim()
+        assert low < -7 < 300 < high
+
+
 BOTH = (Series(name="_m", points=(POINT, None)), Series(name="n", points=(None, POINT)))
 ONE = (Series(name="m", points=(POINT,)),)
 CURVES = (

@@ -138,8 +138,10 @@ class Intervals:
         values += [0.0] if self.zero else []
         low, high = min(values, default=0.0), max(values, default=1.0)
         room = max(high - low, 1e-9) * 0.06
-        # A value at the end of its scale, such as 100 of 100, keeps its marker whole.
-        return max(low - room, self.least - room / 3), min(high + room, self.most + room / 3)
+        # Intervals may be cut at the ends of the scale, values never: their markers stay whole.
+        middle = [point.value for one in self.series for point in one.points if point is not None]
+        least, most = min([self.least, *middle]), max([self.most, *middle])
+        return max(low - room, least - room / 3), min(high + room, most + room / 3)
 
 
 def _points(axes: Axes, series: Series, *, shift: float, index: int) -> None:
