@@ -52,6 +52,10 @@ def test_a_run_shows_its_rounds_and_a_row_for_each_client(finished: Path) -> Non
 
 
 def test_a_run_leaves_what_the_docs_promise(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Do 3 clients gain by sharing with fed-alora?" in page
+    assert page.count("<figure ") == 3
+    assert "report: " in (finished / "printed.txt").read_text(encoding="utf-8")
     assert json.loads((finished / "state.json").read_text(encoding="utf-8"))["state"] == "finished"
     scores = json.loads((finished / "scores.json").read_text(encoding="utf-8"))
     assert list(scores["clients"]) == list(scores["reference"]) == ["first_word", "last_word", "swap"]

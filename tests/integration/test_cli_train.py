@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from functools import partial
@@ -76,6 +77,27 @@ def test_a_run_leaves_what_the_docs_promise(finished: Path) -> None:
     assert validations[-1]["eval_mean_task_loss"] < validations[0]["eval_mean_task_loss"]
     assert {"eval_loss/last_word", "eval_loss/first_word", "eval_loss/swap"} <= validations[0].keys()
     assert not list(finished.glob("*.partial"))
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert f"--out {finished}" in page
+    assert {path.suffix for path in (finished / "figures").iterdir()} == {".svg", ".png"}
+    assert (finished / "tables" / "scores.csv").read_text(encoding="utf-8").count("\n") == 5
+    assert f"report: {finished / 'report.html'}" in (finished / "printed.txt").read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_drawn_costs_a_warning_not_the_result(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("figures", "report.html"))
+    (run / "figures").write_text("a file where a folder should be", encoding="utf-8")
+    assert main(["train", "--resume", str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert "last_word" in out
+    assert "no report was drawn" in err
+    assert len(err.strip().splitlines()) == 1
+    (run / "figures").unlink()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert (run / "report.html").read_bytes() == (finished / "report.html").read_bytes()
 
 
 def test_the_table_holds_every_task_and_the_mean(finished: Path) -> None:

@@ -30,6 +30,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         "manylora/py.typed",
         "manylora/assets/base/model.safetensors",
         "manylora/assets/base/README.md",
+        "manylora/report/page.css",
+        "manylora/report/page.html.jinja",
     ):
         assert part in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

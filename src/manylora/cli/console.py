@@ -6,6 +6,7 @@ import errno
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from manylora.errors import ManyLoraError
 
@@ -54,6 +55,22 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def draw_report(folder: Path) -> None:
+    """Write report.html into a folder whose result stands already, and print its path.
+
+    A page that cannot be drawn costs one line of warning, never the result.
+    """
+    try:
+        from manylora.report import write_report
+
+        print(f"report: {write_report(folder)}")
+    except Exception as error:
+        reason = " ".join((explain(error) or f"{type(error).__name__}: {error}").split())
+        complain(
+            f"no report was drawn ({reason}); the results are whole. Again: python -m manylora.report {folder}"
+        )
 
 
 def duration(seconds: float) -> str:

@@ -80,6 +80,7 @@ def _settings(options: FederateOptions) -> FederateConfig:
 
 
 def _resume(path: str) -> int:
+    from manylora.cli.console import draw_report
     from manylora.cli.traffic import print_result
     from manylora.training import RunFolder
 
@@ -91,6 +92,7 @@ def _resume(path: str) -> int:
     if folder.state.get("state") == "finished":
         print(f"{path} is finished already.")
         print_result(folder.path)
+        draw_report(folder.path)
         return 0
     with folder:
         folder.lock()
@@ -111,7 +113,7 @@ def _check_test(data: Mapping[str, ClientData]) -> None:
 
 
 def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFolder) -> int:
-    from manylora.cli.console import explain
+    from manylora.cli.console import draw_report, explain
     from manylora.cli.traffic import print_clients, print_result
 
     if config.engine == "local":
@@ -142,6 +144,7 @@ def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFol
             print(f"continue with: manylora federate --resume {shlex.quote(str(folder.path))}")
         raise
     print(f"{time.monotonic() - began:.0f} s")
+    draw_report(folder.path)
     return 0
 
 

@@ -76,6 +76,7 @@ def _settings(options: TrainOptions) -> TrainConfig:
 
 
 def _resume(path: str) -> int:
+    from manylora.cli.console import draw_report
     from manylora.cli.tables import print_saved_scores
     from manylora.training import RunFolder, prepare
 
@@ -83,6 +84,7 @@ def _resume(path: str) -> int:
     if folder.state.get("state") == "finished":
         print(f"{path} is finished already.")
         print_saved_scores(folder)
+        draw_report(folder.path)
         return 0
     try:
         config = TrainConfig(**folder.read_config())
@@ -94,7 +96,7 @@ def _resume(path: str) -> int:
 
 
 def _work(prepared: Prepared, folder: RunFolder) -> int:
-    from manylora.cli.console import TrainingProgress, explain
+    from manylora.cli.console import TrainingProgress, draw_report, explain
     from manylora.cli.scoring import score_run
     from manylora.training import finetune
 
@@ -116,5 +118,6 @@ def _work(prepared: Prepared, folder: RunFolder) -> int:
             print(f"continue with: manylora train --resume {shlex.quote(str(folder.path))}")
         raise
     print(f"training {seconds['training']:.0f} s, evaluation {seconds['evaluation']:.0f} s")
+    draw_report(folder.path)
     print(f"next: manylora predict --adapter {shlex.quote(str(folder.path))} 'your prompt'")
     return 0
