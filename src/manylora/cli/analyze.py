@@ -125,12 +125,13 @@ def analyse(sources: Sequence[Source], options: AnalyzeOptions) -> Analysis:
 
 
 def conclude(found: Analysis, folder: RunFolder) -> None:
-    """Print the tables, write analysis.json, and say where it is."""
+    """Print the tables, write analysis.json and its page, and say where they are."""
     from manylora.cli.analysis_tables import print_analysis
+    from manylora.cli.console import draw_report
     from manylora.training import write_json
 
     print_analysis(found)
     write_json(folder.path / "analysis.json", found.to_dict())
-    # The page of the report room is written here, from analysis.json in `folder.path`.
     folder.set_state("finished")
     print(f"written to {folder.path / 'analysis.json'}")
+    draw_report(folder.path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manylora.report.analyze_gates import gates_section, gradient_section
+from manylora.report.analyze_gates import gates_sections, gradient_sections
 from manylora.report.analyze_rows import FOLDED, MATRICES, Row, known
 from manylora.report.analyze_similarity import change_section, similarity_section
 from manylora.report.common import counted, notes_of, read_recipe, signed
@@ -31,8 +31,8 @@ def analyze_page(folder: Path) -> Page:
         _sources_section(sources),
         similarity_section(pairs),
         change_section(change),
-        gradient_section(gradients),
-        gates_section(gates),
+        *gradient_sections(gradients),
+        *gates_sections(gates),
     )
     collapsed = [row for row in gates if row.get("collapsed") is True]
     return Page(
