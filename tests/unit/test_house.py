@@ -71,6 +71,7 @@ def test_public_names_are_a_reviewed_list() -> None:
         "predict",
         "export",
         "federate",
+        "compare",
     }
 
 

@@ -24,6 +24,7 @@ VERBS = {
     "predict": "answer prompts with a trained adapter",
     "export": "write an adapter as plain LoRAs or merged weights, for programs without this package",
     "federate": "fine-tune one model with many clients, of whose adapters only a part travels",
+    "compare": "run a study, methods × seeds × tasks, and try its claims with statistics",
 }
 """Verb to what it does, in the order of a first visit."""
 

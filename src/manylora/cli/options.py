@@ -171,3 +171,40 @@ class ExportOptions:
                 raise ConfigError(f"{name} is {value}; give a value above 0.")
         if not self.max_loss >= 0:
             raise ConfigError(f"max_loss is {self.max_loss}; give points, 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Which study, where, and what to do with it."""
+
+    study: str = ""
+    """YAML file of the study (docs/compare.md). Default: a small study of the embedded suite."""
+    out: str | None = None
+    """Folder of the study; one that is there is continued. Default: runs/compare-NAME."""
+    model: str | None = None
+    """Base model of all methods, in place of the study's."""
+    workers: int | None = None
+    """Cells side by side. Default: as many as cores and memory allow."""
+    launcher: str | None = None
+    """Command that starts a cell elsewhere, such as "srun -c 4 {command}"."""
+    dry_run: bool = False
+    """Print the cells and about how long they take, and stop."""
+    print_cells: bool = False
+    """Print one command for every cell that can run now, and stop."""
+    cell: str | None = None
+    """Run this cell alone, in this process."""
+    tables: bool = False
+    """Print and write the tables of what is done, and run nothing."""
+    from_cells: str | None = None
+    """Rebuild the tables from this cells.jsonl; nothing is trained."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; give 1 or more.")
+        chosen = [
+            f"--{name.replace('_', '-')}"
+            for name in ("dry_run", "print_cells", "cell", "tables", "from_cells")
+            if getattr(self, name)
+        ]
+        if len(chosen) > 1:
+            raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one.")

@@ -44,7 +44,7 @@ from manylora.training.trainer import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with step, number of steps and the trainer's log."""
@@ -208,16 +208,30 @@ def build_model(prepared: Prepared) -> PeftModel:
     return model
 
 
-def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None) -> PeftModel:
+def finetune(
+    prepared: Prepared,
+    run: RunFolder,
+    *,
+    report: Report | None = None,
+    model: PeftModel | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PeftModel:
     """Train until the plan is done and place `adapter/` in the run folder.
 
     Continues from the newest complete checkpoint where there is one, and then ends with the weights an unbroken
     run would have had (bit-identical on one CPU with one number of threads).
 
+    Args:
+        prepared: the plan.
+        run: where to write.
+        report: told of every log.
+        model: the model to train, the same one when the run is continued. Default: from `build_model`.
+        callbacks: further ones for the trainer.
+
     Raises:
         RunError: the run was begun on other data.
     """
-    model = build_model(prepared)
+    model = build_model(prepared) if model is None else model
     prints = {
         "data": data_fingerprint([*prepared.train, *prepared.validation]),
         "base": model.active_peft_config.base_fingerprint,
@@ -230,7 +244,7 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
             )
     run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
     run.drop_incomplete()
-    trainer = _trainer(prepared, run, model, report)
+    trainer = _trainer(prepared, run, model, report, callbacks)
     checkpoint = run.newest_checkpoint()
     run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
     try:
@@ -253,9 +267,15 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
     return model
 
 
-def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Report | None) -> ManyTaskTrainer:
+def _trainer(
+    prepared: Prepared,
+    run: RunFolder,
+    model: PeftModel,
+    report: Report | None,
+    callbacks: Sequence[TrainerCallback],
+) -> ManyTaskTrainer:
     config, plan = prepared.config, prepared.plan
-    callbacks = [RunRecorder(run, keep_best=config.keep == "best")]
+    recorder = RunRecorder(run, keep_best=config.keep == "best")
     return ManyTaskTrainer(
         task_names=prepared.task_names,
         route_by_task=config.router == "task" and config.num_experts != 1,
@@ -273,7 +293,7 @@ def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Repor
         if prepared.validation
         else None,
         data_collator=Collator(pad_token_id=prepared.tokenizer.pad_token_id),
-        callbacks=[*callbacks, *([Reporter(report)] if report else [])],
+        callbacks=[recorder, *([Reporter(report)] if report else []), *callbacks],
     )
 
 

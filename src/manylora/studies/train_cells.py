@@ -1,0 +1,232 @@
+"""Cells of kind "train": one run of `manylora train`, or one for each task, or one whose rank is matched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manylora.errors import ConfigError, RunError
+from manylora.studies.kinds import Job, Measured
+from manylora.studies.presets import PRESETS
+from manylora.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from manylora.data import TaskData
+    from manylora.evaluation import Scores
+    from manylora.training import Prepared, RunFolder
+
+_OWN = frozenset({"alone", "match", "score_epochs", "test_limit"})
+"""Settings of this kind beside those of `manylora train`; see docs/compare.md."""
+
+SETTINGS = frozenset(field.name for field in dataclasses.fields(TrainConfig)) | _OWN
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse values that cannot be.
+
+    Raises:
+        ConfigError: see `TrainConfig`; or settings of this kind contradict each other.
+    """
+    train_config(settings)
+    match, alone, epochs = (settings.get(name) for name in ("match", "alone", "score_epochs"))
+    if match is not None and (match not in PRESETS or PRESETS[match][0] != "train"):
+        raise ConfigError(f"match is {match!r}; name a method of training such as 'alora'.")
+    if match is not None and settings.get("method") != "lora":
+        raise ConfigError("match raises the rank of a LoRA; set method to lora.")
+    if epochs is not None and (
+        not isinstance(epochs, list) or not all(isinstance(e, (int, float)) and e > 0 for e in epochs)
+    ):
+        raise ConfigError(f"score_epochs is {epochs!r}; give a list of numbers of epochs.")
+    if epochs is not None and alone:
+        epochs_of_all = train_config(settings).resolved().epochs
+        assert epochs_of_all is not None
+    if (limit := settings.get("test_limit")) is not None and not (isinstance(limit, int) and limit > 0):
+        raise ConfigError(f"test_limit is {limit!r}; give a number of rows.")
+
+
+def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
+    """The settings that `manylora train` has too."""
+    return TrainConfig(**{key: value for key, value in settings.items() if key not in _OWN}, **more)
+
+
+def run(job: Job) -> Measured:
+    """Train and score the cell; what is done already is not done again."""
+    from manylora.training import prepare
+
+    more: dict[str, Any] = {"seed": job.seed}
+    if job.learning_rate is not None:
+        more["learning_rate"] = job.learning_rate
+    config = train_config(job.settings, **more)
+    prepared = prepare(config)
+    if match := job.settings.get("match"):
+        config = matched(config, {**job.settings, **PRESETS[match][1]}, tasks=len(prepared.task_names))
+        prepared = prepare(config)
+    if not job.settings.get("alone"):
+        return one_run(prepared, job, job.folder / "run")
+    parts = [
+        one_run(prepare(dataclasses.replace(config, tasks=[task])), job, job.folder / f"run-{index}")
+        for index, task in enumerate(prepared.task_names)
+    ]
+    return joined(parts)
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """Cells of one method on different tasks, as one."""
+    curves = [part.extra["curve"] for part in parts if "curve" in part.extra]
+    extra: dict[str, Any] = {}
+    if curves:
+        extra["curve"] = [
+            {
+                "epoch": points[0]["epoch"],
+                "scores": {task: score for point in points for task, score in point["scores"].items()},
+            }
+            for points in zip(*curves, strict=True)
+        ]
+    return Measured(
+        scores={task: score for part in parts for task, score in part.scores.items()},
+        examples={task: scores for part in parts for task, scores in part.examples.items()},
+        parameters=sum(part.parameters for part in parts),
+        seconds=math.fsum(part.seconds for part in parts),
+        evaluation_seconds=math.fsum(part.evaluation_seconds for part in parts),
+        resumed=any(part.resumed for part in parts),
+        extra=extra,
+    )
+
+
+def matched(config: TrainConfig, target: Mapping[str, Any], *, tasks: int) -> TrainConfig:
+    """The LoRA of the smallest rank that has no fewer trainable parameters than `target`, at the same scaling s.
+
+    Args:
+        config: of the LoRA.
+        target: settings of the method to match.
+        tasks: number of tasks, on which the size of a task router's adapter depends.
+    """
+    wanted = trainable(train_config({k: v for k, v in target.items() if k not in _OWN}), tasks=tasks)
+    per_rank = trainable(dataclasses.replace(config, r=1), tasks=tasks)
+    rank = -(-wanted // per_rank)
+    grown = rank / config.r
+    alpha = config.lora_alpha * (math.sqrt(grown) if config.use_rslora else grown)
+    return dataclasses.replace(config, r=rank, lora_alpha=alpha)
+
+
+def trainable(config: TrainConfig, *, tasks: int) -> int:
+    """Trainable parameters that a configuration has, counted without weights."""
+    from manylora.training.plan import adapter_config, shadow_model
+
+    config = config.resolved()
+    if config.num_experts is None:
+        config = dataclasses.replace(config, num_experts=tasks)
+    names = [f"task {index}" for index in range(tasks)]
+    model = shadow_model(config, adapter_config(config, task_names=names))
+    return int(model.get_nb_trainable_parameters()[0])
+
+
+def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None = None) -> Measured:
+    """Train one adapter in a run folder and score it.
+
+    Args:
+        prepared: the plan.
+        job: the cell, for its split.
+        path: the run folder; one that is there is continued.
+        model: the model to train. Default: the base with a fresh adapter.
+    """
+    from manylora.studies.curves import Curve
+    from manylora.training import RunFolder, finetune, write_json
+
+    resumed = (path / "state.json").is_file()
+    if resumed:
+        folder = RunFolder.open(path)
+        folder.lock()
+    else:
+        shutil.rmtree(path, ignore_errors=True)  # killed before its state was written
+        folder = RunFolder.create(str(path), config=prepared.config.to_dict(), seed=job.seed)
+    with folder:
+        if (path / "measured.json").is_file():
+            return Measured(**json.loads((path / "measured.json").read_text(encoding="utf-8")))
+        test = rows_to_score(prepared, job)
+        curve = Curve.wanted(prepared, job, folder, test)
+        began = time.monotonic()
+        trained = finetune(prepared, folder, model=model, callbacks=[curve] if curve else [])
+        middle = time.monotonic()
+        scores = score(prepared, trained, test)
+        write_predictions(folder, scores)
+        ended = time.monotonic()
+        spent = curve.seconds if curve else 0.0
+        measured = Measured(
+            scores=scores.by_task(),
+            examples=example_scores(scores),
+            parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
+            seconds=middle - began - spent,
+            evaluation_seconds=ended - middle + spent,
+            resumed=resumed,
+            extra={"curve": curve.points()} if curve else {},
+        )
+        write_json(path / "measured.json", measured.to_dict())
+        seconds = {
+            "training": round(measured.seconds, 1),
+            "evaluation": round(measured.evaluation_seconds, 1),
+        }
+        folder.set_state("finished", seconds=seconds)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # of hundreds of cells they would fill a disk
+        return measured
+
+
+def rows_to_score(prepared: Prepared, job: Job) -> TaskData:
+    """The rows of the cell's split, in the order of the tasks.
+
+    Raises:
+        RunError: there are none.
+    """
+    rows = prepared.splits.validation if job.split == "validation" else prepared.splits.test
+    missing = [task for task in prepared.task_names if task not in rows]
+    if missing:
+        raise RunError(
+            f"the tasks {', '.join(missing)} have no {job.split} rows; give them with {job.split}."
+        )
+    return {task: rows[task][: job.settings.get("test_limit")] for task in prepared.task_names}
+
+
+def score(prepared: Prepared, model: PeftModel, test: TaskData) -> Scores:
+    """Greedy answers to all rows, scored."""
+    from itertools import islice
+
+    from manylora.evaluation import generate_answers, score_all
+
+    adapter = model.active_peft_config
+    routed = getattr(adapter, "router", None) == "task" and adapter.num_experts > 1
+    experts = {name: index for index, name in enumerate(prepared.task_names)}
+    tasks = [task for task, rows in test.items() for _ in rows]
+    answers = iter(
+        generate_answers(
+            model,
+            prepared.tokenizer,
+            [row for rows in test.values() for row in rows],
+            batch_size=prepared.config.eval_batch_size,
+            max_length=prepared.config.max_length,
+            max_new_tokens=[prepared.answer_tokens[task] for task in tasks],
+            expert_ids=[experts[task] for task in tasks] if routed else None,
+        )
+    )
+    return score_all(test, {task: list(islice(answers, len(rows))) for task, rows in test.items()})
+
+
+def example_scores(scores: Scores) -> dict[str, list[float]]:
+    """Each task's main metric by row."""
+    return {task.task: [row.metrics[task.metric] for row in task.examples] for task in scores.tasks}
+
+
+def write_predictions(folder: RunFolder, scores: Scores) -> None:
+    """predictions.jsonl and scores.json, as `manylora train` writes them."""
+    from manylora.training import write_json, write_text
+
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
+    write_text(folder.path / "predictions.jsonl", "".join(lines))
+    write_json(folder.path / "scores.json", {**scores.to_dict(), "baselines": {}})
