@@ -11,19 +11,18 @@ OUT/cells.jsonl                         all results, per-example scores packed
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from manylora.errors import ConfigError, RunError
 from manylora.studies.config import Study
-from manylora.studies.kinds import Job, kind_of
+from manylora.studies.kinds import Job, held, kind_of
 from manylora.training.runs import write_json, write_text
 
 Stage: TypeAlias = Literal["screen", "final"]
@@ -133,9 +132,8 @@ def run_cell(study: Study, cell: Cell, out: Path) -> None:
     """
     method = study.method(cell.method)
     folder = cell.folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = cell_settings(study, cell)
-    with _held(folder):
+    with held(folder):
         check_same(folder, settings)
         if cell.result(out) is not None:
             return
@@ -147,6 +145,7 @@ def run_cell(study: Study, cell: Cell, out: Path) -> None:
                 learning_rate=cell.learning_rate,
                 split="validation" if cell.stage == "screen" else "test",
                 folder=folder,
+                shared=out / "shared",
             )
         )
         found = measured.to_dict()
@@ -198,19 +197,6 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
         f"{folder} was run with {differs} {old.get(differs)!r}, now it is {new.get(differs)!r}; give another --out, "
         "or remove that folder to run the cell again."
     )
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a cell for this process. A runner that was killed leaves its cells running: the next one waits for them."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        yield
-        return
-    with (folder / ".cell").open("w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _threads() -> int:

@@ -9,9 +9,10 @@ A kind's module has
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -39,6 +40,8 @@ class Job:
     """The rows to score on."""
     folder: Path
     """The cell's own; run folders go into it."""
+    shared: Path
+    """One folder for all cells of the study; hold what is made there (`held`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,21 @@ class Measured:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
         return dataclasses.asdict(self)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, made if need be; waits for another that holds it, which its end, however it
+    comes, releases. A runner that was killed leaves its cells running: the next one waits for them here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    with (folder / ".held").open("w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Kind(Protocol):

@@ -17,7 +17,7 @@ from transformers import set_seed
 from manylora.data import Splits, load_splits, mixture_schedule
 from manylora.errors import ConfigError, DataError, RunError
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
-from manylora.training.config import TrainConfig
+from manylora.training.config import TrainConfig, as_list
 from manylora.training.models import (
     base_fingerprint,
     first_line,
@@ -81,8 +81,12 @@ class Prepared:
         }
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
     """Load and encode the data and compute the plan.
+
+    Args:
+        config: of the run.
+        splits: rows to use in place of those that `config` names.
 
     Raises:
         DataError, ModelError, ConfigError, TargetModulesError: what is wrong with the input.
@@ -90,16 +94,7 @@ def prepare(config: TrainConfig) -> Prepared:
     config = config.resolved()
     if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError("report_to tensorboard needs another package: pip install 'manylora[tensorboard]'.")
-    splits = load_splits(
-        data=config.data,
-        test=config.test,
-        validation=config.validation,
-        tasks=config.tasks,
-        task_column=config.task_column,
-        seed=config.seed,
-        validation_fraction=config.validation_fraction,
-        limit=config.limit,
-    )
+    splits = splits or all_rows(config)
     config = _with_experts(config, tasks=len(splits.train))
     tokenizer = load_tokenizer(config.model)
     context = getattr(load_config(config.model), "max_position_embeddings", None)
@@ -129,6 +124,24 @@ def prepare(config: TrainConfig) -> Prepared:
         steps_per_epoch=steps_per_epoch,
         most_answer_tokens=(context or 2**20) // 2,
         plan=_plan(config, splits, train, validation, order),
+    )
+
+
+def all_rows(config: TrainConfig) -> Splits:
+    """The rows that a resolved `config` names.
+
+    Raises:
+        DataError: what is wrong with them.
+    """
+    return load_splits(
+        data=config.data,
+        test=config.test,
+        validation=config.validation,
+        tasks=as_list(config.tasks),
+        task_column=config.task_column,
+        seed=config.seed,
+        validation_fraction=config.validation_fraction,
+        limit=config.limit,
     )
 
 
