@@ -49,11 +49,12 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if options.tables:
         return _finish(study, out)
+    from manylora.studies.cells import check_folder
     from manylora.training import write_text
 
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "study.yaml").is_file())):
         raise RunError(f"{out} exists and is no study's folder; choose another --out.")
-    _check_cells(study, out)
+    check_folder(study, out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "study.yaml", text)
     if options.print_cells:
@@ -83,14 +84,6 @@ def _workers(options: CompareOptions, study: Study) -> int:
     if options.workers is not None:
         return options.workers
     return default_workers(len(screening_cells(study)) or len(study.methods) * len(study.seeds))
-
-
-def _check_cells(study: Study, out: Path) -> None:
-    """Refuse a folder whose cells were run with other settings, before any is run."""
-    from manylora.studies.cells import cell_settings, check_same, screening_cells
-
-    for cell in screening_cells(study):
-        check_same(cell.folder(out), cell_settings(study, cell))
 
 
 def _cell(study: Study, out: Path, cell_id: str) -> int:

@@ -107,7 +107,7 @@ def _estimate(row: Mapping[str, Any]) -> str:
 
 def _costs(summary: Mapping[str, Any]) -> Table:
     table = _table(
-        "cost of a cell", "method", "learning rate", "parameters", "seconds", "(range)", "peak MiB"
+        "cost of a cell", "method", "learning rate", "parameters", "seconds", "(range)", "CPU s", "peak MiB"
     )
     for row in summary["costs"]:
         rate = summary["learning_rates"][row["method"]]
@@ -117,6 +117,7 @@ def _costs(summary: Mapping[str, Any]) -> Table:
             f"{row['parameters']:,}",
             f"{row['seconds']:.1f}",
             f"{row['seconds_low']:.1f}–{row['seconds_high']:.1f}",
+            f"{row['cpu_seconds']:.1f}",
             f"{row['peak_bytes'] / _MIB:,.0f}",
         )
     return table

@@ -14,6 +14,7 @@ import base64
 import json
 import os
 import resource
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,6 +179,22 @@ def cell_settings(study: Study, cell: Cell) -> dict[str, Any]:
     }
 
 
+def check_folder(study: Study, out: Path) -> None:
+    """Refuse a study's folder whose cells were run with other settings, before another is run.
+
+    Raises:
+        RunError: naming the cell's folder and what differs.
+    """
+    for cell in screening_cells(study):
+        check_same(cell.folder(out), cell_settings(study, cell))
+    rates = dict.fromkeys(study.names, study.learning_rates[0] if study.learning_rates else None)
+    for cell in final_cells(study, rates):
+        path, settings = cell.folder(out) / "cell.json", cell_settings(study, cell)
+        if len(study.learning_rates) > 1 and path.is_file():  # not chosen yet; the cell itself will look
+            settings["learning_rate"] = json.loads(path.read_text(encoding="utf-8"))["learning_rate"]
+        check_same(cell.folder(out), settings)
+
+
 def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse a cell that was begun with other settings.
 
@@ -220,7 +237,8 @@ def peak_bytes() -> int:
 
 
 def pack_scores(scores: Sequence[float]) -> str:
-    """Per-example scores as short text: a bit each where all are 0 or 100, else hundredths in two bytes.
+    """Per-example scores as short text: a bit each where all are 0 or 100, else hundredths in two bytes, and where
+    they are no scores of 0 to 100 at all, four bytes.
 
     >>> unpack_scores(pack_scores([0.0, 100.0, 100.0]))
     [0.0, 100.0, 100.0]
@@ -230,6 +248,8 @@ def pack_scores(scores: Sequence[float]) -> str:
         whole = bits.ljust(-(-len(bits) // 8) * 8, "0")
         data = bytes(int(whole[start : start + 8], 2) for start in range(0, len(whole), 8))
         return f"b{len(bits)}:" + base64.b64encode(data).decode()
+    if not all(0 <= score <= 655 for score in scores):  # no score of 0 to 100, such as a perplexity
+        return f"f{len(scores)}:" + base64.b64encode(struct.pack(f">{len(scores)}f", *scores)).decode()
     data = b"".join(round(100 * score).to_bytes(2, "big") for score in scores)
     return f"h{len(scores)}:" + base64.b64encode(data).decode()
 
@@ -246,6 +266,8 @@ def unpack_scores(text: str) -> list[float]:
         if head[:1] == "b" and len(data) == -(-count // 8):
             bits = "".join(f"{byte:08b}" for byte in data)
             return [100.0 * (bit == "1") for bit in bits[:count]]
+        if head[:1] == "f" and len(data) == 4 * count:
+            return list(struct.unpack(f">{count}f", data))
         if head[:1] == "h" and len(data) == 2 * count:
             return [int.from_bytes(data[i : i + 2], "big") / 100 for i in range(0, len(data), 2)]
     except (ValueError, IndexError):

@@ -26,7 +26,7 @@ class Curve(TrainerCallback):
     def __init__(self, prepared: Prepared, folder: RunFolder, test: TaskData, steps: Mapping[int, float]):
         self.prepared, self.test, self.steps = prepared, test, steps
         self.path = folder.path / "curve.jsonl"
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
 
     @classmethod
     def wanted(cls, prepared: Prepared, job: Job, folder: RunFolder, test: TaskData) -> Curve | None:
@@ -45,7 +45,7 @@ class Curve(TrainerCallback):
 
         if state.global_step not in self.steps or state.global_step in self._known():
             return
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         was_training = model.training
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
@@ -55,6 +55,7 @@ class Curve(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "epoch": epoch, "scores": scores}) + "\n")
         self.seconds += time.monotonic() - began
+        self.cpu_seconds += time.process_time() - cpu
 
     def _known(self) -> dict[int, dict[str, Any]]:
         points: dict[int, dict[str, Any]] = {}

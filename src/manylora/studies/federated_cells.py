@@ -55,9 +55,9 @@ def run(job: Job) -> Measured:
     with folder:
         bench = Workbench(config)
         rounds = Rounds(config, LocalClients(data, home=path / "clients", bench=bench), path)
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         rounds.run()
-        middle = time.monotonic()
+        middle, cpu = time.monotonic(), time.process_time() - cpu
         scores = rounds.score()
         ended = time.monotonic()
         if missing := sorted(set(data) - set(scores)):
@@ -72,6 +72,7 @@ def run(job: Job) -> Measured:
         examples=_examples(path / "clients", scores),
         parameters=sum(p.numel() for p in bench.model.parameters() if p.requires_grad) * len(data),
         seconds=middle - began,
+        cpu_seconds=cpu,
         evaluation_seconds=ended - middle,
         resumed=resumed,
         extra=_traffic(path / "metrics.jsonl"),

@@ -56,6 +56,8 @@ class Measured:
     """Trained ones, of all adapters together."""
     seconds: float
     """Of training alone."""
+    cpu_seconds: float = 0.0
+    """Processor time of training, which other programs on the machine disturb less."""
     evaluation_seconds: float = 0.0
     resumed: bool = False
     """Whether the cell went on after a kill, so that `seconds` are not all of it."""

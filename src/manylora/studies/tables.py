@@ -179,10 +179,12 @@ def _costs(name: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Parameters, time and memory; a cell that was killed on the way has no time of its own."""
     whole = [cell["seconds"] for cell in cells if not cell.get("resumed")]
     seconds = whole or [cell["seconds"] for cell in cells]
+    cpu = [cell.get("cpu_seconds", 0.0) for cell in cells if not (whole and cell.get("resumed"))]
     return {
         "method": name,
         "parameters": cells[0]["parameters"],
         "seconds": math.fsum(seconds) / len(seconds),
+        "cpu_seconds": math.fsum(cpu) / len(cpu),
         "seconds_low": min(seconds),
         "seconds_high": max(seconds),
         "peak_bytes": max(cell["peak_bytes"] for cell in cells),

@@ -95,6 +95,7 @@ def joined(parts: Sequence[Measured]) -> Measured:
         examples={task: scores for part in parts for task, scores in part.examples.items()},
         parameters=sum(part.parameters for part in parts),
         seconds=math.fsum(part.seconds for part in parts),
+        cpu_seconds=math.fsum(part.cpu_seconds for part in parts),
         evaluation_seconds=math.fsum(part.evaluation_seconds for part in parts),
         resumed=any(part.resumed for part in parts),
         extra=extra,
@@ -153,9 +154,9 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
             return Measured(**json.loads((path / "measured.json").read_text(encoding="utf-8")))
         test = rows_to_score(prepared, job)
         curve = Curve.wanted(prepared, job, folder, test)
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         trained = finetune(prepared, folder, model=model, callbacks=[curve] if curve else [])
-        middle = time.monotonic()
+        middle, cpu = time.monotonic(), time.process_time() - cpu
         scores = score(prepared, trained, test)
         write_predictions(folder, scores)
         ended = time.monotonic()
@@ -165,6 +166,7 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
             examples=example_scores(scores),
             parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
             seconds=middle - began - spent,
+            cpu_seconds=cpu - (curve.cpu_seconds if curve else 0.0),
             evaluation_seconds=ended - middle + spent,
             resumed=resumed,
             extra={"curve": curve.points()} if curve else {},

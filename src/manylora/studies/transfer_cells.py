@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from manylora.data import Splits
+    from manylora.data import Example, Splits
 
 DONORS: Mapping[str, str] = {"B": "alora", "A": "hydralora"}
 """Frozen matrix to the method whose experts share it."""
@@ -78,7 +78,9 @@ def run(job: Job) -> Measured:
     splits = all_rows(_config(job.settings, seed=job.seed).resolved())
     left_out = own["left_out"] or list(splits.train)
     if unknown := [task for task in left_out if task not in splits.train]:
-        raise ConfigError(f"left_out names {unknown}, which have no rows; the tasks are {list(splits.train)}.")
+        raise ConfigError(
+            f"left_out names {unknown}, which have no rows; the tasks are {list(splits.train)}."
+        )
     parts = []
     for task in left_out:
         donor = None if own["frozen"] == "none" else _donor(job, splits, task)
@@ -109,11 +111,12 @@ def _donor(job: Job, splits: Splits, task: str) -> dict[str, Tensor]:
 
 
 def _only(splits: Splits, tasks: list[str]) -> Splits:
-    parts = {
-        name: {task: rows for task, rows in getattr(splits, name).items() if task in tasks}
-        for name in ("train", "validation", "test")
-    }
-    return dataclasses.replace(splits, **parts)
+    def part(data: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
+        return {task: rows for task, rows in data.items() if task in tasks}
+
+    return dataclasses.replace(
+        splits, train=part(splits.train), validation=part(splits.validation), test=part(splits.test)
+    )
 
 
 def _adapted(job: Job, splits: Splits, task: str, shots: int, donor: Mapping[str, Tensor] | None) -> Measured:
