@@ -82,7 +82,7 @@ def test_claims_by_hand() -> None:
             contrasts=[
                 {"first": "alora", "second": "lora", "text": "Sharing helps"},
                 {"first": "alora", "second": "lora-per-task", "claim": "no worse"},
-                {"first": "alora", "second": "lora", "on": "b"},
+                {"first": "alora", "second": "lora", "task": "b"},
             ]
         ),
         by_hand(),

@@ -44,7 +44,7 @@ class Contrast:
     second: str
     claim: ClaimKind = "better"
     """better: first scores higher than second; no worse: it loses less than the margin."""
-    on: str = MEAN
+    task: str = MEAN
     """A task, a group of tasks, or "mean", over all tasks."""
     text: str = ""
     """The claim in words. Default: made from the names."""
@@ -54,7 +54,7 @@ class Contrast:
         """The claim in words."""
         if self.text:
             return self.text
-        where = "" if self.on == MEAN else f" on {self.on}"
+        where = "" if self.task == MEAN else f" on {self.task}"
         verb = "scores higher than" if self.claim == "better" else "is no worse than"
         return f"{self.first} {verb} {self.second}{where}"
 

@@ -3,12 +3,13 @@
 DEFAULT = """\
 name: first-look
 question: Which way of sharing does best on four tasks of the embedded suite?
-caveat: Four of the suite's eight tasks with 60 training rows each, 3 epochs.
+caveat: Four of the suite's eight tasks with 100 training and 100 test rows each, 4 epochs.
 reference: alora
 settings:
-  tasks: [former_owner, current_holder, record_to_text, register_entry]
-  limit: 60
-  epochs: 3
+  tasks: [praised_thing, blamed_thing, former_owner, record_to_text]
+  train_limit: 100
+  limit: 100
+  epochs: 4
 methods: [lora, lora-matched, lora-per-task, hydralora, alora]
 seeds: [0, 1]
 """

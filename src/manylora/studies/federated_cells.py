@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from manylora.errors import ConfigError, RunError
 from manylora.federated.config import FederateConfig
 from manylora.studies.kinds import Job, Measured
+from manylora.studies.train_cells import check_limits
 
 if TYPE_CHECKING:
     from manylora.evaluation import Scores
     from manylora.federated import ClientData
 
-SETTINGS = frozenset(field.name for field in dataclasses.fields(FederateConfig))
+SETTINGS = frozenset(field.name for field in dataclasses.fields(FederateConfig)) | {"train_limit"}
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -32,7 +33,16 @@ def check(settings: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"engine is {settings['engine']!r}; a study's clients are in its own process (local)."
         )
-    FederateConfig(**settings)
+    check_limits(settings)
+    _config(settings)
+
+
+def _config(settings: Mapping[str, Any], **more: Any) -> FederateConfig:
+    """The settings that `manylora federate` has too; it knows one limit, for training and test rows."""
+    own = {key: value for key, value in settings.items() if key != "train_limit"}
+    if settings.get("train_limit") is not None:
+        own["limit"] = settings["train_limit"]
+    return FederateConfig(**{**own, **more})
 
 
 def run(job: Job) -> Measured:
@@ -43,8 +53,8 @@ def run(job: Job) -> Measured:
     more: dict[str, Any] = {"seed": job.seed, "reference": "none"}
     if job.learning_rate is not None:
         more["learning_rate"] = job.learning_rate
-    config = FederateConfig(**{**job.settings, **more}).resolved()
-    data = _for_split(config, job.split)
+    config = _config(job.settings, **more).resolved()
+    data = _for_split(config, job)
     path = job.folder / "run"
     resumed = (path / "state.json").is_file()
     if resumed:
@@ -88,14 +98,13 @@ def by_task(scores: Mapping[str, Scores]) -> dict[str, float]:
     return {task: math.fsum(values) / len(values) for task, values in sorted(found.items())}
 
 
-def _for_split(config: FederateConfig, split: str) -> dict[str, ClientData]:
-    """Every client's rows; for validation its test rows are those of the validation split, or cut off its training."""
+def _for_split(config: FederateConfig, job: Job) -> dict[str, ClientData]:
+    """Every client's rows, to be tested on those of the cell's split: the validation rows are the data's own, or cut
+    off the client's training rows."""
     from manylora.data import cut_validation, load_splits
     from manylora.federated import ClientData, client_data
 
-    data = client_data(config)
-    if split == "test":
-        return data
+    clients = client_data(config)
     splits = load_splits(
         data=config.data,
         test=config.test,
@@ -103,15 +112,16 @@ def _for_split(config: FederateConfig, split: str) -> dict[str, ClientData]:
         task_column=config.task_column,
         seed=config.seed,
         validation_fraction=0,
-        limit=config.limit,
+        limit=job.settings.get("limit"),
     )
-    screened = {}
-    for name, own in data.items():
-        train, held_out = own.train, {task: splits.validation.get(task, []) for task in own.train}
-        if not all(held_out.values()):
-            train, held_out = cut_validation(own.train, seed=config.seed)
-        screened[name] = ClientData(train=train, test=held_out)
-    return screened
+    found = {}
+    for name, own in clients.items():
+        train, rows = own.train, splits.validation if job.split == "validation" else splits.test
+        test = {task: rows[task] for task in train if task in rows}
+        if job.split == "validation" and len(test) < len(train):
+            train, test = cut_validation(own.train, seed=config.seed)
+        found[name] = ClientData(train=train, test=test)
+    return found
 
 
 def _examples(home: Path, scores: Mapping[str, Scores]) -> dict[str, list[float]]:

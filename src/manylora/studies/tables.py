@@ -241,9 +241,9 @@ def claims(grid: Grid) -> list[dict[str, Any]]:
     seeds = [grid.seeds(contrast.first, contrast.second) for contrast in tried]
     trials = try_claims(
         [contrast.claim for contrast in tried],
-        [grid.values(c.first, c.on, s) for c, s in zip(tried, seeds, strict=True)],
-        [grid.values(c.second, c.on, s) for c, s in zip(tried, seeds, strict=True)],
-        [grid.paired(c.first, c.second, c.on, s) for c, s in zip(tried, seeds, strict=True)],
+        [grid.values(c.first, c.task, s) for c, s in zip(tried, seeds, strict=True)],
+        [grid.values(c.second, c.task, s) for c, s in zip(tried, seeds, strict=True)],
+        [grid.paired(c.first, c.second, c.task, s) for c, s in zip(tried, seeds, strict=True)],
         margin=study.margin,
     )
     return [_claim(contrast, trial, study) for contrast, trial in zip(tried, trials, strict=True)]
@@ -257,7 +257,7 @@ def _claim(contrast: Contrast, trial: Trial, study: Study) -> dict[str, Any]:
         "kind": contrast.claim,
         "first": contrast.first,
         "second": contrast.second,
-        "on": contrast.on,
+        "task": contrast.task,
         "difference": test.difference,
         "low": _or_none(test.low),
         "high": _or_none(test.high),

@@ -19,11 +19,11 @@ from manylora.training.config import TrainConfig
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from manylora.data import TaskData
+    from manylora.data import Example, Splits, TaskData
     from manylora.evaluation import Scores
     from manylora.training import Prepared, RunFolder
 
-_OWN = frozenset({"alone", "match", "score_epochs", "test_limit"})
+_OWN = frozenset({"alone", "match", "score_epochs", "test_limit", "train_limit"})
 """Settings of this kind beside those of `manylora train`; see docs/compare.md."""
 
 SETTINGS = frozenset(field.name for field in dataclasses.fields(TrainConfig)) | _OWN
@@ -36,7 +36,7 @@ def check(settings: Mapping[str, Any]) -> None:
         ConfigError: see `TrainConfig`; or settings of this kind contradict each other.
     """
     train_config(settings)
-    match, alone, epochs = (settings.get(name) for name in ("match", "alone", "score_epochs"))
+    match, epochs = settings.get("match"), settings.get("score_epochs")
     if match is not None and (match not in PRESETS or PRESETS[match][0] != "train"):
         raise ConfigError(f"match is {match!r}; name a method of training such as 'alora'.")
     if match is not None and settings.get("method") != "lora":
@@ -45,11 +45,19 @@ def check(settings: Mapping[str, Any]) -> None:
         not isinstance(epochs, list) or not all(isinstance(e, (int, float)) and e > 0 for e in epochs)
     ):
         raise ConfigError(f"score_epochs is {epochs!r}; give a list of numbers of epochs.")
-    if epochs is not None and alone:
-        epochs_of_all = train_config(settings).resolved().epochs
-        assert epochs_of_all is not None
-    if (limit := settings.get("test_limit")) is not None and not (isinstance(limit, int) and limit > 0):
-        raise ConfigError(f"test_limit is {limit!r}; give a number of rows.")
+    check_limits(settings)
+
+
+def check_limits(settings: Mapping[str, Any]) -> None:
+    """Refuse limits that keep no row.
+
+    Raises:
+        ConfigError: naming the limit.
+    """
+    for name in ("train_limit", "test_limit"):
+        limit = settings.get(name)
+        if limit is not None and not (isinstance(limit, int) and limit > 0):
+            raise ConfigError(f"{name} is {limit!r}; give a number of rows.")
 
 
 def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
@@ -60,22 +68,44 @@ def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
 def run(job: Job) -> Measured:
     """Train and score the cell; what is done already is not done again."""
     from manylora.training import prepare
+    from manylora.training.job import all_rows
 
     more: dict[str, Any] = {"seed": job.seed}
     if job.learning_rate is not None:
         more["learning_rate"] = job.learning_rate
     config = train_config(job.settings, **more)
-    prepared = prepare(config)
+    splits = shortened(all_rows(config.resolved()), job.settings.get("train_limit"))
+    prepared = prepare(config, splits=splits)
     if match := job.settings.get("match"):
         config = matched(config, {**job.settings, **PRESETS[match][1]}, tasks=len(prepared.task_names))
-        prepared = prepare(config)
+        prepared = prepare(config, splits=splits)
     if not job.settings.get("alone"):
         return one_run(prepared, job, job.folder / "run")
     parts = [
-        one_run(prepare(dataclasses.replace(config, tasks=[task])), job, job.folder / f"run-{index}")
+        one_run(
+            prepare(dataclasses.replace(config, tasks=[task]), splits=only(splits, [task])),
+            job,
+            job.folder / f"run-{index}",
+        )
         for index, task in enumerate(prepared.task_names)
     ]
     return joined(parts)
+
+
+def shortened(splits: Splits, limit: int | None) -> Splits:
+    """The same with at most so many training rows a task."""
+    return dataclasses.replace(splits, train={task: rows[:limit] for task, rows in splits.train.items()})
+
+
+def only(splits: Splits, tasks: Sequence[str]) -> Splits:
+    """The same with these tasks alone."""
+
+    def part(data: TaskData) -> dict[str, list[Example]]:
+        return {task: rows for task, rows in data.items() if task in tasks}
+
+    return dataclasses.replace(
+        splits, train=part(splits.train), validation=part(splits.validation), test=part(splits.test)
+    )
 
 
 def joined(parts: Sequence[Measured]) -> Measured:

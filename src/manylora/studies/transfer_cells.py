@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, ModelError
 from manylora.studies.kinds import Job, Measured, held
-from manylora.studies.train_cells import joined, one_run
+from manylora.studies.train_cells import check_limits, joined, one_run, only, shortened
 from manylora.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from manylora.data import Example, Splits
+    from manylora.data import Splits
 
 DONORS: Mapping[str, str] = {"B": "alora", "A": "hydralora"}
 """Frozen matrix to the method whose experts share it."""
@@ -35,9 +35,10 @@ DEFAULTS: Mapping[str, Any] = {
     "adapt_steps": 60,
     "donor_learning_rate": None,
     "test_limit": None,
+    "train_limit": None,
 }
 """`shots`: numbers of examples. `left_out`: tasks to leave out, each in turn; None: all. `adapt_steps`: optimizer
-steps on the few examples, the same for every number of them. `donor_learning_rate`: of the training on the other
+steps on the few examples, the same for every number of them. `train_limit`: rows of each other task. `donor_learning_rate`: of the training on the other
 tasks; None: the recipe's (a study's learning rates are those on the few examples)."""
 
 _OWN = frozenset({"frozen", *DEFAULTS})
@@ -61,6 +62,7 @@ def check(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"adapt_steps is {own['adapt_steps']!r}; give a number of steps.")
     if own["left_out"] is not None and (not isinstance(own["left_out"], list) or not own["left_out"]):
         raise ConfigError(f"left_out is {own['left_out']!r}; give a list of tasks.")
+    check_limits(settings)
     for name in ("num_experts", "share", "router"):
         if name in settings:
             raise ConfigError(f"{name} follows from frozen in a transfer; leave it out.")
@@ -99,24 +101,17 @@ def _donor(job: Job, splits: Splits, task: str) -> dict[str, Tensor]:
     if own["donor_learning_rate"] is not None:
         more["learning_rate"] = own["donor_learning_rate"]
     config = _config(job.settings, **more)
-    mark = hashlib.sha256(json.dumps([config.to_dict(), task], sort_keys=True).encode()).hexdigest()[:16]
+    facts = [config.to_dict(), task, own["train_limit"]]
+    mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = job.shared / f"donor-{mark}"
     with held(job.shared / f"donor-{mark}.lock"):
-        others = _only(splits, [name for name in splits.train if name != task])
+        others = only(splits, [name for name in splits.train if name != task])
+        others = shortened(others, own["train_limit"])
         other_job = dataclasses.replace(job, settings={}, split="validation")
         one_run(prepare(config, splits=others), other_job, folder)
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
     leaf = f"lora_{own['frozen']}"
     return {name: value for name, value in weights.items() if name.endswith(f".manylora_experts.{leaf}")}
-
-
-def _only(splits: Splits, tasks: list[str]) -> Splits:
-    def part(data: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
-        return {task: rows for task, rows in data.items() if task in tasks}
-
-    return dataclasses.replace(
-        splits, train=part(splits.train), validation=part(splits.validation), test=part(splits.test)
-    )
 
 
 def _adapted(job: Job, splits: Splits, task: str, shots: int, donor: Mapping[str, Tensor] | None) -> Measured:
@@ -128,7 +123,7 @@ def _adapted(job: Job, splits: Splits, task: str, shots: int, donor: Mapping[str
     if shots > len(rows):
         raise ConfigError(f"shots asks for {shots} examples, but task {task} has {len(rows)} rows.")
     few = random.Random(f"{job.seed}:{task}:{shots}").sample(rows, shots)
-    alone = dataclasses.replace(_only(splits, [task]), train={task: few})
+    alone = dataclasses.replace(only(splits, [task]), train={task: few})
     config = _config(job.settings, seed=job.seed, method="lora").resolved()
     batch = min(config.rows_per_step, shots)
     more: dict[str, Any] = {"batch_size": batch, "epochs": own["adapt_steps"] * batch / shots}
