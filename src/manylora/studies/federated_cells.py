@@ -45,6 +45,20 @@ def _config(settings: Mapping[str, Any], **more: Any) -> FederateConfig:
     return FederateConfig(**{**own, **more})
 
 
+def work(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Optimizer steps and answers of a cell."""
+    from manylora.federated import client_data
+
+    config = _config(settings).resolved()
+    clients, rounds, batch = client_data(config), config.rounds or 1, config.batch_size or 1
+    steps = math.fsum(
+        config.local_steps or (config.local_epochs or 1) * sum(map(len, own.train.values())) / batch
+        for own in clients.values()
+    )
+    answers = sum(len(rows) for own in clients.values() for rows in own.test.values())
+    return math.ceil(steps * rounds * config.participation), answers
+
+
 def run(job: Job) -> Measured:
     """Run all rounds and score every personal model; goes on after the last saved round."""
     from manylora.federated import LocalClients, Rounds, Workbench

@@ -4,6 +4,7 @@ A kind's module has
 
     SETTINGS: frozenset[str]                      the settings it knows
     check(settings) -> None                       refuse values that cannot be (ConfigError), without loading torch
+    work(settings) -> tuple[int, int]             optimizer steps and answers of a cell, for an estimate of its time
     run(job: Job) -> Measured                     train and score; called again after a kill, it goes on or begins anew
 """
 
@@ -91,6 +92,9 @@ class Kind(Protocol):
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse values that cannot be."""
+
+    def work(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        """Optimizer steps and answers of a cell."""
 
     def run(self, job: Job) -> Measured:
         """Train and score one cell."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -152,6 +153,14 @@ def _any_rate(study: Study, cells: Sequence[Cell], name: str, out: Path) -> bool
     return len(study.screening_seeds) in rates.values()
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a cell and whatever it started."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+    except (AttributeError, OSError):  # Windows has no groups; or it has ended
+        process.terminate()
+
+
 class _Pool:
     def __init__(
         self,
@@ -182,7 +191,7 @@ class _Pool:
                     time.sleep(_POLL)
         finally:
             for process, _ in self.running.values():
-                process.terminate()
+                _end(process)
             for process, _ in self.running.values():
                 process.wait()
 
@@ -196,7 +205,12 @@ class _Pool:
         command = launched(cell_command(self.study_file, self.out, cell), self.launcher)
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # so that what a launcher started ends with it
             )
 
     def _end(self, cell: Cell, waiting: int) -> None:

@@ -65,6 +65,20 @@ def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
     return TrainConfig(**{key: value for key, value in settings.items() if key not in _OWN}, **more)
 
 
+def work(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Optimizer steps and answers of a cell."""
+    from manylora.training.job import all_rows
+
+    config = train_config(settings).resolved()
+    splits = shortened(all_rows(config), settings.get("train_limit"))
+    rows, epochs = [len(found) for found in splits.train.values()], config.epochs or 1
+    steps = math.ceil(sum(rows) * epochs / config.rows_per_step)
+    if settings.get("alone"):
+        steps = sum(math.ceil(count * epochs / config.rows_per_step) for count in rows)
+    answers = sum(len(found[: settings.get("test_limit")]) for found in splits.test.values())
+    return steps, answers * max(1, len(settings.get("score_epochs") or ()))
+
+
 def run(job: Job) -> Measured:
     """Train and score the cell; what is done already is not done again."""
     from manylora.training import prepare

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Mapping
@@ -38,8 +39,9 @@ DEFAULTS: Mapping[str, Any] = {
     "train_limit": None,
 }
 """`shots`: numbers of examples. `left_out`: tasks to leave out, each in turn; None: all. `adapt_steps`: optimizer
-steps on the few examples, the same for every number of them. `train_limit`: rows of each other task. `donor_learning_rate`: of the training on the other
-tasks; None: the recipe's (a study's learning rates are those on the few examples)."""
+steps on the few examples, the same for every number of them. `train_limit`: rows of each other task.
+`donor_learning_rate`: of the training on the other tasks; None: the recipe's (a study's learning rates are those on the
+few examples)."""
 
 _OWN = frozenset({"frozen", *DEFAULTS})
 SETTINGS = frozenset(field.name for field in dataclasses.fields(TrainConfig)) - {"method"} | _OWN
@@ -70,6 +72,22 @@ def check(settings: Mapping[str, Any]) -> None:
 
 def _config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
     return TrainConfig(**{**{k: v for k, v in settings.items() if k not in _OWN}, **more})
+
+
+def work(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Optimizer steps and answers of a cell, the donors included."""
+    from manylora.training.job import all_rows
+
+    own = {**DEFAULTS, **settings}
+    config = _config(settings).resolved()
+    rows = {task: len(found[: own["train_limit"]]) for task, found in all_rows(config).train.items()}
+    tested = {task: len(found[: own["test_limit"]]) for task, found in all_rows(config).test.items()}
+    left_out, shots = own["left_out"] or list(rows), len(own["shots"])
+    steps = len(left_out) * shots * own["adapt_steps"]
+    if own["frozen"] != "none":
+        steps += sum(math.ceil((sum(rows.values()) - rows.get(task, 0)) * (config.epochs or 1) / config.rows_per_step)
+                     for task in left_out)  # fmt: skip
+    return steps, sum(tested.get(task, 0) for task in left_out) * shots
 
 
 def run(job: Job) -> Measured:
