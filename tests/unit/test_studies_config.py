@@ -23,6 +23,7 @@ def with_(**more: Any) -> Study:
 def test_a_study_fills_in_what_it_does_not_say() -> None:
     study = with_()
     assert study.names == ["lora", "alora"]
+    assert with_(methods=["lora", "moelora"]).reference == "lora"
     assert (study.reference, study.seeds, study.learning_rates) == ("alora", (0, 1), ())
     assert [claim.sentence for claim in study.claims] == ["alora scores higher than lora"]
     assert study.method("lora").settings == {"limit": 8, "method": "lora"}

@@ -146,7 +146,8 @@ def _finish(study: Study, out: Path, *, complain: bool = True) -> int:
             raise RunError(f"{out} has no finished cell yet; run the study without --tables.")
         return 2
     facts = environment(seed=study.seeds[0])
-    facts.pop("seed")
+    for key in ("seed", "command"):  # of one cell; paths of this machine have no place in a file to commit
+        facts.pop(key)
     write_cells(out / "cells.jsonl", study, results, {"manylora": __version__, "environment": facts})
     head, rows = read_cells(out / "cells.jsonl")
     return _write(study, head, rows, out)

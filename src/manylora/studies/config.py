@@ -67,7 +67,8 @@ class Study:
     methods: tuple[Method, ...]
     question: str = ""
     reference: str = "alora"
-    """The method that all others are tried against where no contrasts are named."""
+    """The method that all others are tried against where no contrasts are named. Default where there is no "alora":
+    the first contrast's first, or the first method."""
     single: str | None = None
     """The method that Δm% compares with. Default: "lora-per-task" where the study has it."""
     seeds: tuple[int, ...] = (0, 1)
@@ -187,11 +188,9 @@ def parse_study(values: object) -> Study:
         raise ConfigError("seeds is empty; give two to screen, five or more to confirm.")
     if study.learning_rates and not study.screening_seeds:
         raise ConfigError("screening_seeds is empty; give one or more to choose the learning rate with.")
-    default = study.reference if study.contrasts and "reference" not in plain else None
-    if study.reference not in names and study.reference != default:
-        raise ConfigError(_unknown_method("reference", study.reference, names))
-    if study.reference not in names:
-        study = dataclasses.replace(study, reference=study.contrasts[0].first)
+    if "reference" not in plain and study.reference not in names:
+        first = study.contrasts[0].first if study.contrasts else names[0]
+        study = dataclasses.replace(study, reference=first)
     for where, name in _named(study):
         if name not in names:
             raise ConfigError(_unknown_method(where, name, names))
@@ -200,7 +199,8 @@ def parse_study(values: object) -> Study:
 
 def _named(study: Study) -> list[tuple[str, str]]:
     """Every place that names a method, and the name."""
-    named = [("single", study.single)] if study.single else []
+    named = [("reference", study.reference)]
+    named += [("single", study.single)] if study.single else []
     named += [(f"single of {method.name}", method.single) for method in study.methods if method.single]
     for contrast in study.contrasts:
         named += [("a contrast's first", contrast.first), ("a contrast's second", contrast.second)]

@@ -39,7 +39,7 @@ def estimate_seconds(study: Study, out: Path) -> tuple[dict[str, float], str]:
 
 
 def _step_seconds(study: Study) -> float:
-    """Processor seconds of an optimizer step: a forward and backward pass of ALoRA over a batch of the first method's rows."""
+    """Processor seconds of an optimizer step: ALoRA over a batch of the first method's rows, forward and backward."""
     import torch
 
     from manylora.training import TrainConfig, build_model, prepare
