@@ -30,6 +30,8 @@ def encoder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.save_pretrained(folder)
     bert(vocab=len(tokenizer), length=128).bert.save_pretrained(folder)
+    (folder / "1_Pooling").mkdir()  # as sentence-transformers says that the mean of the tokens is the vector
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}', encoding="utf-8")
     return folder
 
 

@@ -182,3 +182,29 @@ def test_a_limit_takes_rows_of_every_label_from_a_sorted_file(tmp_path: Path) ->
     assert [row.output for row in first] == ["a"] * 10
     [whole] = load_splits(data=tmp_path, limit=99, spread=True, validation_fraction=0).train.values()
     assert len(whole) == 60
+
+
+def test_an_encoder_pools_as_its_folder_says(tmp_path: Path) -> None:
+    bert().bert.save_pretrained(tmp_path / "encoder")
+    ids = torch.tensor([[5, 6, 7, 0], [8, 9, 10, 11]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+
+    def pooled() -> tuple[torch.Tensor, torch.Tensor]:
+        model = load_classifier(
+            str(tmp_path / "encoder"), labels=3, pad_token_id=0, seed=0, device="cpu"
+        ).eval()
+        with torch.no_grad():
+            found = model.bert(input_ids=ids, attention_mask=mask)
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            torch.testing.assert_close(logits, model.classifier(found.pooler_output))
+        return found.pooler_output, found.last_hidden_state
+
+    own, hidden = pooled()
+    assert not torch.allclose(own, hidden[:, 0])  # BERT's: a layer on the first token
+    (tmp_path / "encoder" / "1_Pooling").mkdir()
+    told = tmp_path / "encoder" / "1_Pooling" / "config.json"
+    told.write_text('{"pooling_mode_mean_tokens": false, "pooling_mode_cls_token": true}', encoding="utf-8")
+    torch.testing.assert_close(pooled()[0], own)
+    told.write_text('{"pooling_mode_mean_tokens": true}', encoding="utf-8")
+    mean, hidden = pooled()
+    torch.testing.assert_close(mean, torch.stack([hidden[0, :3].mean(0), hidden[1].mean(0)]))

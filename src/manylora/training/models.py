@@ -24,6 +24,7 @@ from transformers.utils import logging
 from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED
 from manylora.errors import ModelError
+from manylora.training.pooling import pool_as_told
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -174,6 +175,7 @@ def load_classifier(
         raise ModelError(
             f"The weights of {model} lack {lacking[0]} and so would start at random; give a model that has them."
         )
+    pool_as_told(base, base_location(model))
     base.config.pad_token_id = pad_token_id
     return base.to(place)
 

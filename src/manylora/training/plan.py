@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from manylora.adapters import ManyLoraConfig, load_balance
 from manylora.errors import ConfigError
-from manylora.training.models import head_modules, load_config, pick_device, pick_dtype
+from manylora.training.models import base_location, head_modules, load_config, pick_device, pick_dtype
+from manylora.training.pooling import pool_as_told
 
 if TYPE_CHECKING:
     from manylora.training.config import TrainConfig
@@ -138,6 +139,7 @@ def shadow_model(config: TrainConfig, adapter: ManyLoraConfig, *, labels: int = 
             if architecture.pad_token_id is None:
                 architecture.pad_token_id = 0
             base = AutoModelForSequenceClassification.from_config(architecture, dtype=dtype)
+            pool_as_told(base, base_location(config.model))
             adapter.modules_to_save = head_modules(base)
         else:
             base = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
