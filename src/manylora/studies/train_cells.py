@@ -163,7 +163,7 @@ def matched(config: TrainConfig, target: Mapping[str, Any], *, tasks: int) -> Tr
 
 
 def trainable(config: TrainConfig, *, tasks: int) -> int:
-    """Trainable parameters that a configuration has, counted without weights."""
+    """Parameters of the adapters that a configuration has, counted without weights."""
     from manylora.training.plan import adapter_config, shadow_model
 
     config = config.resolved()
@@ -171,7 +171,7 @@ def trainable(config: TrainConfig, *, tasks: int) -> int:
         config = dataclasses.replace(config, num_experts=tasks)
     names = [f"task {index}" for index in range(tasks)]
     model = shadow_model(config, adapter_config(config, task_names=names))
-    return int(model.get_nb_trainable_parameters()[0])
+    return sum(value.numel() for name, value in model.named_parameters() if "manylora_experts" in name)
 
 
 def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None = None) -> Measured:
