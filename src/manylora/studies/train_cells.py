@@ -107,8 +107,14 @@ def run(job: Job) -> Measured:
 
 
 def shortened(splits: Splits, limit: int | None) -> Splits:
-    """The same with at most so many training rows a task."""
-    return dataclasses.replace(splits, train={task: rows[:limit] for task, rows in splits.train.items()})
+    """The same with at most so many training rows a task, at even distances: files are often sorted by label."""
+    if limit is None:
+        return splits
+    train = {
+        task: rows if limit >= len(rows) else [rows[place * len(rows) // limit] for place in range(limit)]
+        for task, rows in splits.train.items()
+    }
+    return dataclasses.replace(splits, train=train)
 
 
 def only(splits: Splits, tasks: Sequence[str]) -> Splits:
@@ -170,7 +176,8 @@ def trainable(config: TrainConfig, *, tasks: int) -> int:
     if config.num_experts is None:
         config = dataclasses.replace(config, num_experts=tasks)
     names = [f"task {index}" for index in range(tasks)]
-    model = shadow_model(config, adapter_config(config, task_names=names))
+    labels = 2 if config.task_type == "SEQ_CLS" else 0  # the head, of whatever size, is not counted
+    model = shadow_model(config, adapter_config(config, task_names=names), labels=labels)
     return sum(value.numel() for name, value in model.named_parameters() if "manylora_experts" in name)
 
 
@@ -241,11 +248,23 @@ def rows_to_score(prepared: Prepared, job: Job) -> TaskData:
 
 
 def score(prepared: Prepared, model: PeftModel, test: TaskData) -> Scores:
-    """Greedy answers to all rows, scored."""
+    """Greedy answers to all rows, or a classifier's labels, scored."""
     from itertools import islice
 
-    from manylora.evaluation import generate_answers, score_all
+    from manylora.evaluation import generate_answers, score_all, score_labels
 
+    if prepared.labels is not None:
+        from manylora.training import predict_labels
+
+        labels = predict_labels(
+            model,
+            prepared.tokenizer,
+            test,
+            prepared.labels,
+            max_length=prepared.config.max_length,
+            batch_size=prepared.config.eval_batch_size,
+        )
+        return score_labels(test, labels)
     adapter = model.active_peft_config
     routed = getattr(adapter, "router", None) == "task" and adapter.num_experts > 1
     experts = {name: index for index, name in enumerate(prepared.task_names)}
