@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from manylora.errors import DataError
@@ -25,6 +25,7 @@ from manylora.evaluation.comparison import (
 scores = st.lists(st.floats(0, 100), min_size=2, max_size=8)
 
 
+@settings(deadline=None)
 @given(scores, st.sampled_from([0.8, 0.9, 0.95, 0.99]))
 def test_mean_interval_is_students(values: list[float], level: float) -> None:
     assume(max(values) - min(values) > 1e-3)
@@ -51,6 +52,7 @@ def test_one_seed_has_a_mean_and_no_interval() -> None:
         mean_interval([])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=8))
 def test_paired_t_is_scipys(pairs: list[tuple[float, float]]) -> None:
     first, second = zip(*pairs, strict=True)
@@ -83,6 +85,7 @@ def test_holm_leaves_out_what_has_no_p() -> None:
     assert math.isnan(adjusted[1])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_lies_between_none_and_bonferroni(p_values: list[float]) -> None:
     for p, adjusted in zip(p_values, holm(p_values), strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.cli import main
@@ -167,6 +167,7 @@ def test_the_learning_rate_is_the_best_on_validation_rows() -> None:
         choose_rates(grid, [row for row in rows if row["method"] != "lora-per-task"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 100.0]), max_size=40))
 def test_right_and_wrong_pack_into_bits(scores: list[float]) -> None:
     packed = pack_scores(scores)
@@ -174,6 +175,7 @@ def test_right_and_wrong_pack_into_bits(scores: list[float]) -> None:
     assert len(packed) <= 6 + 4 * -(-len(scores) // 24)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40))
 def test_other_scores_pack_into_hundredths(scores: list[float]) -> None:
     assert unpack_scores(pack_scores(scores)) == pytest.approx(scores, abs=0.00501, rel=0)

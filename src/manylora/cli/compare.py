@@ -179,5 +179,5 @@ def _write(study: Study, head: Mapping[str, Any], rows: Sequence[Mapping[str, An
     print_study(summary)
     if out is not None:
         write_json(out / "study.json", summary)
-        # The page and its figures are made here, from study.json: report.write_compare(out).
+        # The page is drawn here, from the study.json just written: manylora.report.write_report(out).
     return 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import resource
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -232,6 +231,12 @@ def peak_bytes() -> int:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError):
+        if sys.platform == "win32":
+            import psutil
+
+            return int(psutil.Process().memory_info().peak_wset)
+        import resource
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

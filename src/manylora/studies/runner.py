@@ -65,8 +65,8 @@ def usable_cores() -> int:
 
 def cell_command(study_file: Path, out: Path, cell: Cell) -> list[str]:
     """The command that runs one cell, here or on any machine that sees the same folders."""
-    words = [sys.executable, "-m", "manylora.cli", "compare", str(study_file), "--out", str(out)]
-    return [*words, "--cell", cell.id]
+    words = [sys.executable, "-m", "manylora.cli", "compare", str(study_file.absolute())]
+    return [*words, "--out", str(out.absolute()), "--cell", cell.id]
 
 
 def launched(command: Sequence[str], launcher: str | None) -> list[str]:
