@@ -16,7 +16,7 @@ import yaml
 from conftest import cli_process
 from manylora.cli import main
 from manylora.studies import load_study
-from manylora.studies.runner import launched, pending
+from manylora.studies.runner import launched, pending, thread_settings
 
 
 def study_file(folder: Path, base: Path, data: Path, **more: Any) -> Path:
@@ -185,6 +185,15 @@ def test_a_launcher_gets_the_command_as_one_shell_word_list() -> None:
     command = ["python", "-m", "x", "a b"]
     assert launched(command, None) == command
     assert launched(command, "srun -c 4 {command}") == ["/bin/sh", "-c", "srun -c 4 python -m x 'a b'"]
+
+
+def test_cells_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manylora.studies.runner.usable_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert set(thread_settings(3).values()) == {"2"}
+    assert set(thread_settings(16).values()) == {"1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert set(thread_settings(3).values()) == {"4"}
 
 
 def test_a_launcher_without_a_place_is_refused(

@@ -63,6 +63,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def thread_settings(workers: int) -> dict[str, str]:
+    """Environment of a cell: its share of the cores, or what OMP_NUM_THREADS says already; MKL would not ask that."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // workers))
+    return dict.fromkeys(_THREAD_SETTINGS, threads)
+
+
 def cell_command(study_file: Path, out: Path, cell: Cell) -> list[str]:
     """The command that runs one cell, here or on any machine that sees the same folders."""
     words = [sys.executable, "-m", "manylora.cli", "compare", str(study_file.absolute())]
@@ -200,8 +206,7 @@ class _Pool:
         folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, WORKERS: str(self.workers)}
         if self.launcher is None:  # a cluster's machines have their own cores
-            threads = str(max(1, usable_cores() // self.workers))
-            environment |= {name: os.environ.get(name, threads) for name in _THREAD_SETTINGS}
+            environment |= thread_settings(self.workers)
         command = launched(cell_command(self.study_file, self.out, cell), self.launcher)
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
