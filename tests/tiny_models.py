@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from manylora.adapters import ManyLoraConfig
 
@@ -43,6 +50,23 @@ def t5() -> T5ForConditionalGeneration:
         dropout_rate=0.0,
     )
     return T5ForConditionalGeneration(config).eval()
+
+
+def bert(vocab: int = VOCAB, length: int = 64) -> BertForSequenceClassification:
+    """A random BERT classifier, 32 wide, without dropout; the same one every time."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=vocab,
+        max_position_embeddings=length,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+    )
+    return BertForSequenceClassification(config).eval()
 
 
 def fill(model: nn.Module, seed: int = 2) -> None:

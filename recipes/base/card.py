@@ -56,7 +56,7 @@ def write_card(out: Path, history: dict) -> None:
         size=history["parameters"] / 1e6,
         tokens=rows * settings["length"] / 1e6,
         minutes=history["seconds"] / 60,
-        stages="\n".join(_stage(stage, done.get(stage["name"], 0)) for stage in history["stages"]),
+        stages=stage_lines(history),
         held_step=found["step"],
         perplexity=found["perplexity"],
         answer_perplexity=found["answer_perplexity"],
@@ -64,6 +64,12 @@ def write_card(out: Path, history: dict) -> None:
         curve="\n".join(f"| {name} | {step} | {loss:.3f} |" for name, step, loss in shown),
     )
     (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def stage_lines(history: dict) -> str:
+    """The stages as rows of a table, with the steps that are done."""
+    done = {name: step for name, step, _ in history["curve"]}
+    return "\n".join(_stage(stage, done.get(stage["name"], 0)) for stage in history["stages"])
 
 
 def _stage(stage: dict, done: int) -> str:

@@ -16,7 +16,13 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from recipes.base.card import write_card
 from recipes.base.corpus import Phase
@@ -100,37 +106,43 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 
 @torch.no_grad()
-def start_as_copier(model: LlamaForCausalLM) -> None:
+def start_as_copier(model: PreTrainedModel) -> None:
     """Start every attention layer as "repeat what is attended to, attend to what looks alike".
 
     W_v is orthogonal and W_o its scaled transpose, so with tied embeddings an attended word is at once more likely;
     half of the heads start with W_q = W_k. From a random start the model needs millions of tokens to find copying.
-    In the manner of mimetic initialisation (Trockman and Kolter, arXiv 2305.09828).
+    In the manner of mimetic initialisation (Trockman and Kolter, arXiv 2305.09828). For models laid out as Llama is;
+    a head of keys and values that several heads of queries share counts for each of them.
     """
     for layer in model.model.layers:
         attention = layer.self_attn
         torch.nn.init.orthogonal_(attention.v_proj.weight)
-        attention.o_proj.weight.copy_(COPY_SCALE * attention.v_proj.weight.T)
+        attention.o_proj.weight.copy_(COPY_SCALE * _for_each_query(attention, attention.v_proj.weight).T)
         torch.nn.init.orthogonal_(attention.k_proj.weight)
         torch.nn.init.orthogonal_(attention.q_proj.weight)
         half = attention.q_proj.weight.shape[0] // 2
-        attention.q_proj.weight[:half] = attention.k_proj.weight[:half]
+        attention.q_proj.weight[:half] = _for_each_query(attention, attention.k_proj.weight)[:half]
         torch.nn.init.normal_(layer.mlp.down_proj.weight, std=0.01)
 
 
-def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+def _for_each_query(attention: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """The rows of a key or value projection, each head of them once for every head of queries that reads it."""
+    heads = weight.unflatten(0, (-1, attention.head_dim))
+    return heads.repeat_interleave(attention.num_key_value_groups, 0).flatten(0, 1)
+
+
+def optimizers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings and norms: fewer steps for the same loss."""
-    blocks = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    blocks = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
     return [
         Muon(blocks, lr=lr, weight_decay=0.05),
         torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
     ]
 
 
-def token_losses(
-    model: LlamaForCausalLM, rows: Rows, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(model: PreTrainedModel, rows: Rows, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of each token given those before it in its document (R, T - 1), and the logits behind it."""
     logits = model(
         input_ids=rows.ids, attention_mask=mask, position_ids=rows.position, use_cache=False
@@ -139,13 +151,13 @@ def token_losses(
     return losses, logits
 
 
-def weighted_loss(model: LlamaForCausalLM, rows: Rows, mask: torch.Tensor) -> torch.Tensor:
+def weighted_loss(model: PreTrainedModel, rows: Rows, mask: torch.Tensor) -> torch.Tensor:
     target = rows.weights[:, 1:]
     return (token_losses(model, rows, mask)[0] * target).sum() / target.sum()
 
 
 @torch.no_grad()
-def held_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 96) -> dict[str, float]:
+def held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: int = 96) -> dict[str, float]:
     """Perplexity on held-out documents, over all tokens and over marked text alone, and accuracy on the latter."""
     every = packed(tokenizer, seed="held-out", rows=rows, length=192, context_weight=0.5)
     losses, hits = [], []
@@ -163,10 +175,10 @@ def held_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: 
     }
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, history: dict) -> None:
-    """The asset: bf16 weights, tokenizer, card. The training copy stays in float32."""
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """The asset: bf16 weights and tokenizer. The training copy stays in float32."""
     state = {name: p.detach().to(torch.bfloat16) for name, p in model.state_dict().items()}
-    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy = type(model)(model.config).to(torch.bfloat16)
     copy.load_state_dict(state)
     copy.config.dtype = torch.bfloat16
     copy.generation_config = GenerationConfig(
@@ -178,40 +190,58 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
     )
     copy.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    write_card(out, history)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one pretraining has of its own; the loop is the same for all."""
+
+    stages: tuple[Stage, ...]
+    build: Callable[[Settings, PreTrainedTokenizerFast], PreTrainedModel]
+    tokenizer: Callable[[Settings], PreTrainedTokenizerFast]
+    """Called once; the result is kept beside the resumable state."""
+    card: Callable[[Path, dict], None] = write_card
+    held_out_rows: int = 96
+
+
+EMBEDDED_BASE = Recipe(
+    stages=STAGES,
+    build=build_model,
+    tokenizer=lambda settings: train_tokenizer(settings.seed, settings.vocab),
+)
 
 
 class Pretraining:
     """The state of one pretraining: which stage, which step of it, model, optimizers and history."""
 
-    def __init__(self, out: Path, work: Path, settings: Settings):
-        self.out, self.work, self.settings = out, work, settings
+    def __init__(self, out: Path, work: Path, settings: Settings, recipe: Recipe = EMBEDDED_BASE):
+        self.out, self.work, self.settings, self.recipe = out, work, settings, recipe
         work.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         if (work / "tokenizer.json").exists():
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(work)
         else:
-            self.tokenizer = train_tokenizer(settings.seed, settings.vocab)
+            self.tokenizer = recipe.tokenizer(settings)
             self.tokenizer.save_pretrained(work)
-        self.model = build_model(settings, self.tokenizer)
+        self.model = recipe.build(settings, self.tokenizer)
         params = sum(p.numel() for p in self.model.parameters())
         self.history: dict = {
             "settings": asdict(settings),
-            "stages": [asdict(stage) for stage in STAGES],
+            "stages": [asdict(stage) for stage in recipe.stages],
             "parameters": params,
             "curve": [],
             "seconds": 0.0,
         }
         self.stage, self.step = 0, 0
-        self.opts = optimizers(self.model, STAGES[0].lr)
+        self.opts = optimizers(self.model, recipe.stages[0].lr)
         if (work / "state.pt").exists():
             saved = torch.load(work / "state.pt", weights_only=True)
             self.stage, self.step = saved["stage"], saved["step"]
             self.model.load_state_dict(saved["model"])
-            self.opts = optimizers(self.model, STAGES[self.stage].lr)
+            self.opts = optimizers(self.model, recipe.stages[self.stage].lr)
             for opt, state in zip(self.opts, saved["opts"], strict=True):
                 opt.load_state_dict(state)
-            self.history = json.loads((work / "history.json").read_text())
+            self.history = json.loads(saved["history"])
 
     def next_stage(self) -> None:
         """Go on from the weights as released: rounded to bfloat16, with new optimizers."""
@@ -219,21 +249,30 @@ class Pretraining:
         with torch.no_grad():
             for p in self.model.parameters():
                 p.copy_(p.to(torch.bfloat16))
-        self.opts = optimizers(self.model, STAGES[self.stage].lr)
+        self.opts = optimizers(self.model, self.recipe.stages[self.stage].lr)
 
     def save(self) -> None:
-        self.history["held_out"] = held_out(self.model, self.tokenizer) | {"step": self.step}
+        self.history["held_out"] = held_out(self.model, self.tokenizer, self.recipe.held_out_rows) | {
+            "step": self.step
+        }
         print(f"held out {self.history['held_out']}", flush=True)
-        save(self.model, self.tokenizer, self.out, self.history)
-        opts = [opt.state_dict() for opt in self.opts]
-        state = {"model": self.model.state_dict(), "opts": opts, "stage": self.stage, "step": self.step}
+        save(self.model, self.tokenizer, self.out)
+        self.recipe.card(self.out, self.history)
+        state = {
+            "model": self.model.state_dict(),
+            "opts": [opt.state_dict() for opt in self.opts],
+            "stage": self.stage,
+            "step": self.step,
+            "history": json.dumps(
+                self.history
+            ),  # in the one file that is replaced whole: a kill leaves both or none
+        }
         torch.save(state, self.work / "state.tmp")
-        (self.work / "history.json").write_text(json.dumps(self.history))
         os.replace(self.work / "state.tmp", self.work / "state.pt")
 
     def rows(self) -> Rows:
         """The rows of the running chunk of steps; a stage draws documents that no other has seen."""
-        stage = STAGES[self.stage]
+        stage = self.recipe.stages[self.stage]
         first = self.step // CHUNK * CHUNK
         prefix = "" if self.settings.seed == 0 else f"{self.settings.seed}/"
         return packed(
@@ -248,20 +287,26 @@ class Pretraining:
         )
 
 
-def train(out: Path, work: Path, settings: Settings, *, compiled: bool, minutes: float) -> dict:
-    run = Pretraining(out, work, settings)
+def train(run: Pretraining, *, compiled: bool, snapshot_minutes: float, minutes: float = math.inf) -> bool:
+    """Train all stages that are left, or `minutes` long; whether all of it is done. Steps decide the result alone."""
     print(f"{run.history['parameters'] / 1e6:.2f} M parameters, vocabulary {len(run.tokenizer)}", flush=True)
     step_loss = torch.compile(weighted_loss) if compiled else weighted_loss
-    while True:
-        train_stage(run, step_loss, minutes)
-        if run.stage + 1 == len(STAGES):
-            return run.history
+    deadline = time.time() + 60 * minutes
+    while train_stage(run, step_loss, snapshot_minutes, deadline):
+        if run.stage + 1 == len(run.recipe.stages):
+            return True
         run.next_stage()
+    return False
 
 
-def train_stage(run: Pretraining, step_loss: Callable[..., torch.Tensor], minutes: float) -> None:
-    """The rest of the running stage."""
-    stage, mean, rows = STAGES[run.stage], None, None
+def train_stage(
+    run: Pretraining,
+    step_loss: Callable[..., torch.Tensor],
+    snapshot_minutes: float,
+    deadline: float = math.inf,
+) -> bool:
+    """The rest of the running stage, or what can be done of it until `deadline`; whether the stage has ended."""
+    stage, mean, rows = run.recipe.stages[run.stage], None, None
     clock = last = time.time()
     seconds, start = run.history["seconds"], run.step
     while run.step < stage.steps:
@@ -280,15 +325,19 @@ def train_stage(run: Pretraining, step_loss: Callable[..., torch.Tensor], minute
             opt.zero_grad(set_to_none=True)
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
         run.step += 1
-        ended = run.step == stage.steps
+        now = time.time()
+        ended, late = run.step == stage.steps, now >= deadline
+        run.history["seconds"] = seconds + now - clock
         if run.step % 25 == 0 or ended:
             run.history["curve"].append([stage.name, run.step, round(mean, 4)])
-            run.history["seconds"] = seconds + time.time() - clock
-            left = (stage.steps - run.step) * (time.time() - clock) / (run.step - start) / 60
+            left = (stage.steps - run.step) * (now - clock) / (run.step - start) / 60
             print(f"{stage.name} {run.step}/{stage.steps} loss {mean:.3f}, {left:.1f} min left", flush=True)
-        if ended or (run.step % CHUNK == 0 and time.time() - last > 60 * minutes):
-            last = time.time()
+        if ended or late or (run.step % CHUNK == 0 and now - last > 60 * snapshot_minutes):
+            last = now
             run.save()
+        if late and not ended:
+            return False
+    return True
 
 
 def main() -> None:
@@ -306,7 +355,11 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     settings = Settings(**{name: getattr(given, name) for name in asdict(Settings())})
     work = given.work or given.out.with_name(given.out.name + "-state")
-    train(given.out, work, settings, compiled=given.compile, minutes=given.snapshot_minutes)
+    train(
+        Pretraining(given.out, work, settings),
+        compiled=given.compile,
+        snapshot_minutes=given.snapshot_minutes,
+    )
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def test_public_names_are_a_reviewed_list() -> None:
         "export",
         "federate",
         "analyze",
+        "compare",
     }
 
 

@@ -25,6 +25,7 @@ VERBS = {
     "export": "write an adapter as plain LoRAs or merged weights, for programs without this package",
     "federate": "fine-tune one model with many clients, of whose adapters only a part travels",
     "analyze": "look into adapters: how alike their A's and B's are, how far they moved, where tasks conflict",
+    "compare": "run a study, methods × seeds × tasks, and try its claims with statistics",
 }
 """Verb to what it does, in the order of a first visit."""
 

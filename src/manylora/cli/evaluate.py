@@ -22,7 +22,8 @@ Generate an answer to every test row, greedily, and print a table of scores per 
   manylora evaluate --data embedded                                  the bare base model, zero-shot
 
 ROUGE-1 and exact match for every row; accuracy where the rows carry a gold `answer` (commonsense and math
-files); option accuracy where a prompt lists OPTIONS."""
+files); option accuracy where a prompt lists OPTIONS. A classifier (train --task-type SEQ_CLS) chooses instead of
+writing, and is scored by accuracy."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,11 +43,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(options: EvaluateOptions) -> int:
-    from manylora.cli.scoring import score, suite_baselines, write_scores
+    from manylora.cli.classifying import evaluate_classifier, is_classifier
+    from manylora.cli.scoring import score, suite_baselines
     from manylora.cli.subjects import load_subject
     from manylora.cli.tables import print_scores
+    from manylora.evaluation import write_scores
 
     data, test = _rows(options)
+    if is_classifier(options.adapter):
+        return evaluate_classifier(options, test)
     subject = load_subject(options.adapter, model=options.model, dtype=options.dtype, device=options.device)
     scores = score(
         subject.model,

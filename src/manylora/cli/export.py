@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from manylora.cli.options import ExportOptions
 from manylora.cli.parsing import parse
-from manylora.errors import ConfigError, ManyLoraError, RunError
+from manylora.errors import ConfigError, ManyLoraError, ModelError, RunError
 
 if TYPE_CHECKING:
     from manylora.adapters import PlainLora
@@ -76,10 +76,14 @@ def _placed(to: str) -> Iterator[Path]:
 
 def _export(options: ExportOptions, folder: Path) -> int:
     from manylora.adapters import expert_names, export_lora, read_adapter
-    from manylora.training import adapter_base_name, adapter_folder
+    from manylora.training import adapter_base_name, adapter_folder, adapter_task_type
     from manylora.training.config import as_list
 
     source = adapter_folder(str(options.adapter))
+    if adapter_task_type(source) == "SEQ_CLS":
+        raise ModelError(
+            f"{options.adapter} classifies: it has a head that a plain LoRA has no place for; load it with PEFT."
+        )
     config, weights = read_adapter(source)
     base = options.model or adapter_base_name(source)
     config.base_model_name_or_path = _outside_name(base)

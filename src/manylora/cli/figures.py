@@ -37,7 +37,7 @@ KEPT = 4
 FOLDER = "runs/figures"
 """Where the figures go unless --out says otherwise."""
 
-_TRAINING = ("tasks", "seeds", "model", "data", "task_column", "r", "epochs", "learning_rate", "dtype")
+_TRAINING = ("tasks", "seeds", "task_type", "model", "data", "task_column", "r", "epochs", "learning_rate", "dtype")
 """Options that the runs depend on."""
 
 
@@ -108,11 +108,9 @@ def _failing(folder: RunFolder) -> Iterator[None]:
 
 
 def training_config(run: FigureRun, options: AnalyzeOptions) -> TrainConfig:
-    """What one run trains: a LoRA on a language model, by the recipe of `manylora train`.
-
-    A classifier on an encoder differs here and nowhere else.
-    """
+    """What one run trains: a LoRA on a language model or an encoder, by the recipe of `manylora train`."""
     return TrainConfig(
+        task_type=options.task_type,
         model=options.model or EMBEDDED,
         data=options.data or EMBEDDED,
         tasks=[run.task],

@@ -11,7 +11,7 @@ from typing import Literal
 
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
-from manylora.training.config import TrainConfig
+from manylora.training.config import TaskType, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +200,8 @@ class AnalyzeOptions:
     figures: bool = False
     """Repeat the paper's figures 1 and 2: train one LoRA for each of two tasks and two or more seeds, then compare
     them. Goes on where it was stopped; finished runs are not trained again."""
+    task_type: TaskType = "CAUSAL_LM"
+    """With --figures: what is trained, a language model that answers or (SEQ_CLS) an encoder that chooses labels."""
     seeds: list[int] | str = "0,1"
     """With --figures: seeds of the runs, as "0,1,2" or a YAML list."""
     r: int = 8
@@ -239,3 +241,40 @@ class AnalyzeOptions:
         unused = [name for name in ("label", "step") if self.figures and getattr(self, name)]
         if unused:
             raise ConfigError(f"--figures does nothing with --{unused[0]}; leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Which study, where, and what to do with it."""
+
+    study: str = ""
+    """YAML file of the study (docs/compare.md). Default: a small study of the embedded suite."""
+    out: str | None = None
+    """Folder of the study; one that is there is continued. Default: runs/compare-NAME."""
+    model: str | None = None
+    """Base model of all methods, in place of the study's."""
+    workers: int | None = None
+    """Cells side by side. Default: as many as cores and memory allow."""
+    launcher: str | None = None
+    """Command that starts a cell elsewhere, such as "srun -c 4 {command}"."""
+    dry_run: bool = False
+    """Print the cells and about how long they take, and stop."""
+    print_cells: bool = False
+    """Print one command for every cell that can run now, and stop."""
+    cell: str | None = None
+    """Run this cell alone, in this process."""
+    tables: bool = False
+    """Print and write the tables of what is done, and run nothing."""
+    from_cells: str | None = None
+    """Rebuild the tables from this cells.jsonl; nothing is trained."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; give 1 or more.")
+        chosen = [
+            f"--{name.replace('_', '-')}"
+            for name in ("dry_run", "print_cells", "cell", "tables", "from_cells")
+            if getattr(self, name)
+        ]
+        if len(chosen) > 1:
+            raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one.")

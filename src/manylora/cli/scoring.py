@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.cli.console import CountProgress
 from manylora.cli.tables import print_scores
 from manylora.data import EMBEDDED, TaskData, encode_prompt
 from manylora.errors import RoutingError
-from manylora.evaluation import Scores, generate_answers, score_all
-from manylora.training import Prepared, RunFolder, write_json, write_text
+from manylora.evaluation import Scores, check_classes, generate_answers, score_all, write_scores
+from manylora.training import Prepared, RunFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,6 +28,9 @@ def check_test(prepared: Prepared) -> None:
         RoutingError, DataError: a task has no expert, a prompt cannot be rendered, labels do not fit.
     """
     test, config = prepared.splits.test, prepared.config
+    if prepared.labels is not None:
+        check_classes(prepared)
+        return
     if config.router == "task" and config.num_experts != 1:
         _check_experts(test, prepared.task_names)
     cut = 0
@@ -54,6 +55,11 @@ def _check_experts(test: TaskData, known: Collection[str]) -> None:
 def score_run(prepared: Prepared, folder: RunFolder, model: PeftModel) -> None:
     """Score a finished training on its test rows, print the table, write predictions.jsonl and scores.json."""
     test = prepared.splits.test
+    if prepared.labels is not None:
+        from manylora.cli.classifying import score_run_of_classes
+
+        score_run_of_classes(prepared, folder, model)
+        return
     if not test:
         print("no test rows (give them with --test); the adapter is in " + str(folder.path / "adapter"))
         return
@@ -117,13 +123,6 @@ def score(
         )
     )
     return score_all(test, {task: list(islice(answers, len(rows))) for task, rows in test.items()})
-
-
-def write_scores(folder: Path, scores: Scores, baselines: Mapping[str, Mapping[str, float]]) -> None:
-    """Write predictions.jsonl and then scores.json."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
-    write_text(folder / "predictions.jsonl", "".join(lines))
-    write_json(folder / "scores.json", {**scores.to_dict(), "baselines": baselines})
 
 
 def suite_baselines(source: str, tasks: list[str], *, limit: int | None) -> dict[str, dict[str, float]]:

@@ -14,6 +14,7 @@ from manylora.training import (
     RunFolder,
     adapter_base_name,
     adapter_folder,
+    adapter_task_type,
     load_adapter,
     load_base,
     load_tokenizer,
@@ -80,6 +81,10 @@ def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: 
         base = load_base(name, dtype=dtype, device=device).eval()
         return Subject(model=base, tokenizer=tokenizer, experts=None, answer_tokens={})
     folder = adapter_folder(adapter)
+    if adapter_task_type(folder) == "SEQ_CLS":
+        raise ModelError(
+            f"{adapter} classifies and writes no text; score it with: manylora evaluate --adapter {adapter}"
+        )
     name = model or adapter_base_name(folder)
     tokenizer = load_tokenizer(name)
     adapted = load_adapter(load_base(name, dtype=dtype, device=device), folder)

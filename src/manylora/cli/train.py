@@ -27,6 +27,7 @@ Without options this is the main job: ALoRA (3 experts, one shared B, rank 8) on
   manylora train --dry-run                                  what would be done, and what it needs
   manylora train --data flan8/train --test flan8/test       your own rows (JSON, JSONL, CSV, Parquet, Hub id)
   manylora train --model meta-llama/Llama-3.2-1B --r 16     another base model
+  manylora train --task-type SEQ_CLS --model DIR --data …   an encoder such as BERT that chooses among labels
   manylora train --resume runs/train-001                    go on after a crash"""
 
 
@@ -119,5 +120,9 @@ def _work(prepared: Prepared, folder: RunFolder) -> int:
         raise
     print(f"training {seconds['training']:.0f} s, evaluation {seconds['evaluation']:.0f} s")
     draw_report(folder.path)
-    print(f"next: manylora predict --adapter {shlex.quote(str(folder.path))} 'your prompt'")
+    name = shlex.quote(str(folder.path))
+    if prepared.labels is None:
+        print(f"next: manylora predict --adapter {name} 'your prompt'")
+    else:
+        print(f"next: manylora evaluate --adapter {name} --data FILE")
     return 0

@@ -8,7 +8,7 @@ needs them.
 from manylora.data.examples import Example, Form, Message, TaskData
 from manylora.data.formats import ACCEPTED_FORMS, parse_row
 from manylora.data.mixing import STRATEGIES, Strategy, mixture_schedule, mixture_shares
-from manylora.data.options import options_of
+from manylora.data.options import options_of, without_options
 from manylora.data.partition import PARTITIONS, Partition, partition
 from manylora.data.prompts import (
     IGNORED_LABEL,
@@ -57,4 +57,5 @@ __all__ = [
     "partition",
     "prompt_text",
     "render_prompt",
+    "without_options",
 ]

@@ -17,14 +17,31 @@ def options_of(text: str) -> list[str]:
     >>> options_of("Is it?\nOPTIONS:\n- yes\n- no\n\n### Response:\n")
     ['yes', 'no']
     """
+    return _last_list(text)[0]
+
+
+def without_options(text: str) -> str:
+    r"""The text without the list that `options_of` reads, and without white space at its end.
+
+    >>> without_options("Is it?\n\nOPTIONS:\n- yes\n- no")
+    'Is it?'
+    """
+    options, start, end = _last_list(text)
+    return (text[:start] + text[end:]).rstrip() if options else text.rstrip()
+
+
+def _last_list(text: str) -> tuple[list[str], int, int]:
+    """The options of the last list, and where it starts and ends in the text."""
     headings = list(_HEADING.finditer(text))
     if not headings:
-        return []
+        return [], 0, 0
     options: list[str] = []
-    for line in text[headings[-1].end() :].split("\n"):
+    end = headings[-1].end()
+    for line in text[end:].split("\n"):
         match = _OPTION.fullmatch(line.rstrip("\r"))
         if match:
             options.append(match["text"])
         elif options or line.strip():
             break
-    return options
+        end += len(line) + 1
+    return options, headings[-1].start(), min(end, len(text))

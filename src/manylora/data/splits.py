@@ -36,6 +36,7 @@ def load_splits(
     seed: int = 0,
     validation_fraction: float = 0.1,
     limit: int | None = None,
+    spread: bool = False,
 ) -> Splits:
     """Load all rows of a run.
 
@@ -51,14 +52,20 @@ def load_splits(
         seed: of the validation cut. It does not change the embedded suite.
         validation_fraction: share of each task's training rows that a cut takes; 0 cuts none.
         limit: the most rows per task and source, taken before the cut. Default: all.
+        spread: take them at even distances over the task's rows, not the first ones; the choice is the same each time.
 
     Raises:
         DataError: see `load_examples`; also where a task has no training row with an answer.
         ConfigError: a setting cannot be.
     """
 
+    def load(source: str | Path, split: str, only: Sequence[str] | None = None) -> dict[str, list[Example]]:
+        first = None if spread else limit
+        found = load_examples(source, task_column=task_column, tasks=only, split=split, limit=first)
+        return {task: _spread(rows, limit) for task, rows in found.items()} if spread and limit else found
+
     def load_side(source: str | Path, split: str) -> dict[str, list[Example]]:
-        found = load_examples(source, task_column=task_column, split=split, limit=limit)
+        found = load(source, split)
         kept = {task: found[task] for task in tasks or found if task in found}
         if not kept:
             raise DataError(
@@ -67,7 +74,7 @@ def load_splits(
             )
         return kept
 
-    train = load_examples(data, task_column=task_column, tasks=tasks, split="train", limit=limit)
+    train = load(data, "train", tasks)
     train, dropped = _trainable(train)
     there = available_splits(data) if test is None or validation is None else ()
     if validation is not None or "validation" in there:
@@ -87,6 +94,12 @@ def load_splits(
         leaks=_count_leaks(tested, train, held_out),
         dropped=dropped,
     )
+
+
+def _spread(rows: list[Example], limit: int) -> list[Example]:
+    if limit >= len(rows):
+        return rows
+    return [rows[place * len(rows) // limit] for place in range(limit)]
 
 
 def cut_validation(

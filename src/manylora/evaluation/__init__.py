@@ -5,6 +5,14 @@ every score comes with its n and standard error. Importing the room loads neithe
 functions that generate import them.
 """
 
+from manylora.evaluation.classes import (
+    check_classes,
+    classify,
+    majority_scores,
+    read_labels,
+    score_classifier,
+    score_labels,
+)
 from manylora.evaluation.collapse import Loss, collapse_router, paired_loss
 from manylora.evaluation.generation import (
     MAX_LENGTH,
@@ -14,6 +22,7 @@ from manylora.evaluation.generation import (
     truncated_prompts,
 )
 from manylora.evaluation.metrics import chosen_option, exact_match, normalise, option_accuracy, rouge1
+from manylora.evaluation.results import write_scores
 from manylora.evaluation.rules import RULES, TASK_RULES, AnswerRule, rules_for
 from manylora.evaluation.score import (
     Estimate,
@@ -36,21 +45,28 @@ __all__ = [
     "ScoredExample",
     "Scores",
     "TaskScore",
+    "check_classes",
     "chosen_option",
+    "classify",
     "collapse_router",
     "delta_m",
     "exact_match",
     "generate_answers",
+    "majority_scores",
     "normalise",
     "option_accuracy",
     "paired_loss",
+    "read_labels",
     "rouge1",
     "rules_for",
     "score_all",
+    "score_classifier",
+    "score_labels",
     "score_task",
     "scores_table",
     "standard_error",
     "stop_token_ids",
     "stream_answer",
     "truncated_prompts",
+    "write_scores",
 ]

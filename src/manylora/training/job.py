@@ -7,8 +7,9 @@ import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -17,11 +18,14 @@ from transformers import set_seed
 from manylora.data import Splits, load_splits, mixture_schedule
 from manylora.errors import ConfigError, DataError, RunError
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
-from manylora.training.config import TrainConfig
+from manylora.training.config import TrainConfig, as_list
+from manylora.training.labels import LabelCollator, LabelSets, LabelTrainer, encode_labelled
 from manylora.training.models import (
     base_fingerprint,
     first_line,
+    head_modules,
     load_base,
+    load_classifier,
     load_config,
     load_tokenizer,
     pick_device,
@@ -45,7 +49,7 @@ from manylora.training.trainer import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with step, number of steps and the trainer's log."""
@@ -67,6 +71,8 @@ class Prepared:
     most_answer_tokens: int
     """Half of the model's context: one long training answer must not take the prompts' room."""
     plan: Plan
+    labels: LabelSets | None = None
+    """With task type SEQ_CLS, each task's labels."""
 
     @property
     def task_names(self) -> list[str]:
@@ -82,8 +88,12 @@ class Prepared:
         }
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
     """Load and encode the data and compute the plan.
+
+    Args:
+        config: of the run.
+        splits: rows to use in place of those that `config` names.
 
     Raises:
         DataError, ModelError, ConfigError, TargetModulesError: what is wrong with the input.
@@ -91,23 +101,17 @@ def prepare(config: TrainConfig) -> Prepared:
     config = config.resolved()
     if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError("report_to tensorboard needs another package: pip install 'manylora[tensorboard]'.")
-    splits = load_splits(
-        data=config.data,
-        test=config.test,
-        validation=config.validation,
-        tasks=config.tasks,
-        task_column=config.task_column,
-        seed=config.seed,
-        validation_fraction=config.validation_fraction,
-        limit=config.limit,
-    )
+    splits = splits or all_rows(config)
     config = _with_experts(config, tasks=len(splits.train))
-    tokenizer = load_tokenizer(config.model)
-    context = getattr(load_config(config.model), "max_position_embeddings", None)
+    tokenizer = load_tokenizer(config.model, task_type=config.task_type)
+    architecture = load_config(config.model, task_type=config.task_type)
+    context = getattr(architecture, "max_position_embeddings", None)
+    labels = _labels(splits) if config.task_type == "SEQ_CLS" else None
+    lengths: dict[str, Any] = {"max_length": config.max_length, "context_length": context}
     train, validation = (
-        encode_tasks(
-            part, tokenizer, max_length=config.max_length, context_length=context, loss_on=config.loss_on
-        )
+        encode_labelled(part, tokenizer, labels, **lengths)
+        if labels
+        else encode_tasks(part, tokenizer, loss_on=config.loss_on, **lengths)
         for part in (splits.train, splits.validation)
     )
     _refuse_unknown(validation, train)
@@ -129,7 +133,34 @@ def prepare(config: TrainConfig) -> Prepared:
         order=order,
         steps_per_epoch=steps_per_epoch,
         most_answer_tokens=(context or 2**20) // 2,
-        plan=_plan(config, splits, train, validation, order),
+        plan=_plan(config, splits, train, validation, order, labels=labels),
+        labels=labels,
+    )
+
+
+def _labels(splits: Splits) -> LabelSets:
+    """The labels of the training rows, those that a cut has moved to validation included."""
+    return LabelSets.of(
+        {task: [*rows, *splits.validation.get(task, ())] for task, rows in splits.train.items()}
+    )
+
+
+def all_rows(config: TrainConfig) -> Splits:
+    """The rows that a resolved `config` names.
+
+    Raises:
+        DataError: what is wrong with them.
+    """
+    return load_splits(
+        data=config.data,
+        test=config.test,
+        validation=config.validation,
+        tasks=as_list(config.tasks),
+        task_column=config.task_column,
+        seed=config.seed,
+        validation_fraction=config.validation_fraction,
+        limit=config.limit,
+        spread=config.task_type == "SEQ_CLS",  # files are often sorted by label, as FLAN's are
     )
 
 
@@ -159,8 +190,11 @@ def _plan(
     train: Sequence[EncodedTask],
     validation: Sequence[EncodedTask],
     order: Sequence[int],
+    *,
+    labels: LabelSets | None,
 ) -> Plan:
-    model = shadow_model(config, adapter_config(config, task_names=[task.name for task in train]))
+    adapter = adapter_config(config, task_names=[task.name for task in train])
+    model = shadow_model(config, adapter, labels=labels.count if labels else 0)
     trainable, total = model.get_nb_trainable_parameters()
     modules = count_modules(model)
     lengths = [len(row.input_ids) for task in train for row in task.rows]
@@ -200,8 +234,19 @@ def _plan(
 def build_model(prepared: Prepared) -> PeftModel:
     """The base with a fresh adapter, initialised from the run's seed."""
     config = prepared.config
-    base = load_base(config.model, dtype=config.dtype, device=config.device)
     adapter = adapter_config(config, task_names=prepared.task_names)
+    if prepared.labels:
+        base = load_classifier(
+            config.model,
+            labels=prepared.labels.count,
+            pad_token_id=prepared.tokenizer.pad_token_id,
+            seed=config.seed,
+            dtype=config.dtype,
+            device=config.device,
+        )
+        adapter.modules_to_save = head_modules(base)
+    else:
+        base = load_base(config.model, dtype=config.dtype, device=config.device)
     adapter.base_fingerprint = base_fingerprint(base)
     set_seed(config.seed)
     model = get_peft_model(base, adapter)
@@ -209,18 +254,33 @@ def build_model(prepared: Prepared) -> PeftModel:
     return model
 
 
-def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None) -> PeftModel:
+def finetune(
+    prepared: Prepared,
+    run: RunFolder,
+    *,
+    report: Report | None = None,
+    model: PeftModel | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PeftModel:
     """Train until the plan is done and place `adapter/` in the run folder.
 
     Continues from the newest complete checkpoint where there is one, and then ends with the weights an unbroken
     run would have had (bit-identical on one CPU with one number of threads).
 
+    Args:
+        prepared: the plan.
+        run: where to write.
+        report: told of every log.
+        model: the model to train, the same one when the run is continued. Default: from `build_model`.
+        callbacks: further ones for the trainer.
+
     Raises:
         RunError: the run was begun on other data.
     """
-    model = build_model(prepared)
+    model = build_model(prepared) if model is None else model
+    rows = [*prepared.train, *prepared.validation]
     prints = {
-        "data": data_fingerprint([*prepared.train, *prepared.validation]),
+        "data": data_fingerprint(rows, labelled=prepared.labels is not None),
         "base": model.active_peft_config.base_fingerprint,
     }
     for what, known in run.state.get("fingerprints", prints).items():
@@ -231,7 +291,7 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
             )
     run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
     run.drop_incomplete()
-    trainer = _trainer(prepared, run, model, report)
+    trainer = _trainer(prepared, run, model, report, callbacks)
     kept = snapshot_steps(prepared.plan.steps, prepared.config.keep_adapters)
     trainer.add_callback(SnapshotRecorder(run.path, model, kept))
     checkpoint = run.newest_checkpoint()
@@ -256,10 +316,21 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
     return model
 
 
-def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Report | None) -> ManyTaskTrainer:
+def _trainer(
+    prepared: Prepared,
+    run: RunFolder,
+    model: PeftModel,
+    report: Report | None,
+    callbacks: Sequence[TrainerCallback],
+) -> ManyTaskTrainer:
     config, plan = prepared.config, prepared.plan
-    callbacks = [RunRecorder(run, keep_best=config.keep == "best")]
-    return ManyTaskTrainer(
+    recorder = RunRecorder(run, keep_best=config.keep == "best")
+    kind, collate = (
+        (partial(LabelTrainer, labels=prepared.labels), LabelCollator)
+        if prepared.labels
+        else (ManyTaskTrainer, Collator)
+    )
+    return kind(
         task_names=prepared.task_names,
         route_by_task=config.router == "task" and config.num_experts != 1,
         model=model,
@@ -275,8 +346,8 @@ def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Repor
         eval_dataset=EncodedRows.of(prepared.validation, prepared.task_names)
         if prepared.validation
         else None,
-        data_collator=Collator(pad_token_id=prepared.tokenizer.pad_token_id),
-        callbacks=[*callbacks, *([Reporter(report)] if report else [])],
+        data_collator=collate(pad_token_id=prepared.tokenizer.pad_token_id),
+        callbacks=[recorder, *([Reporter(report)] if report else []), *callbacks],
     )
 
 
@@ -287,7 +358,7 @@ def _save(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
     model.save_pretrained(str(partial), save_embedding_layers=False)  # else PEFT asks the Hub about the base
     prepared.tokenizer.save_pretrained(str(partial))
     run.place_folder("adapter", partial)
-    facts = {
+    facts: dict[str, dict[str, Any]] = {
         task.name: {
             "expert": index,
             "train_rows": len(task.rows),
@@ -295,4 +366,8 @@ def _save(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
         }
         for index, task in enumerate(prepared.train)
     }
+    if prepared.labels:
+        for name, labels in prepared.labels.tasks.items():
+            del facts[name]["answer_tokens"]
+            facts[name] |= {"labels": list(labels), "majority": prepared.labels.majority[name]}
     write_json(run.path / "tasks.json", {"max_length": prepared.config.max_length, "tasks": facts})

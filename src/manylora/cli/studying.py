@@ -1,0 +1,184 @@
+"""What a person sees of a study: its cells, their progress, its tables and verdicts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from manylora.cli.console import duration
+from manylora.cli.tables import console
+
+if TYPE_CHECKING:
+    from manylora.studies import Cell, Progress, Study
+
+_MIB = 2**20
+_NONE = "–"
+
+
+class CellProgress:
+    """One line for each cell that ends, on standard error."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers, self._done, self._total = workers, 0, 0
+
+    def as_hooks(self) -> Progress:
+        """For the runner."""
+        from manylora.studies import Progress
+
+        return Progress(began=self._began, ended=self._ended, failed=self._failed)
+
+    def _began(self, cell: Cell, number: int, total: int) -> None:
+        if number == 1:
+            self._done, self._total = 0, total
+            rows = "validation rows, to choose the learning rate" if cell.stage == "screen" else "test rows"
+            self._print(f"{total} cells, {self._workers} side by side, scored on {rows}")
+
+    def _ended(self, cell: Cell, seconds: float, left: float) -> None:
+        self._done += 1
+        self._print(f"{self._done}/{self._total}  {cell.id}  {seconds:.0f} s  {duration(left)} left")
+
+    def _failed(self, cell: Cell, log: Path) -> None:
+        self._done += 1
+        self._print(f"{self._done}/{self._total}  {cell.id}  failed: {_last_line(log)}  (log: {log})")
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return "no log"
+    return lines[-1][:200] if lines else "it wrote nothing"
+
+
+def print_study(summary: Mapping[str, Any]) -> None:
+    """Table, learning rates, costs, curves, claims and notes of a study."""
+    out = console()
+    out.print(f"{summary['name']}: {summary['question']}" if summary["question"] else summary["name"])
+    out.print(_scores(summary))
+    out.print(_costs(summary))
+    if summary["curves"]:
+        out.print(_curves(summary))
+    for claim in summary["claims"]:
+        out.print(f"• {claim['text']}", soft_wrap=True)
+    for note in summary["notes"]:
+        out.print(f"note: {note}", soft_wrap=True)
+    if summary["missing"]:
+        out.print(f"missing: {', '.join(summary['missing'])}", soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    return table
+
+
+def _scores(summary: Mapping[str, Any]) -> Table:
+    """A row per task, a column per method: as many methods as fit, and always every task."""
+    methods: Sequence[str] = summary["methods"]
+    cells = {(row["method"], row["task"]): row for row in summary["table"]}
+    columns = list(dict.fromkeys(row["task"] for row in summary["table"]))
+    seeds = max(row["n"] for row in summary["table"])
+    table = _table(f"test scores: mean ± 95 % interval over {seeds} seeds", "method", *columns, "Δm%")
+    deltas = {row["method"]: row for row in summary["delta_m"]}
+    for method in methods:
+        table.add_row(
+            method,
+            *(_estimate(cells[method, column]) for column in columns),
+            _estimate(deltas[method]) if method in deltas else _NONE,
+            style="bold" if method == summary["reference"] else "",
+        )
+    return table
+
+
+def _estimate(row: Mapping[str, Any]) -> str:
+    if row["low"] is None:
+        return f"{row['mean']:.2f}"
+    return f"{row['mean']:.2f}\n± {(row['high'] - row['low']) / 2:.2f}"
+
+
+def _costs(summary: Mapping[str, Any]) -> Table:
+    table = _table(
+        "cost of a cell", "method", "learning rate", "parameters", "seconds", "(range)", "CPU s", "peak MiB"
+    )
+    for row in summary["costs"]:
+        rate = summary["learning_rates"][row["method"]]
+        table.add_row(
+            row["method"],
+            f"{rate:g}" if rate is not None else "default",
+            f"{row['parameters']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['seconds_low']:.1f}–{row['seconds_high']:.1f}",
+            f"{row['cpu_seconds']:.1f}",
+            f"{row['peak_bytes'] / _MIB:,.0f}",
+        )
+    return table
+
+
+def _curves(summary: Mapping[str, Any]) -> Table:
+    epochs = list(dict.fromkeys(row["epoch"] for row in summary["curves"]))
+    table = _table("mean score after epochs (Δm% against single-task training of as many)", "method",
+                   *(f"{epoch:g}" for epoch in epochs))  # fmt: skip
+    rows = {(row["method"], row["epoch"]): row for row in summary["curves"]}
+    for method in dict.fromkeys(row["method"] for row in summary["curves"]):
+        shown = []
+        for epoch in epochs:
+            row = rows.get((method, epoch))
+            if row is None:
+                shown.append(_NONE)
+                continue
+            delta = row["delta_m"]
+            shown.append(_estimate(row) + (f"\nΔ {delta['mean']:.1f} %" if delta else ""))
+        table.add_row(method, *shown)
+    return table
+
+
+def print_cells_plan(study: Study, out: Path, *, workers: int) -> None:
+    """The cells of a study, which are done, and about how long the others take."""
+    from manylora.studies.cells import Cell, screening_cells
+    from manylora.studies.estimate import estimate_seconds
+
+    screening = screening_cells(study)
+    final = [
+        Cell(stage="final", method=name, seed=seed, learning_rate=None)
+        for seed in study.seeds
+        for name in study.names
+    ]
+    seconds, source = estimate_seconds(study, out)
+    table = _table(f"{study.name}: {len(screening)} + {len(final)} cells", "method", "kind", "screening",
+                   "final", "done", "s a cell")  # fmt: skip
+    left = 0.0
+    for method in study.methods:
+        own = [cell for cell in (*screening, *final) if cell.method == method.name]
+        done = sum(cell.result(out) is not None for cell in own)
+        left += seconds[method.name] * (len(own) - done)
+        table.add_row(
+            method.name,
+            method.kind,
+            str(sum(cell.stage == "screen" for cell in own)),
+            str(sum(cell.stage == "final" for cell in own)),
+            str(done),
+            f"{seconds[method.name]:.0f}",
+        )
+    printed = console()
+    printed.print(table)
+    if screening:
+        rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+        printed.print(
+            f"learning rates {rates}, chosen on validation rows with seeds {', '.join(map(str, study.screening_seeds))}"
+        )
+    printed.print(f"seeds {', '.join(map(str, study.seeds))}; {len(study.claims)} claims:")
+    for contrast in study.claims:
+        printed.print(f"• {contrast.sentence}", soft_wrap=True)
+    printed.print(
+        f"about {left / 60:.0f} minutes of one core, {left / 60 / workers:.0f} minutes with {workers} cells side by "
+        f"side ({source})"
+    )

@@ -1,0 +1,139 @@
+"""A claim about two methods, tried on paired scores: supported, not supported, or undecided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from manylora.evaluation.comparison import (
+    ALPHA,
+    Examples,
+    PairedTest,
+    bootstrap_means,
+    holm,
+    paired_t,
+    smallest_detectable,
+)
+
+Verdict: TypeAlias = Literal["supported", "not supported", "undecided"]
+ClaimKind: TypeAlias = Literal["better", "no worse"]
+
+_NORMAL_975, _NORMAL_80 = 1.959964, 0.841621
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What the data say about a difference, first minus second, in points."""
+
+    test: PairedTest
+    p_holm: float
+    """p, adjusted for all "better" claims of the study."""
+    bootstrap: tuple[float, float]
+    """95 % interval over seeds and test examples together; NaN without per-example scores."""
+    one_sided: tuple[float, float]
+    """The wider of both readings' one-sided 95 % bounds: the difference is above the first, below the second."""
+    detectable: float
+    """Smallest difference that this study would have found in both readings with power 0.8."""
+    verdict: Verdict
+
+
+def try_claims(
+    kinds: Sequence[ClaimKind],
+    firsts: Sequence[Sequence[float]],
+    seconds: Sequence[Sequence[float]],
+    examples: Sequence[Examples | None],
+    *,
+    margin: float = 1.0,
+    seed: int = 0,
+) -> list[Trial]:
+    """Try every claim of a study; Holm's correction runs over all its "better" claims.
+
+    "better" is supported where the difference is above 0 by the corrected t test and by the bootstrap; not supported
+    where it is below 0 by both, or where both readings' one-sided 95 % bounds exclude a gain of `margin`.
+    "no worse" (non-inferiority) is supported where both one-sided 95 % bounds exclude a loss of `margin`; not
+    supported where both show a loss above it. Everything else, and any study of one seed, is undecided.
+
+    Args:
+        kinds: of each claim.
+        firsts: of each claim, its first method's score per seed.
+        seconds: the second method's scores of the same seeds.
+        examples: of each claim, task to paired differences per example, (seeds, examples); None: there are none.
+        margin: points that count as nothing.
+        seed: of the bootstrap.
+    """
+    tests = [paired_t(first, second) for first, second in zip(firsts, seconds, strict=True)]
+    family = [test.p if kind == "better" else math.nan for kind, test in zip(kinds, tests, strict=True)]
+    adjusted = holm(family)
+    return [
+        _trial(kind, test, p_holm, first, second, paired, margin=margin, seed=seed)
+        for kind, test, p_holm, first, second, paired in zip(
+            kinds, tests, adjusted, firsts, seconds, examples, strict=True
+        )
+    ]
+
+
+def _trial(
+    kind: ClaimKind,
+    test: PairedTest,
+    p_holm: float,
+    first: Sequence[float],
+    second: Sequence[float],
+    paired: Examples | None,
+    *,
+    margin: float,
+    seed: int,
+) -> Trial:
+    import numpy as np
+
+    one = paired_t(first, second, level=0.9)  # its ends are one-sided 95 % bounds
+    low, high, floor, ceiling, spread = math.nan, math.nan, one.low, one.high, 0.0
+    if paired is not None:
+        draws = bootstrap_means(paired, seed=seed)
+        low, floor_, ceiling_, high = map(float, np.quantile(draws, [0.025, 0.05, 0.95, 0.975]))
+        floor, ceiling, spread = min(floor, floor_), max(ceiling, ceiling_), float(draws.std(ddof=1))
+    deviation = math.sqrt(
+        math.fsum((a - b - test.difference) ** 2 for a, b in zip(first, second, strict=True))
+        / max(1, test.n - 1)
+    )
+    detectable = max(
+        smallest_detectable(deviation, test.n), (_NORMAL_975 + _NORMAL_80) * spread, key=_nan_first
+    )
+    verdict: Verdict = "undecided"
+    if test.n > 1:
+        verdict = (
+            _better(test, p_holm, (low, high), ceiling, margin)
+            if kind == "better"
+            else _no_worse(floor, ceiling, margin)
+        )
+    return Trial(
+        test=test,
+        p_holm=p_holm,
+        bootstrap=(low, high),
+        one_sided=(floor, ceiling),
+        detectable=detectable,
+        verdict=verdict,
+    )
+
+
+def _nan_first(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _better(
+    test: PairedTest, p_holm: float, bootstrap: tuple[float, float], ceiling: float, margin: float
+) -> Verdict:
+    low, high = bootstrap
+    significant = p_holm < ALPHA
+    if significant and test.difference > 0 and not low <= 0:
+        return "supported"
+    if (significant and test.difference < 0 and not high >= 0) or ceiling < margin:
+        return "not supported"
+    return "undecided"
+
+
+def _no_worse(floor: float, ceiling: float, margin: float) -> Verdict:
+    if floor > -margin:
+        return "supported"
+    return "not supported" if ceiling < -margin else "undecided"

@@ -1,0 +1,57 @@
+"""The studies room: a study is methods × seeds × tasks, run cell by cell, and tried with statistics.
+
+`config` reads a study from YAML, `presets` names methods, `kinds` lists what can be a cell (`train_cells`,
+`federated_cells`, `transfer_cells`), `cells` says who cells are and keeps their results, `runner` runs them as
+processes, `tables` turns results into numbers and verdicts.
+
+Its names are imported on first use, because torch and transformers take seconds and `--help` needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manylora.studies.cells import Cell, read_cells, results_of, run_cell, write_cells
+    from manylora.studies.config import Contrast, Method, Study, load_study, parse_study
+    from manylora.studies.kinds import KINDS, Job, Measured
+    from manylora.studies.presets import PRESETS
+    from manylora.studies.runner import Progress, run_study
+    from manylora.studies.tables import summarise
+
+_HOME = {
+    "cells": ("Cell", "read_cells", "results_of", "run_cell", "write_cells"),
+    "config": ("Contrast", "Method", "Study", "load_study", "parse_study"),
+    "kinds": ("KINDS", "Job", "Measured"),
+    "presets": ("PRESETS",),
+    "runner": ("Progress", "run_study"),
+    "tables": ("summarise",),
+}
+
+__all__ = [
+    "KINDS",
+    "PRESETS",
+    "Cell",
+    "Contrast",
+    "Job",
+    "Measured",
+    "Method",
+    "Progress",
+    "Study",
+    "load_study",
+    "parse_study",
+    "read_cells",
+    "results_of",
+    "run_cell",
+    "run_study",
+    "summarise",
+    "write_cells",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"manylora.studies.{module}"), name)
+    raise AttributeError(f"module 'manylora.studies' has no attribute {name!r}")

@@ -1,0 +1,325 @@
+"""What a study is: methods × seeds × tasks, the learning rates to choose from, and the claims named beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from manylora.errors import ConfigError
+from manylora.evaluation.claims import ClaimKind
+from manylora.studies.presets import PRESETS
+
+MEAN = "mean"
+"""Where a task may be named: the mean over all tasks."""
+
+_RESERVED = frozenset({"seed", "learning_rate", "out"})
+"""Settings that a study gives each cell itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of a study's table."""
+
+    name: str
+    kind: str
+    """Which code runs its cells; see `manylora.studies.kinds`."""
+    settings: Mapping[str, Any]
+    """Of the kind: those of the study, overridden by the method's own."""
+    single: str | None = None
+    """The method that Δm% compares with. Default: the study's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """A claim about two methods, named before the study runs."""
+
+    first: str
+    second: str
+    claim: ClaimKind = "better"
+    """better: first scores higher than second; no worse: it loses less than the margin."""
+    task: str = MEAN
+    """A task, a group of tasks, or "mean", over all tasks."""
+    text: str = ""
+    """The claim in words. Default: made from the names."""
+
+    @property
+    def sentence(self) -> str:
+        """The claim in words."""
+        if self.text:
+            return self.text
+        where = "" if self.task == MEAN else f" on {self.task}"
+        verb = "scores higher than" if self.claim == "better" else "is no worse than"
+        return f"{self.first} {verb} {self.second}{where}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study, checked; `load_study` reads it from YAML."""
+
+    name: str
+    methods: tuple[Method, ...]
+    question: str = ""
+    reference: str = "alora"
+    """The method that all others are tried against where no contrasts are named. Default where there is no "alora":
+    the first contrast's first, or the first method."""
+    single: str | None = None
+    """The method that Δm% compares with. Default: "lora-per-task" where the study has it."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of the cells that are scored on the test rows."""
+    learning_rates: tuple[float, ...] = ()
+    """The grid, the same for every method; chosen on validation rows. Default: none, each kind's own rate."""
+    screening_seeds: tuple[int, ...] = (1000,)
+    """Seeds of the cells that choose the learning rate, scored on validation rows."""
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further means: name to tasks, or patterns such as "*@8"."""
+    contrasts: tuple[Contrast, ...] = ()
+    """Default: the reference is better than each other method."""
+    margin: float = 1.0
+    """Points that count as nothing."""
+    caveat: str = ""
+    """Printed under every table: what was cut."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """The settings as they were written down."""
+
+    def method(self, name: str) -> Method:
+        """The method of this name."""
+        return next(method for method in self.methods if method.name == name)
+
+    @property
+    def names(self) -> list[str]:
+        """Every method's name, in order."""
+        return [method.name for method in self.methods]
+
+    @property
+    def claims(self) -> tuple[Contrast, ...]:
+        """The contrasts; without any, the reference against each other method."""
+        return self.contrasts or tuple(
+            Contrast(first=self.reference, second=name) for name in self.names if name != self.reference
+        )
+
+    def single_of(self, method: str) -> str | None:
+        """The method that this one's Δm% compares with."""
+        own = self.method(method).single or self.single
+        return own or ("lora-per-task" if "lora-per-task" in self.names else None)
+
+    def tasks_of(self, on: str, tasks: Sequence[str]) -> list[str]:
+        """The tasks that a task, a group or "mean" stands for.
+
+        Raises:
+            ConfigError: none of `tasks`.
+        """
+        if on == MEAN:
+            return list(tasks)
+        patterns = self.groups.get(on, (on,))
+        found = [task for task in tasks if any(fnmatch.fnmatchcase(task, pattern) for pattern in patterns)]
+        if not found:
+            raise ConfigError(f"{on!r} is no task of this study; its tasks are {', '.join(tasks)}.")
+        return found
+
+
+_KEYS = {field.name for field in dataclasses.fields(Study)} - {"source"} | {"model", "settings"}
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study from a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or what it says cannot be; the message names the file.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigError(f"{path} cannot be read ({reason}); give a study as a YAML file.") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}).") from error
+    try:
+        return parse_study(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_study(values: object) -> Study:
+    """Check a study's settings.
+
+    Raises:
+        ConfigError: an unknown key (with a guess), a value that cannot be, or a contrast of unknown methods.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError("a study is a mapping with name, methods and more; see docs/compare.md.")
+    refuse_unknown(values, _KEYS, "the study")
+    common = _mapping(values.get("settings"), "settings")
+    if "model" in values:
+        common = {**common, "model": values["model"]}
+    methods = _methods(values.get("methods"), common)
+    names = [method.name for method in methods]
+    plain = {
+        key: values[key] for key in ("name", "question", "reference", "single", "caveat") if values.get(key)
+    }
+    for key, value in plain.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{key} is {value!r}; give text.")
+    if "name" not in plain or not all(c.isalnum() or c in "-_." for c in plain["name"]):
+        raise ConfigError(f"name is {values.get('name')!r}; give one of letters, digits, - and _.")
+    study = Study(
+        **plain,
+        methods=methods,
+        seeds=_numbers(values.get("seeds", (0, 1)), "seeds", int),
+        learning_rates=_numbers(values.get("learning_rates", ()), "learning_rates", float),
+        screening_seeds=_numbers(values.get("screening_seeds", (1000,)), "screening_seeds", int),
+        groups={
+            name: tuple(_texts(tasks, f"group {name}"))
+            for name, tasks in _mapping(values.get("groups"), "groups").items()
+        },
+        contrasts=tuple(_contrast(entry) for entry in _list(values.get("contrasts"), "contrasts")),
+        margin=_number(values.get("margin", 1.0), "margin"),
+        source=dict(values),
+    )
+    if not study.seeds:
+        raise ConfigError("seeds is empty; give two to screen, five or more to confirm.")
+    if study.learning_rates and not study.screening_seeds:
+        raise ConfigError("screening_seeds is empty; give one or more to choose the learning rate with.")
+    if "reference" not in plain and study.reference not in names:
+        first = study.contrasts[0].first if study.contrasts else names[0]
+        study = dataclasses.replace(study, reference=first)
+    for where, name in _named(study):
+        if name not in names:
+            raise ConfigError(_unknown_method(where, name, names))
+    return study
+
+
+def _named(study: Study) -> list[tuple[str, str]]:
+    """Every place that names a method, and the name."""
+    named = [("reference", study.reference)]
+    named += [("single", study.single)] if study.single else []
+    named += [(f"single of {method.name}", method.single) for method in study.methods if method.single]
+    for contrast in study.contrasts:
+        named += [("a contrast's first", contrast.first), ("a contrast's second", contrast.second)]
+    return [(where, name) for where, name in named if name is not None]
+
+
+def _unknown_method(where: str, name: str, names: Sequence[str]) -> str:
+    return f"{where} is {name!r}, which is no method of this study{guess(name, names)}."
+
+
+def refuse_unknown(values: Mapping[Any, Any], known: Collection[str], where: str) -> None:
+    """Refuse keys that mean nothing.
+
+    Raises:
+        ConfigError: naming the first such key and, where one is near, the key that may have been meant.
+    """
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where} has no setting {key!r}{guess(str(key), known)}.")
+
+
+def guess(word: str, known: Collection[str]) -> str:
+    """ "; did you mean X?" without its question mark, or what there is."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
+
+
+def _methods(value: object, common: Mapping[str, Any]) -> tuple[Method, ...]:
+    if isinstance(value, list):
+        if len(set(map(str, value))) != len(value):
+            raise ConfigError(f"methods {value} names one twice; give each once.")
+        value = dict.fromkeys(map(str, value))
+    if not isinstance(value, Mapping) or not value:
+        raise ConfigError(f"methods is {value!r}; give a list of names, or a mapping from names to settings.")
+    return tuple(_method(str(name), _mapping(own, f"method {name}"), common) for name, own in value.items())
+
+
+def _method(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Method:
+    from manylora.studies.kinds import KINDS, check_settings
+
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"method {name!r} cannot be a folder's name; leave out / and a leading dot.")
+    own = dict(own)
+    single = own.pop("single", None)
+    preset = own.pop("preset", name if name in PRESETS and "kind" not in own else None)
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"method {name}: preset is {preset!r}{guess(str(preset), PRESETS)}.")
+    kind, settings = PRESETS[preset] if preset is not None else ("train", {})
+    if preset is None and not own:
+        raise ConfigError(f"method {name!r} has no settings and is no preset{guess(name, PRESETS)}.")
+    kind = own.pop("kind", kind)
+    if kind not in KINDS:
+        raise ConfigError(f"method {name}: kind is {kind!r}{guess(str(kind), KINDS)}.")
+    if reserved := sorted(_RESERVED & (set(own) | set(common))):
+        raise ConfigError(
+            f"method {name} sets {reserved[0]}, which a study gives each cell itself; use seeds and learning_rates."
+        )
+    merged = {**common, **settings, **own}
+    try:
+        check_settings(kind, merged, own=set(own))
+    except ConfigError as error:
+        raise ConfigError(f"method {name}: {error}") from error
+    return Method(name=name, kind=kind, settings=merged, single=None if single is None else str(single))
+
+
+def _contrast(value: object) -> Contrast:
+    values = _mapping(value, "a contrast")
+    refuse_unknown(values, {f.name for f in dataclasses.fields(Contrast)}, "a contrast")
+    for key in ("first", "second"):
+        if key not in values:
+            raise ConfigError(f"the contrast {dict(values)} has no {key}; name two methods.")
+    texts = {key: str(text) for key, text in values.items()}
+    if texts["first"] == texts["second"]:
+        raise ConfigError(f"a contrast compares {texts['first']!r} with itself; name two methods.")
+    if texts.get("claim", "better") not in get_args(ClaimKind):
+        raise ConfigError(f"a contrast's claim is {texts['claim']!r}; choose 'better' or 'no worse'.")
+    return Contrast(**texts)  # type: ignore[arg-type]
+
+
+def _mapping(value: object, what: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{what} is {value!r}; give a mapping.")
+    return value
+
+
+def _list(value: object, what: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ConfigError(f"{what} is {value!r}; give a list.")
+    return value
+
+
+def _texts(value: object, what: str) -> list[str]:
+    return [value] if isinstance(value, str) else [str(item) for item in _list(value, what)]
+
+
+def _number(value: object, what: str) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) else None  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = None
+    if number is None or not 0 <= number < float("inf"):
+        raise ConfigError(f"{what} is {value!r}; give a number, 0 or more.")
+    return number
+
+
+def _numbers(value: object, what: str, kind: type) -> tuple[Any, ...]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and kind is int:
+        value = list(range(int(value)))  # "seeds: 5" are 0 to 4
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{what} is {value!r}; give a list of numbers.")
+    numbers = [_number(item, what) for item in value]
+    if len(set(numbers)) != len(numbers):
+        raise ConfigError(f"{what} {list(value)} names one twice; give each once.")
+    if kind is int and any(number != int(number) for number in numbers):
+        raise ConfigError(f"{what} {list(value)} are not all whole numbers.")
+    if kind is float and 0 in numbers:
+        raise ConfigError(f"{what} {list(value)} holds 0, with which nothing is learnt.")
+    return tuple(kind(number) for number in numbers)

@@ -1,0 +1,74 @@
+"""Scores at given epochs within one training."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from manylora.data import TaskData
+    from manylora.studies.kinds import Job
+    from manylora.training import Prepared, RunFolder
+
+
+class Curve(TrainerCallback):
+    """Score the model on the cell's rows when the given epochs are reached.
+
+    Answers are greedy and no random number is drawn, so the training goes on as if it had not been looked at. Each
+    point is a line of `curve.jsonl` in the run folder, so a run that is continued keeps them.
+    """
+
+    def __init__(self, prepared: Prepared, folder: RunFolder, test: TaskData, steps: Mapping[int, float]):
+        self.prepared, self.test, self.steps = prepared, test, steps
+        self.path = folder.path / "curve.jsonl"
+        self.seconds = self.cpu_seconds = 0.0
+
+    @classmethod
+    def wanted(cls, prepared: Prepared, job: Job, folder: RunFolder, test: TaskData) -> Curve | None:
+        """A curve where the settings ask for one; epochs beyond the training's end are its end."""
+        epochs = job.settings.get("score_epochs")
+        if not epochs:
+            return None
+        total, in_all = prepared.config.epochs, prepared.plan.steps
+        assert total is not None
+        steps = {max(1, min(in_all, round(in_all * epoch / total))): float(epoch) for epoch in epochs}
+        return cls(prepared, folder, test, steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Score where this step is one of the wanted."""
+        from manylora.studies.train_cells import score
+
+        if state.global_step not in self.steps or state.global_step in self._known():
+            return
+        began, cpu = time.monotonic(), time.process_time()
+        was_training = model.training
+        model.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            scores = score(self.prepared, model, self.test).by_task()
+        model.train(was_training)
+        epoch = self.steps[state.global_step]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "epoch": epoch, "scores": scores}) + "\n")
+        self.seconds += time.monotonic() - began
+        self.cpu_seconds += time.process_time() - cpu
+
+    def _known(self) -> dict[int, dict[str, Any]]:
+        points: dict[int, dict[str, Any]] = {}
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    point = json.loads(line)
+                except ValueError:  # half a line, from a kill
+                    continue
+                points[point["step"]] = point
+        return points
+
+    def points(self) -> list[dict[str, Any]]:
+        """Epoch and scores, in order."""
+        known = self._known()
+        return [{"epoch": known[step]["epoch"], "scores": known[step]["scores"]} for step in sorted(known)]

@@ -1,0 +1,169 @@
+"""Cells of kind "federate": one federated run in this process, its personal models scored on their own tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manylora.errors import ConfigError, RunError
+from manylora.federated.config import FederateConfig
+from manylora.studies.kinds import Job, Measured
+from manylora.studies.train_cells import check_limits
+
+if TYPE_CHECKING:
+    from manylora.evaluation import Scores
+    from manylora.federated import ClientData
+
+SETTINGS = frozenset(field.name for field in dataclasses.fields(FederateConfig)) | {"train_limit"}
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse values that cannot be.
+
+    Raises:
+        ConfigError: see `FederateConfig`.
+    """
+    if settings.get("engine", "local") != "local":
+        raise ConfigError(
+            f"engine is {settings['engine']!r}; a study's clients are in its own process (local)."
+        )
+    check_limits(settings)
+    _config(settings)
+
+
+def _config(settings: Mapping[str, Any], **more: Any) -> FederateConfig:
+    """The settings that `manylora federate` has too; it knows one limit, for training and test rows."""
+    own = {key: value for key, value in settings.items() if key != "train_limit"}
+    if settings.get("train_limit") is not None:
+        own["limit"] = settings["train_limit"]
+    return FederateConfig(**{**own, **more})
+
+
+def work(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Optimizer steps and answers of a cell."""
+    from manylora.federated import client_data
+
+    config = _config(settings).resolved()
+    clients, rounds, batch = client_data(config), config.rounds or 1, config.batch_size or 1
+    steps = math.fsum(
+        config.local_steps or (config.local_epochs or 1) * sum(map(len, own.train.values())) / batch
+        for own in clients.values()
+    )
+    answers = sum(len(rows) for own in clients.values() for rows in own.test.values())
+    return math.ceil(steps * rounds * config.participation), answers
+
+
+def run(job: Job) -> Measured:
+    """Run all rounds and score every personal model; goes on after the last saved round."""
+    from manylora.federated import LocalClients, Rounds, Workbench
+    from manylora.training import RunFolder, write_json
+
+    more: dict[str, Any] = {"seed": job.seed, "reference": "none"}
+    if job.learning_rate is not None:
+        more["learning_rate"] = job.learning_rate
+    config = _config(job.settings, **more).resolved()
+    data = _for_split(config, job)
+    path = job.folder / "run"
+    resumed = (path / "state.json").is_file()
+    if resumed:
+        folder = RunFolder.open(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)  # killed before its state was written
+        folder = RunFolder.create(str(path), config=config.to_dict(), seed=job.seed, kind="federate")
+    with folder:
+        bench = Workbench(config)
+        rounds = Rounds(config, LocalClients(data, home=path / "clients", bench=bench), path)
+        began, cpu = time.monotonic(), time.process_time()
+        rounds.run()
+        middle, cpu = time.monotonic(), time.process_time() - cpu
+        scores = rounds.score()
+        ended = time.monotonic()
+        if missing := sorted(set(data) - set(scores)):
+            raise RunError(f"the clients {', '.join(missing)} could not score their models.")
+        write_json(
+            path / "scores.json",
+            {"clients": {name: own.to_dict() for name, own in scores.items()}, "reference": {}},
+        )
+        folder.set_state("finished", seconds=round(middle - began, 1))
+    return Measured(
+        scores=by_task(scores),
+        examples=_examples(path / "clients", scores),
+        parameters=sum(p.numel() for p in bench.model.parameters() if p.requires_grad) * len(data),
+        seconds=middle - began,
+        cpu_seconds=cpu,
+        evaluation_seconds=ended - middle,
+        resumed=resumed,
+        extra=_traffic(path / "metrics.jsonl"),
+    )
+
+
+def by_task(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """Each task's mean over the clients that hold it, in the order of the tasks' first appearance."""
+    found: dict[str, list[float]] = {}
+    for own in scores.values():
+        for task, value in own.by_task().items():
+            found.setdefault(task, []).append(value)
+    return {task: math.fsum(values) / len(values) for task, values in sorted(found.items())}
+
+
+def _for_split(config: FederateConfig, job: Job) -> dict[str, ClientData]:
+    """Every client's rows, to be tested on those of the cell's split: the validation rows are the data's own, or cut
+    off the client's training rows."""
+    from manylora.data import cut_validation, load_splits
+    from manylora.federated import ClientData, client_data
+
+    clients = client_data(config)
+    splits = load_splits(
+        data=config.data,
+        test=config.test,
+        tasks=config.tasks if isinstance(config.tasks, list) else None,
+        task_column=config.task_column,
+        seed=config.seed,
+        validation_fraction=0,
+        limit=job.settings.get("limit"),
+    )
+    found = {}
+    for name, own in clients.items():
+        train, rows = own.train, splits.validation if job.split == "validation" else splits.test
+        test = {task: rows[task] for task in train if task in rows}
+        if job.split == "validation" and len(test) < len(train):
+            train, test = cut_validation(own.train, seed=config.seed)
+        found[name] = ClientData(train=train, test=test)
+    return found
+
+
+def _examples(home: Path, scores: Mapping[str, Scores]) -> dict[str, list[float]]:
+    """Per task every row's score, averaged over the clients that hold the task; all of them answer all its rows."""
+    from manylora.federated.home import folder_name
+
+    found: dict[str, list[list[float]]] = {}
+    for client, own in scores.items():
+        metrics = {task.task: task.metric for task in own.tasks}
+        rows: dict[str, list[float]] = {task: [] for task in metrics}
+        path = home / folder_name(client) / "predictions.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows[row["task"]].append(row[metrics[row["task"]]])
+        for task, values in rows.items():
+            found.setdefault(task, []).append(values)
+    averaged = {}
+    for task, clients in sorted(found.items()):
+        if len({len(values) for values in clients}) == 1:
+            averaged[task] = [math.fsum(column) / len(column) for column in zip(*clients, strict=True)]
+    return averaged
+
+
+def _traffic(path: Path) -> dict[str, Any]:
+    """Mean bytes per client and round, up and down."""
+    sums: dict[str, list[int]] = {"up": [], "down": []}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for way, sizes in sums.items():
+            sizes.extend(row[way].values())
+    return {f"bytes_{way}": math.fsum(sizes) / len(sizes) if sizes else 0.0 for way, sizes in sums.items()}

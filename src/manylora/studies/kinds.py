@@ -1,0 +1,122 @@
+"""Kinds of cells: each is one module with `check` and `run`, so that a new one is a file and a line here.
+
+A kind's module has
+
+    SETTINGS: frozenset[str]                      the settings it knows
+    check(settings) -> None                       refuse values that cannot be (ConfigError), without loading torch
+    work(settings) -> tuple[int, int]             optimizer steps and answers of a cell, for an estimate of its time
+    run(job: Job) -> Measured                     train and score; called again after a kill, it goes on or begins anew
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from manylora.errors import ConfigError
+
+KINDS: Mapping[str, str] = {
+    "train": "manylora.studies.train_cells",
+    "federate": "manylora.studies.federated_cells",
+    "transfer": "manylora.studies.transfer_cells",
+}
+"""Kind to the module that runs its cells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a kind gets to run one cell."""
+
+    settings: Mapping[str, Any]
+    """The method's, without seed and learning rate."""
+    seed: int
+    learning_rate: float | None
+    """None: the kind's own."""
+    split: Literal["validation", "test"]
+    """The rows to score on."""
+    folder: Path
+    """The cell's own; run folders go into it."""
+    shared: Path
+    """One folder for all cells of the study; hold what is made there (`held`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a cell found."""
+
+    scores: Mapping[str, float]
+    """Task to score, 0 to 100."""
+    examples: Mapping[str, list[float]]
+    """Task to every test row's score, in the order of the rows."""
+    parameters: int
+    """Trained ones, of all adapters together."""
+    seconds: float
+    """Of training alone."""
+    cpu_seconds: float = 0.0
+    """Processor time of training, which other programs on the machine disturb less."""
+    evaluation_seconds: float = 0.0
+    resumed: bool = False
+    """Whether the cell went on after a kill, so that `seconds` are not all of it."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else worth keeping, such as the scores after each epoch under "curve"."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return dataclasses.asdict(self)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, made if need be; waits for another that holds it, which its end, however it
+    comes, releases. A runner that was killed leaves its cells running: the next one waits for them here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    with (folder / ".held").open("w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Kind(Protocol):
+    """What the module of a kind has."""
+
+    SETTINGS: frozenset[str]
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse values that cannot be."""
+
+    def work(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        """Optimizer steps and answers of a cell."""
+
+    def run(self, job: Job) -> Measured:
+        """Train and score one cell."""
+
+
+def kind_of(name: str) -> Kind:
+    """The module of a kind."""
+    return cast(Kind, importlib.import_module(KINDS[name]))
+
+
+def check_settings(kind: str, settings: Mapping[str, Any], *, own: Collection[str]) -> None:
+    """Refuse settings that a kind does not know, or that cannot be.
+
+    Raises:
+        ConfigError: with a guess at what was meant.
+    """
+    from manylora.studies.config import refuse_unknown
+
+    module = kind_of(kind)
+    refuse_unknown({key: settings[key] for key in own if key in settings}, module.SETTINGS, f"kind {kind}")
+    refuse_unknown(settings, module.SETTINGS, f"kind {kind} (settings of the whole study)")
+    try:
+        module.check(settings)
+    except TypeError as error:
+        raise ConfigError(f"a setting has a value of the wrong type ({error}).") from error

@@ -1,0 +1,232 @@
+"""Run a study's cells, each a process of its own, some side by side; whatever is killed, the next start goes on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from manylora.errors import ConfigError
+from manylora.studies.cells import (
+    WORKERS,
+    Cell,
+    choose_rates,
+    final_cells,
+    results_of,
+    screening_cells,
+)
+from manylora.studies.config import Study
+
+MEMORY_PER_CELL = 2 * 2**30
+"""What a cell is taken to need where nothing better is known; one on the embedded base needs about 0.8 GiB."""
+
+_POLL = 0.1
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What is told while a study runs."""
+
+    began: Callable[[Cell, int, int], None] = lambda cell, number, total: None
+    """A cell starts; its number among the cells of this stage, and how many they are."""
+    ended: Callable[[Cell, float, float], None] = lambda cell, seconds, left: None
+    """A cell is done; its seconds, and those left for the stage."""
+    failed: Callable[[Cell, Path], None] = lambda cell, log: None
+    """A cell failed; its log."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """How a study ended."""
+
+    failed: dict[str, Path] = field(default_factory=dict)
+    """Cell to its log."""
+
+
+def default_workers(cells: int, *, memory: int = MEMORY_PER_CELL) -> int:
+    """As many cells side by side as there are cores and memory for."""
+    able = min(usable_cores(), int(0.8 * psutil.virtual_memory().available) // memory)
+    return max(1, min(able, cells))
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_settings(workers: int) -> dict[str, str]:
+    """Environment of a cell: its share of the cores, or what OMP_NUM_THREADS says already; MKL would not ask that."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // workers))
+    return dict.fromkeys(_THREAD_SETTINGS, threads)
+
+
+def cell_command(study_file: Path, out: Path, cell: Cell) -> list[str]:
+    """The command that runs one cell, here or on any machine that sees the same folders."""
+    words = [sys.executable, "-m", "manylora.cli", "compare", str(study_file.absolute())]
+    return [*words, "--out", str(out.absolute()), "--cell", cell.id]
+
+
+def launched(command: Sequence[str], launcher: str | None) -> list[str]:
+    """A cell's command as it is started: through a shell where a launcher wraps it.
+
+    Raises:
+        ConfigError: the launcher has no place for the command.
+    """
+    if launcher is None:
+        return list(command)
+    if "{command}" not in launcher:
+        raise ConfigError(
+            f"launcher {launcher!r} has no {{command}}; write it where the cell's command goes."
+        )
+    return ["/bin/sh", "-c", launcher.replace("{command}", shlex.join(command))]
+
+
+def pending(study: Study, out: Path) -> list[Cell]:
+    """Cells that are not done and can run now: the screening, then, when that is done, the final ones."""
+    screening = [cell for cell in screening_cells(study) if cell.result(out) is None]
+    if screening:
+        return screening
+    rates = choose_rates(study, results_of(study, out))
+    return [cell for cell in final_cells(study, rates) if cell.result(out) is None]
+
+
+def find_cell(study: Study, out: Path, cell_id: str) -> Cell:
+    """The cell of this id, with the learning rate that the screening chose.
+
+    Raises:
+        ConfigError: there is none.
+        RunError: the screening is not done.
+    """
+    screening = {cell.id: cell for cell in screening_cells(study)}
+    if cell_id in screening:
+        return screening[cell_id]
+    known = {cell.id for cell in final_cells(study, dict.fromkeys(study.names))}
+    if cell_id not in known:
+        raise ConfigError(f"the study has no cell {cell_id!r}; --print-cells shows them.")
+    rates = choose_rates(study, results_of(study, out))
+    return next(cell for cell in final_cells(study, rates) if cell.id == cell_id)
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    *,
+    study_file: Path,
+    workers: int,
+    launcher: str | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Run what is not done: the screening, then the final cells.
+
+    A cell that fails is reported and left; the others run on. A method whose screening failed wholly has no final
+    cells.
+    """
+    progress, outcome = progress or Progress(), Outcome()
+    for stage in ("screen", "final"):
+        if stage == "screen":
+            cells = screening_cells(study)
+        else:
+            study_left = _with_rates(study, out)
+            cells = final_cells(study_left, choose_rates(study_left, results_of(study_left, out)))
+        todo = [cell for cell in cells if cell.result(out) is None]
+        _Pool(out, study_file, workers, launcher, progress, outcome).run(todo)
+    return outcome
+
+
+def _with_rates(study: Study, out: Path) -> Study:
+    """The study without the methods whose screening failed."""
+    import dataclasses
+
+    cells = screening_cells(study)
+    lost = {name for name in study.names if cells and not _any_rate(study, cells, name, out)}
+    return dataclasses.replace(study, methods=tuple(m for m in study.methods if m.name not in lost))
+
+
+def _any_rate(study: Study, cells: Sequence[Cell], name: str, out: Path) -> bool:
+    rates: dict[float | None, int] = {}
+    for cell in cells:
+        if cell.method == name and cell.result(out) is not None:
+            rates[cell.learning_rate] = rates.get(cell.learning_rate, 0) + 1
+    return len(study.screening_seeds) in rates.values()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a cell and whatever it started."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+    except (AttributeError, OSError):  # Windows has no groups; or it has ended
+        process.terminate()
+
+
+class _Pool:
+    def __init__(
+        self,
+        out: Path,
+        study_file: Path,
+        workers: int,
+        launcher: str | None,
+        progress: Progress,
+        outcome: Outcome,
+    ):
+        self.out, self.study_file, self.workers, self.launcher = out, study_file, workers, launcher
+        self.progress, self.outcome = progress, outcome
+        self.running: dict[Cell, tuple[subprocess.Popen[bytes], float]] = {}
+        self.times: list[float] = []
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        queue, total = list(cells), len(cells)
+        try:
+            while queue or self.running:
+                while queue and len(self.running) < self.workers:
+                    cell = queue.pop(0)
+                    self.progress.began(cell, total - len(queue), total)
+                    self.running[cell] = (self._start(cell), time.monotonic())
+                ended = [cell for cell, (process, _) in self.running.items() if process.poll() is not None]
+                for cell in ended:
+                    self._end(cell, len(queue))
+                if not ended:
+                    time.sleep(_POLL)
+        finally:
+            for process, _ in self.running.values():
+                _end(process)
+            for process, _ in self.running.values():
+                process.wait()
+
+    def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
+        folder = cell.folder(self.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, WORKERS: str(self.workers)}
+        if self.launcher is None:  # a cluster's machines have their own cores
+            environment |= thread_settings(self.workers)
+        command = launched(cell_command(self.study_file, self.out, cell), self.launcher)
+        with (folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # so that what a launcher started ends with it
+            )
+
+    def _end(self, cell: Cell, waiting: int) -> None:
+        process, began = self.running.pop(cell)
+        seconds = time.monotonic() - began
+        if process.returncode == 0 and cell.result(self.out) is not None:
+            self.times.append(seconds)
+            mean = sum(self.times) / len(self.times)
+            left = mean * (waiting + 0.5 * len(self.running)) / self.workers
+            self.progress.ended(cell, seconds, left)
+        else:
+            log = cell.folder(self.out) / "log.txt"
+            self.outcome.failed[cell.id] = log
+            self.progress.failed(cell, log)

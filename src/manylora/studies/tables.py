@@ -1,0 +1,314 @@
+"""From cells to numbers: the table, Δm%, and the trial of every claim. Pure: the same cells give the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from manylora.errors import DataError, RunError
+from manylora.evaluation.claims import Trial, try_claims
+from manylora.evaluation.comparison import mean_interval
+from manylora.evaluation.statistics import delta_m
+from manylora.studies.cells import at_the_edge, unpack_scores
+from manylora.studies.config import MEAN, Contrast, Study
+
+SCREENING = 5
+"""Fewer seeds than this are a first look, and the page says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The cells that count, by method and seed."""
+
+    study: Study
+    tasks: tuple[str, ...]
+    cells: Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+    @classmethod
+    def of(cls, study: Study, results: Iterable[Mapping[str, Any]]) -> Grid:
+        """Sort results.
+
+        Raises:
+            RunError: no cell is done, or cells differ in their tasks.
+        """
+        cells: dict[str, dict[int, Mapping[str, Any]]] = {name: {} for name in study.names}
+        tasks: tuple[str, ...] | None = None
+        for row in results:
+            if row["stage"] != "final" or row["method"] not in cells or row["seed"] not in study.seeds:
+                continue
+            own = tuple(row["scores"])
+            if tasks is not None and set(own) != set(tasks):
+                raise RunError(
+                    f"the cell {row['method']} seed {row['seed']} has the tasks {sorted(own)}, others {sorted(tasks)}; "
+                    "give all methods the same."
+                )
+            tasks = tasks or own
+            cells[row["method"]][row["seed"]] = row
+        if tasks is None:
+            raise RunError("no cell of the study is done, so there is nothing to compare.")
+        return cls(study=study, tasks=tasks, cells={name: found for name, found in cells.items() if found})
+
+    def seeds(self, *methods: str) -> list[int]:
+        """Seeds that all these methods have."""
+        return [seed for seed in self.study.seeds if all(seed in self.cells.get(m, {}) for m in methods)]
+
+    def values(self, method: str, on: str, seeds: Sequence[int]) -> list[float]:
+        """The method's score per seed: of a task, or the mean over a group's tasks."""
+        tasks = self.study.tasks_of(on, self.tasks)
+        rows = [self.cells[method][seed]["scores"] for seed in seeds]
+        return [math.fsum(row[task] for task in tasks) / len(tasks) for row in rows]
+
+    def paired(
+        self, first: str, second: str, on: str, seeds: Sequence[int]
+    ) -> dict[str, list[list[float]]] | None:
+        """Task to paired differences per example, (seeds, examples); None where some are not there."""
+        found: dict[str, list[list[float]]] = {}
+        for task in self.study.tasks_of(on, self.tasks):
+            rows = []
+            for seed in seeds:
+                sides = [self.cells[m][seed].get("examples", {}).get(task) for m in (first, second)]
+                if None in sides:
+                    return None
+                a, b = map(unpack_scores, sides)
+                if len(a) != len(b):
+                    return None
+                rows.append([x - y for x, y in zip(a, b, strict=True)])
+            found[task] = rows
+        return found
+
+
+def summarise(study: Study, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `study.json` holds.
+
+    Args:
+        study: whose claims to try.
+        results: of cells, per-example scores packed.
+        facts: of the cells file's first line, such as versions.
+
+    Raises:
+        RunError: no cell is done.
+    """
+    grid = Grid.of(study, results)
+    rates = {name: next(iter(cells.values()))["learning_rate"] for name, cells in grid.cells.items()}
+    columns = [*grid.tasks, *study.groups, MEAN]
+    return {
+        "kind": "compare",
+        "name": study.name,
+        "question": study.question,
+        "reference": study.reference,
+        "tasks": list(grid.tasks),
+        "methods": list(grid.cells),
+        "seeds": list(study.seeds),
+        "screening_seeds": list(study.screening_seeds) if len(study.learning_rates) > 1 else [],
+        "learning_rates": rates,
+        "grid": list(study.learning_rates),
+        "at_the_edge": at_the_edge(study, rates),
+        "screening": _screening(study, results),
+        "cells": [_plain(cell) for cells in grid.cells.values() for cell in cells.values()],
+        "missing": [
+            f"{m} seed {s}" for m in study.names for s in study.seeds if s not in grid.cells.get(m, {})
+        ],
+        "table": [
+            {"method": name, "task": column, **_interval(grid.values(name, column, grid.seeds(name)))}
+            for name in grid.cells
+            for column in columns
+        ],
+        "delta_m": _delta_rows(grid),
+        "costs": [_costs(name, list(cells.values())) for name, cells in grid.cells.items()],
+        "curves": _curves(grid),
+        "claims": claims(grid),
+        "notes": notes(study, grid, rates),
+        **facts,
+    }
+
+
+def _plain(cell: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in cell.items() if key not in ("examples", "stage", "curve")}
+
+
+def _interval(values: Sequence[float]) -> dict[str, Any]:
+    mean, low, high, n = mean_interval(values)
+    return {"mean": mean, "low": _or_none(low), "high": _or_none(high), "n": n}
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _screening(study: Study, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Validation scores of every method and rate."""
+    rows = []
+    for name in study.names:
+        for rate in study.learning_rates:
+            scores = [
+                math.fsum(row["scores"].values()) / len(row["scores"])
+                for row in results
+                if row["stage"] == "screen" and row["method"] == name and row["learning_rate"] == rate
+            ]
+            if scores:
+                mean = math.fsum(scores) / len(scores)
+                rows.append({"method": name, "learning_rate": rate, "validation": mean, "n": len(scores)})
+    return rows
+
+
+def _delta(grid: Grid, method: str, seed: int, scores: Mapping[str, float]) -> float | None:
+    single = grid.study.single_of(method)
+    if single is None or seed not in grid.cells.get(single, {}):
+        return None
+    try:
+        return delta_m(scores, grid.cells[single][seed]["scores"])
+    except DataError:  # a single-task score of 0 has no relative change
+        return None
+
+
+def _delta_rows(grid: Grid) -> list[dict[str, Any]]:
+    """Δm% per seed, each against the single-task scores of its own seed."""
+    rows = []
+    for name, cells in grid.cells.items():
+        values = [_delta(grid, name, seed, cell["scores"]) for seed, cell in cells.items()]
+        known = [value for value in values if value is not None]
+        if known:
+            rows.append({"method": name, **_interval(known)})
+    return rows
+
+
+def _costs(name: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Parameters, time and memory; a cell that was killed on the way has no time of its own."""
+    whole = [cell["seconds"] for cell in cells if not cell.get("resumed")]
+    seconds = whole or [cell["seconds"] for cell in cells]
+    cpu = [cell.get("cpu_seconds", 0.0) for cell in cells if not (whole and cell.get("resumed"))]
+    return {
+        "method": name,
+        "parameters": cells[0]["parameters"],
+        "seconds": math.fsum(seconds) / len(seconds),
+        "cpu_seconds": math.fsum(cpu) / len(cpu),
+        "seconds_low": min(seconds),
+        "seconds_high": max(seconds),
+        "peak_bytes": max(cell["peak_bytes"] for cell in cells),
+        "threads": sorted({cell.get("threads", 1) for cell in cells}),
+        "workers": sorted({cell.get("workers", 1) for cell in cells}),
+        "n": len(seconds),
+    }
+
+
+def _curves(grid: Grid) -> list[dict[str, Any]]:
+    """Scores and Δm% over epochs, where cells were scored on the way."""
+    rows = []
+    for name, cells in grid.cells.items():
+        points: dict[float, list[tuple[int, Mapping[str, float]]]] = {}
+        for seed, cell in cells.items():
+            for point in cell.get("curve", ()):
+                points.setdefault(point["epoch"], []).append((seed, point["scores"]))
+        for epoch, found in sorted(points.items()):
+            means = [math.fsum(scores.values()) / len(scores) for _, scores in found]
+            deltas = [_curve_delta(grid, name, seed, epoch, scores) for seed, scores in found]
+            known = [value for value in deltas if value is not None]
+            rows.append(
+                {
+                    "method": name,
+                    "epoch": epoch,
+                    **_interval(means),
+                    "delta_m": _interval(known) if known else None,
+                    "tasks": {
+                        task: math.fsum(scores[task] for _, scores in found) / len(found)
+                        for task in grid.tasks
+                    },
+                }
+            )
+    return rows
+
+
+def _curve_delta(
+    grid: Grid, method: str, seed: int, epoch: float, scores: Mapping[str, float]
+) -> float | None:
+    """Against single-task training of as many epochs."""
+    single = grid.study.single_of(method)
+    cell = grid.cells.get(single, {}).get(seed) if single else None
+    same = [point for point in cell.get("curve", ()) if point["epoch"] == epoch] if cell else []
+    try:
+        return delta_m(scores, same[0]["scores"]) if same else None
+    except DataError:
+        return None
+
+
+def claims(grid: Grid) -> list[dict[str, Any]]:
+    """Every claim that the study names, tried on the seeds that both methods have."""
+    study = grid.study
+    tried = [contrast for contrast in study.claims if grid.seeds(contrast.first, contrast.second)]
+    seeds = [grid.seeds(contrast.first, contrast.second) for contrast in tried]
+    trials = try_claims(
+        [contrast.claim for contrast in tried],
+        [grid.values(c.first, c.task, s) for c, s in zip(tried, seeds, strict=True)],
+        [grid.values(c.second, c.task, s) for c, s in zip(tried, seeds, strict=True)],
+        [grid.paired(c.first, c.second, c.task, s) for c, s in zip(tried, seeds, strict=True)],
+        margin=study.margin,
+    )
+    return [_claim(contrast, trial, study) for contrast, trial in zip(tried, trials, strict=True)]
+
+
+def _claim(contrast: Contrast, trial: Trial, study: Study) -> dict[str, Any]:
+    test = trial.test
+    return {
+        "text": f"{contrast.sentence}: {trial.verdict}. {_reading(contrast, trial, study)}",
+        "claim": contrast.sentence,
+        "kind": contrast.claim,
+        "first": contrast.first,
+        "second": contrast.second,
+        "task": contrast.task,
+        "difference": test.difference,
+        "low": _or_none(test.low),
+        "high": _or_none(test.high),
+        "p": _or_none(test.p),
+        "p_holm": _or_none(trial.p_holm),
+        "bootstrap": [_or_none(bound) for bound in trial.bootstrap],
+        "one_sided": [_or_none(bound) for bound in trial.one_sided],
+        "detectable": _or_none(trial.detectable),
+        "margin": study.margin,
+        "n": test.n,
+        "verdict": trial.verdict,
+    }
+
+
+def _reading(contrast: Contrast, trial: Trial, study: Study) -> str:
+    """The numbers behind a verdict, as a sentence."""
+    test = trial.test
+    if test.n < 2:
+        return f"The difference is {test.difference:+.2f} points with one seed, which cannot tell chance from effect."
+    seen = (
+        f"The difference is {test.difference:+.2f} points (95 % over {test.n} seeds {test.low:+.2f} to "
+        f"{test.high:+.2f}"
+    )
+    if math.isfinite(trial.bootstrap[0]):
+        seen += f"; over seeds and test rows {trial.bootstrap[0]:+.2f} to {trial.bootstrap[1]:+.2f}"
+    if contrast.claim == "better":
+        found = f"this study finds {trial.detectable:.1f} or more"
+        return f"{seen}; p {test.p:.3g}, after Holm {trial.p_holm:.3g}); {found}."
+    loss = max(0.0, -trial.one_sided[0])
+    return f"{seen}); with 95 % confidence it loses less than {loss:.2f} (margin {study.margin:g})."
+
+
+def notes(study: Study, grid: Grid, rates: Mapping[str, float | None]) -> list[str]:
+    """What a reader must know about the numbers."""
+    found = [study.caveat] if study.caveat else []
+    seeds = max(len(cells) for cells in grid.cells.values())
+    if seeds < SCREENING:
+        found.append(
+            f"{seeds} seed{'s' if seeds > 1 else ''}: a screening. Intervals are wide and verdicts provisional; "
+            f"confirm with {SCREENING} or more."
+        )
+    if edge := at_the_edge(study, rates):
+        found.append(
+            f"The best learning rate of {', '.join(edge)} is at the edge of the grid; a better one may lie outside."
+        )
+    cells = [cell for own in grid.cells.values() for cell in own.values()]
+    workers = max(cell.get("workers", 1) for cell in cells)
+    threads = sorted({cell.get("threads", 1) for cell in cells})
+    side = f", up to {workers} cells side by side on one machine" if workers > 1 else ", one cell at a time"
+    found.append(
+        f"Time is of training alone, memory the peak of a cell's process with its libraries; "
+        f"{' or '.join(map(str, threads))} thread{'s' if threads != [1] else ''} per cell{side}."
+    )
+    return found

@@ -1,0 +1,297 @@
+"""Cells of kind "train": one run of `manylora train`, or one for each task, or one whose rank is matched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manylora.errors import ConfigError, RunError
+from manylora.studies.kinds import Job, Measured
+from manylora.studies.presets import PRESETS
+from manylora.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from manylora.data import Example, Splits, TaskData
+    from manylora.evaluation import Scores
+    from manylora.training import Prepared, RunFolder
+
+_OWN = frozenset({"alone", "match", "score_epochs", "test_limit", "train_limit"})
+"""Settings of this kind beside those of `manylora train`; see docs/compare.md."""
+
+SETTINGS = frozenset(field.name for field in dataclasses.fields(TrainConfig)) | _OWN
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse values that cannot be.
+
+    Raises:
+        ConfigError: see `TrainConfig`; or settings of this kind contradict each other.
+    """
+    train_config(settings)
+    match, epochs = settings.get("match"), settings.get("score_epochs")
+    if match is not None and (match not in PRESETS or PRESETS[match][0] != "train"):
+        raise ConfigError(f"match is {match!r}; name a method of training such as 'alora'.")
+    if match is not None and settings.get("method") != "lora":
+        raise ConfigError("match raises the rank of a LoRA; set method to lora.")
+    if epochs is not None and (
+        not isinstance(epochs, list) or not all(isinstance(e, (int, float)) and e > 0 for e in epochs)
+    ):
+        raise ConfigError(f"score_epochs is {epochs!r}; give a list of numbers of epochs.")
+    check_limits(settings)
+
+
+def check_limits(settings: Mapping[str, Any]) -> None:
+    """Refuse limits that keep no row.
+
+    Raises:
+        ConfigError: naming the limit.
+    """
+    for name in ("train_limit", "test_limit"):
+        limit = settings.get(name)
+        if limit is not None and not (isinstance(limit, int) and limit > 0):
+            raise ConfigError(f"{name} is {limit!r}; give a number of rows.")
+
+
+def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
+    """The settings that `manylora train` has too."""
+    return TrainConfig(**{key: value for key, value in settings.items() if key not in _OWN}, **more)
+
+
+def work(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Optimizer steps and answers of a cell."""
+    from manylora.training.job import all_rows
+
+    config = train_config(settings).resolved()
+    splits = shortened(all_rows(config), settings.get("train_limit"))
+    rows, epochs = [len(found) for found in splits.train.values()], config.epochs or 1
+    steps = math.ceil(sum(rows) * epochs / config.rows_per_step)
+    if settings.get("alone"):
+        steps = sum(math.ceil(count * epochs / config.rows_per_step) for count in rows)
+    answers = sum(len(found[: settings.get("test_limit")]) for found in splits.test.values())
+    return steps, answers * max(1, len(settings.get("score_epochs") or ()))
+
+
+def run(job: Job) -> Measured:
+    """Train and score the cell; what is done already is not done again."""
+    from manylora.training import prepare
+    from manylora.training.job import all_rows
+
+    more: dict[str, Any] = {"seed": job.seed}
+    if job.learning_rate is not None:
+        more["learning_rate"] = job.learning_rate
+    config = train_config(job.settings, **more)
+    splits = shortened(all_rows(config.resolved()), job.settings.get("train_limit"))
+    prepared = prepare(config, splits=splits)
+    if match := job.settings.get("match"):
+        config = matched(config, {**job.settings, **PRESETS[match][1]}, tasks=len(prepared.task_names))
+        prepared = prepare(config, splits=splits)
+    if not job.settings.get("alone"):
+        return one_run(prepared, job, job.folder / "run")
+    parts = [
+        one_run(
+            prepare(dataclasses.replace(config, tasks=[task]), splits=only(splits, [task])),
+            job,
+            job.folder / f"run-{index}",
+        )
+        for index, task in enumerate(prepared.task_names)
+    ]
+    return joined(parts)
+
+
+def shortened(splits: Splits, limit: int | None) -> Splits:
+    """The same with at most so many training rows a task, at even distances: files are often sorted by label."""
+    if limit is None:
+        return splits
+    train = {
+        task: rows if limit >= len(rows) else [rows[place * len(rows) // limit] for place in range(limit)]
+        for task, rows in splits.train.items()
+    }
+    return dataclasses.replace(splits, train=train)
+
+
+def only(splits: Splits, tasks: Sequence[str]) -> Splits:
+    """The same with these tasks alone."""
+
+    def part(data: TaskData) -> dict[str, list[Example]]:
+        return {task: rows for task, rows in data.items() if task in tasks}
+
+    return dataclasses.replace(
+        splits, train=part(splits.train), validation=part(splits.validation), test=part(splits.test)
+    )
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """Cells of one method on different tasks, as one."""
+    curves = [part.extra["curve"] for part in parts if "curve" in part.extra]
+    extra: dict[str, Any] = {}
+    if curves:
+        extra["curve"] = [
+            {
+                "epoch": points[0]["epoch"],
+                "scores": {task: score for point in points for task, score in point["scores"].items()},
+            }
+            for points in zip(*curves, strict=True)
+        ]
+    return Measured(
+        scores={task: score for part in parts for task, score in part.scores.items()},
+        examples={task: scores for part in parts for task, scores in part.examples.items()},
+        parameters=sum(part.parameters for part in parts),
+        seconds=math.fsum(part.seconds for part in parts),
+        cpu_seconds=math.fsum(part.cpu_seconds for part in parts),
+        evaluation_seconds=math.fsum(part.evaluation_seconds for part in parts),
+        resumed=any(part.resumed for part in parts),
+        extra=extra,
+    )
+
+
+def matched(config: TrainConfig, target: Mapping[str, Any], *, tasks: int) -> TrainConfig:
+    """The LoRA of the smallest rank that has no fewer trainable parameters than `target`, at the same scaling s.
+
+    Args:
+        config: of the LoRA.
+        target: settings of the method to match.
+        tasks: number of tasks, on which the size of a task router's adapter depends.
+    """
+    wanted = trainable(train_config({k: v for k, v in target.items() if k not in _OWN}), tasks=tasks)
+    per_rank = trainable(dataclasses.replace(config, r=1), tasks=tasks)
+    rank = -(-wanted // per_rank)
+    grown = rank / config.r
+    alpha = config.lora_alpha * (math.sqrt(grown) if config.use_rslora else grown)
+    return dataclasses.replace(config, r=rank, lora_alpha=alpha)
+
+
+def trainable(config: TrainConfig, *, tasks: int) -> int:
+    """Parameters of the adapters that a configuration has, counted without weights."""
+    from manylora.training.plan import adapter_config, shadow_model
+
+    config = config.resolved()
+    if config.num_experts is None:
+        config = dataclasses.replace(config, num_experts=tasks)
+    names = [f"task {index}" for index in range(tasks)]
+    labels = 2 if config.task_type == "SEQ_CLS" else 0  # the head, of whatever size, is not counted
+    model = shadow_model(config, adapter_config(config, task_names=names), labels=labels)
+    return sum(value.numel() for name, value in model.named_parameters() if "manylora_experts" in name)
+
+
+def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None = None) -> Measured:
+    """Train one adapter in a run folder and score it.
+
+    Args:
+        prepared: the plan.
+        job: the cell, for its split.
+        path: the run folder; one that is there is continued.
+        model: the model to train. Default: the base with a fresh adapter.
+    """
+    from manylora.studies.curves import Curve
+    from manylora.training import RunFolder, finetune, write_json
+
+    resumed = (path / "state.json").is_file()
+    if resumed:
+        folder = RunFolder.open(path)
+        folder.lock()
+    else:
+        shutil.rmtree(path, ignore_errors=True)  # killed before its state was written
+        folder = RunFolder.create(str(path), config=prepared.config.to_dict(), seed=job.seed)
+    with folder:
+        if (path / "measured.json").is_file():
+            return Measured(**json.loads((path / "measured.json").read_text(encoding="utf-8")))
+        test = rows_to_score(prepared, job)
+        curve = Curve.wanted(prepared, job, folder, test)
+        began, cpu = time.monotonic(), time.process_time()
+        trained = finetune(prepared, folder, model=model, callbacks=[curve] if curve else [])
+        middle, cpu = time.monotonic(), time.process_time() - cpu
+        scores = score(prepared, trained, test)
+        write_predictions(folder, scores)
+        ended = time.monotonic()
+        spent = curve.seconds if curve else 0.0
+        measured = Measured(
+            scores=scores.by_task(),
+            examples=example_scores(scores),
+            parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
+            seconds=middle - began - spent,
+            cpu_seconds=cpu - (curve.cpu_seconds if curve else 0.0),
+            evaluation_seconds=ended - middle + spent,
+            resumed=resumed,
+            extra={"curve": curve.points()} if curve else {},
+        )
+        write_json(path / "measured.json", measured.to_dict())
+        seconds = {
+            "training": round(measured.seconds, 1),
+            "evaluation": round(measured.evaluation_seconds, 1),
+        }
+        folder.set_state("finished", seconds=seconds)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # of hundreds of cells they would fill a disk
+        return measured
+
+
+def rows_to_score(prepared: Prepared, job: Job) -> TaskData:
+    """The rows of the cell's split, in the order of the tasks.
+
+    Raises:
+        RunError: there are none.
+    """
+    rows = prepared.splits.validation if job.split == "validation" else prepared.splits.test
+    missing = [task for task in prepared.task_names if task not in rows]
+    if missing:
+        raise RunError(
+            f"the tasks {', '.join(missing)} have no {job.split} rows; give them with {job.split}."
+        )
+    return {task: rows[task][: job.settings.get("test_limit")] for task in prepared.task_names}
+
+
+def score(prepared: Prepared, model: PeftModel, test: TaskData) -> Scores:
+    """Greedy answers to all rows, or a classifier's labels, scored."""
+    from itertools import islice
+
+    from manylora.evaluation import generate_answers, score_all, score_labels
+
+    if prepared.labels is not None:
+        from manylora.training import predict_labels
+
+        labels = predict_labels(
+            model,
+            prepared.tokenizer,
+            test,
+            prepared.labels,
+            max_length=prepared.config.max_length,
+            batch_size=prepared.config.eval_batch_size,
+        )
+        return score_labels(test, labels)
+    adapter = model.active_peft_config
+    routed = getattr(adapter, "router", None) == "task" and adapter.num_experts > 1
+    experts = {name: index for index, name in enumerate(prepared.task_names)}
+    tasks = [task for task, rows in test.items() for _ in rows]
+    answers = iter(
+        generate_answers(
+            model,
+            prepared.tokenizer,
+            [row for rows in test.values() for row in rows],
+            batch_size=prepared.config.eval_batch_size,
+            max_length=prepared.config.max_length,
+            max_new_tokens=[prepared.answer_tokens[task] for task in tasks],
+            expert_ids=[experts[task] for task in tasks] if routed else None,
+        )
+    )
+    return score_all(test, {task: list(islice(answers, len(rows))) for task, rows in test.items()})
+
+
+def example_scores(scores: Scores) -> dict[str, list[float]]:
+    """Each task's main metric by row."""
+    return {task.task: [row.metrics[task.metric] for row in task.examples] for task in scores.tasks}
+
+
+def write_predictions(folder: RunFolder, scores: Scores) -> None:
+    """predictions.jsonl and scores.json, as `manylora train` writes them."""
+    from manylora.training import write_json, write_text
+
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
+    write_text(folder.path / "predictions.jsonl", "".join(lines))
+    write_json(folder.path / "scores.json", {**scores.to_dict(), "baselines": {}})
