@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         load_tokenizer,
     )
     from manylora.training.plan import MemoryPlan, Plan, TaskPlan, plan_lines
+    from manylora.training.processes import Processes
     from manylora.training.runs import RunFolder, environment, write_json, write_text
 
 _HOME = {
@@ -42,6 +43,7 @@ _HOME = {
         "load_tokenizer",
     ),
     "plan": ("MemoryPlan", "Plan", "TaskPlan", "plan_lines"),
+    "processes": ("Processes",),
     "runs": ("RunFolder", "environment", "write_json", "write_text"),
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "MemoryPlan",
     "Plan",
     "Prepared",
+    "Processes",
     "RunFolder",
     "TaskPlan",
     "TrainConfig",

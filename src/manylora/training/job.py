@@ -35,6 +35,7 @@ from manylora.training.plan import (
     shadow_model,
     step_counts,
 )
+from manylora.training.processes import Processes, wait_for_all
 from manylora.training.runs import RunFolder, step_of, write_json
 from manylora.training.trainer import (
     ManyTaskTrainer,
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with step, number of steps and the trainer's log."""
+
+_EXPERTS_OF_THE_BASE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""By these a base's configuration is known to be a mixture of experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +189,7 @@ def _plan(
         tokens=sum(lengths[index] for index in order),
         memory=estimate_memory(
             model,
-            rows=min(config.micro_batch_size or config.rows_per_step, len(order)),
+            rows=min(Processes.here().rows_per_pass(config), len(order)),
             length=max(lengths),
             checkpointing=config.gradient_checkpointing,
             validation_rows=min(config.eval_batch_size, sum(len(task.rows) for task in validation)),
@@ -212,7 +216,8 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
     """Train until the plan is done and place `adapter/` in the run folder.
 
     Continues from the newest complete checkpoint where there is one, and then ends with the weights an unbroken
-    run would have had (bit-identical on one CPU with one number of threads).
+    run would have had (bit-identical on one CPU with one number of threads). Where a launcher has started several
+    processes, each of them calls this with the same arguments, and the first one writes.
 
     Raises:
         RunError: the run was begun on other data.
@@ -228,11 +233,15 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
                 f"The {what} of {run.path} has changed since it was begun (fingerprint {known}, now "
                 f"{prints[what]}); put the old one back, or start a new run."
             )
-    run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
-    run.drop_incomplete()
+    first = Processes.here().first
+    if first:
+        run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
+        run.drop_incomplete()
     trainer = _trainer(prepared, run, model, report)
+    wait_for_all()
     checkpoint = run.newest_checkpoint()
-    run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
+    if first:
+        run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -249,26 +258,36 @@ def finetune(prepared: Prepared, run: RunFolder, *, report: Report | None = None
     if prepared.config.keep == "best" and step is not None:
         weights = load_peft_weights(str(run.checkpoint(step)), device=str(model.device))
         set_peft_model_state_dict(model, weights)
-    _save(prepared, run, model)
+    if first:
+        _save(prepared, run, model)
     return model
 
 
 def _trainer(prepared: Prepared, run: RunFolder, model: PeftModel, report: Report | None) -> ManyTaskTrainer:
     config, plan = prepared.config, prepared.plan
     callbacks = [RunRecorder(run, keep_best=config.keep == "best")]
+    arguments = training_arguments(
+        config,
+        run,
+        steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
+        steps_per_epoch=prepared.steps_per_epoch,
+        validate=bool(prepared.validation),
+    )
+    # A layer of an expert of the base may get no token of a step; to look for such layers takes DDP time.
+    text = model.config.get_text_config()
+    arguments.ddp_find_unused_parameters = any(hasattr(text, name) for name in _EXPERTS_OF_THE_BASE)
     return ManyTaskTrainer(
         task_names=prepared.task_names,
         route_by_task=config.router == "task" and config.num_experts != 1,
         model=model,
-        args=training_arguments(
-            config,
-            run,
-            steps=plan.steps,
-            warmup_steps=plan.warmup_steps,
-            steps_per_epoch=prepared.steps_per_epoch,
-            validate=bool(prepared.validation),
+        args=arguments,
+        train_dataset=EncodedRows.of(
+            prepared.train,
+            prepared.task_names,
+            prepared.order,
+            empty=Processes.here().empty_rows(len(prepared.order), config),
         ),
-        train_dataset=EncodedRows.of(prepared.train, prepared.task_names, prepared.order),
         eval_dataset=EncodedRows.of(prepared.validation, prepared.task_names)
         if prepared.validation
         else None,
