@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,7 +222,7 @@ def test_the_loss_of_a_step_has_the_load_balance_term_by_answer_tokens(
     batch = Collator(pad_token_id=0)([rows[i] for i in range(4)])
     trainer = ManyTaskTrainer.__new__(ManyTaskTrainer)
     trainer.route_by_task, trainer.task_names, trainer._sums = False, prepared.task_names, None
-    trainer.balanced = False
+    trainer.balanced, trainer.accelerator = False, SimpleNamespace(num_processes=1)
     with model.load_balance() as balance:
         plain = trainer.compute_loss(model, batch, num_items_in_batch=100)
     trainer.balanced = True
