@@ -13,6 +13,7 @@ from manylora.training.config import METHODS, RECIPES, TrainConfig
 if TYPE_CHECKING:
     from manylora.training.batches import ExpertCollator
     from manylora.training.job import Prepared, build_model, finetune, prepare
+    from manylora.training.memory import MemoryPlan
     from manylora.training.merge import check_mergeable, write_merged
     from manylora.training.models import (
         adapter_base_name,
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
         load_config,
         load_tokenizer,
     )
-    from manylora.training.plan import MemoryPlan, Plan, TaskPlan, plan_lines
+    from manylora.training.plan import Plan, TaskPlan, plan_lines
     from manylora.training.processes import Processes
     from manylora.training.runs import RunFolder, environment, write_json, write_text
 
 _HOME = {
     "batches": ("ExpertCollator",),
     "job": ("Prepared", "build_model", "finetune", "prepare"),
+    "memory": ("MemoryPlan",),
     "merge": ("check_mergeable", "write_merged"),
     "models": (
         "adapter_base_name",
@@ -42,7 +44,7 @@ _HOME = {
         "load_config",
         "load_tokenizer",
     ),
-    "plan": ("MemoryPlan", "Plan", "TaskPlan", "plan_lines"),
+    "plan": ("Plan", "TaskPlan", "plan_lines"),
     "processes": ("Processes",),
     "runs": ("RunFolder", "environment", "write_json", "write_text"),
 }

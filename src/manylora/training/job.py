@@ -18,6 +18,7 @@ from manylora.data import Splits, load_splits, mixture_schedule
 from manylora.errors import ConfigError, DataError, RunError
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
 from manylora.training.config import TrainConfig
+from manylora.training.memory import estimate_memory
 from manylora.training.models import (
     base_fingerprint,
     first_line,
@@ -31,7 +32,6 @@ from manylora.training.plan import (
     TaskPlan,
     adapter_config,
     count_modules,
-    estimate_memory,
     shadow_model,
     step_counts,
 )
@@ -191,6 +191,7 @@ def _plan(
             model,
             rows=min(Processes.here().rows_per_pass(config), len(order)),
             length=max(lengths),
+            answer=max(task.longest_answer for task in train) if config.loss_on == "answer" else max(lengths),
             checkpointing=config.gradient_checkpointing,
             validation_rows=min(config.eval_batch_size, sum(len(task.rows) for task in validation)),
             on_cpu=pick_device(config.device).type == "cpu",
