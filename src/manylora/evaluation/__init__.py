@@ -11,7 +11,6 @@ from manylora.evaluation.generation import (
     generate_answers,
     stop_token_ids,
     stream_answer,
-    truncated_prompts,
 )
 from manylora.evaluation.metrics import chosen_option, exact_match, normalise, option_accuracy, rouge1
 from manylora.evaluation.rules import RULES, TASK_RULES, AnswerRule, rules_for
@@ -52,5 +51,4 @@ __all__ = [
     "standard_error",
     "stop_token_ids",
     "stream_answer",
-    "truncated_prompts",
 ]
