@@ -23,6 +23,7 @@ from manylora.adapters import (
     ManyLoraConfig,
     ManyLoraLinear,
     export_lora,
+    import_loras,
     read_adapter,
     read_lora,
     write_folder,
@@ -282,3 +283,22 @@ def test_merged_weights_are_rounded_once(
     before = base().get_submodule(name).weight.to(torch.bfloat16)
     exact = (before.float() + B @ A * (lora.config.lora_alpha / lora.config.r)).to(torch.bfloat16)
     assert torch.equal(model.get_submodule(name).weight, exact)
+
+
+@pytest.mark.parametrize(
+    "case", ["task-A", "task-B", "task-none", "rslora", "patterns", "biases and head", "conv1d"]
+)
+def test_export_import_export_is_exact(
+    case: str, exported: tuple[dict[str, Tensor], dict[str, Tensor], Path], tmp_path: Path
+) -> None:
+    loras = {path.name: read_lora(path) for path in sorted((exported[2] / "loras" / case).iterdir())}
+    config, weights = import_loras(loras)
+    write_folder(tmp_path / "adapter", config, weights, card="card")
+    again_config, again_weights = read_adapter(tmp_path / "adapter")
+    for index, (name, lora) in enumerate(loras.items()):
+        again = export_lora(again_config, again_weights, index)
+        write_folder(tmp_path / name, again.config, again.weights, card="card")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            there = exported[2] / "loras" / case / name / file
+            assert (tmp_path / name / file).read_bytes() == there.read_bytes(), file
+        assert lora.weights.keys() == again.weights.keys()
