@@ -42,6 +42,10 @@ class Case:
     length: int = 256
     dropout: float = 0.05
     checkpointing: bool = False
+    wide: float = 8 / 3
+    """Width of the MLP, in hidden sizes."""
+    kv_heads: float = 1.0
+    """Key and value heads, as a share of the heads."""
 
 
 CASES = (
@@ -52,6 +56,32 @@ CASES = (
 EXTRA = (
     Case(name="384 x 6 layers, 8 rows, dropout 0", hidden=384, layers=6, rows=8, dropout=0.0),
     Case(name="384 x 6 layers, 8 rows, checkpointing", hidden=384, layers=6, rows=8, checkpointing=True),
+    Case(name="512 x 8 layers, 8 rows, checkpointing", hidden=512, layers=8, rows=8, checkpointing=True),
+)
+HELD_OUT = (
+    # Shapes unlike those that `_HOLES` in manylora.training.memory was fitted on.
+    Case(
+        name="256 x 12 layers, 6 rows of 400", hidden=256, layers=12, rows=6, length=400, wide=4, kv_heads=0.5
+    ),
+    Case(
+        name="640 x 4 layers, 12 rows of 160, checkpointing",
+        hidden=640,
+        layers=4,
+        rows=12,
+        length=160,
+        wide=3.5,
+        kv_heads=0.2,
+        checkpointing=True,
+    ),
+    Case(
+        name="320 x 14 layers, 5 rows of 320, checkpointing",
+        hidden=320,
+        layers=14,
+        rows=5,
+        length=320,
+        wide=2,
+        checkpointing=True,
+    ),
 )
 
 
@@ -68,10 +98,10 @@ def write_base(case: Case, folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=case.hidden,
-        intermediate_size=case.hidden * 8 // 3,
+        intermediate_size=round(case.hidden * case.wide),
         num_hidden_layers=case.layers,
         num_attention_heads=case.hidden // 64,
-        num_key_value_heads=case.hidden // 64,
+        num_key_value_heads=round(case.hidden // 64 * case.kv_heads),
         vocab_size=4096,
         max_position_embeddings=2048,
         pad_token_id=0,
@@ -148,18 +178,24 @@ def show(found: Sequence[tuple[Case, dict[str, Any]]]) -> None:
     """Print estimate and measurement."""
     table = Table(title="peak memory of training on a CPU, MiB", title_justify="left")
     table.add_column("training")
-    for name in ("planned", "measured", "planned / measured", "base", "adapter", "activations", "rest"):
+    for name in ("planned", "measured", "planned / measured", "base", "adapter", "step", "slack", "process"):
         table.add_column(name, justify="right")
     for case, row in found:
         parts = row["parts"]
-        rest = sum(value for name, value in parts.items() if name not in ("base", "adapter", "activations"))
+        step = max(parts["forward"] + parts["backward"], parts["validation"])
         table.add_row(
             case.name,
             *(f"{row[name] / _MIB:,.0f}" for name in ("estimate", "measured")),
             f"{row['estimate'] / row['measured']:.3f}",
             *(
                 f"{value / _MIB:,.0f}"
-                for value in (parts["base"], parts["adapter"], parts["activations"], rest)
+                for value in (
+                    parts["base"],
+                    parts["adapter"],
+                    step,
+                    parts["slack"],
+                    parts["process"],
+                )
             ),
         )
     Console(width=140, highlight=False).print(table)
@@ -174,6 +210,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="the smallest size alone, two steps")
     parser.add_argument("--extra", action="store_true", help="also without dropout, and with checkpointing")
+    parser.add_argument("--held-out", action="store_true", help="only sizes on which nothing was fitted")
     parser.add_argument("--out", type=Path, default=Path("build/memory.json"))
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -186,6 +223,8 @@ def main(words: Sequence[str] | None = None) -> int:
             print(json.dumps(measure(case, Path(folder))))
         return 0
     cases = CASES[:1] if options.quick else (*CASES, *(EXTRA if options.extra else ()))
+    if options.held_out:
+        cases = HELD_OUT
     found = []
     for case in cases:
         found.append((case, measured_apart(case, steps=2 if options.quick else 4)))

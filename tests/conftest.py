@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,43 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 rows.append({"task": name, "instruction": f"{instruction} ({row + shift})", "output": output})
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / split / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Saved adapters with random weights on the tiny base, by kind."""
+    from exports import TASKS, make_adapter
+
+    root = tmp_path_factory.mktemp("adapters")
+    kinds: dict[str, dict[str, Any]] = {
+        "task": {"router": "task", "task_names": TASKS},
+        "token": {"router": "token", "factor": 5.0},
+        "uniform": {"router": "uniform"},
+        "single": {"num_experts": 1, "router": None},
+        "head": {"router": "task", "modules_to_save": ["lm_head"]},
+    }
+    return {kind: make_adapter(tiny_base, root / kind, **settings) for kind, settings in kinds.items()}
+
+
+@pytest.fixture(scope="session")
+def own_answers(
+    adapters: dict[str, Path], small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Rows whose reference answers are the token-routed adapter's own, so that it scores 100 on them."""
+    from manylora.cli.subjects import load_subject
+    from manylora.data import load_examples
+    from manylora.evaluation import generate_answers
+
+    subject = load_subject(str(adapters["token"]), model=None, dtype="float32", device="cpu")
+    folder = tmp_path_factory.mktemp("own")
+    for task, rows in load_examples(small_data / "test", split="test").items():
+        answers = generate_answers(subject.model, subject.tokenizer, rows, max_new_tokens=64)
+        lines = [
+            json.dumps({"task": task, "instruction": row.instruction, "output": answer or "none"}) + "\n"
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
 
 

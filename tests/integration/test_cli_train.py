@@ -147,12 +147,24 @@ def test_evaluate_reads_the_test_rows_of_a_run_as_the_run_did(tiny_base: Path, i
         "--epochs",
         "1",
     ]
-    routed = ["--task-column", "kind", "--tasks", "b,a", "--router", "task", "--max-new-tokens", "2"]
+    routed = [
+        "--task-column",
+        "kind",
+        "--tasks",
+        "b,a",
+        "--router",
+        "task",
+        "--max-new-tokens",
+        "2",
+        "--limit",
+        "3",
+    ]
     assert main([*command, *routed, "--device", "cpu", "--out", "run"]) == 0
     assert main(["evaluate", "--adapter", "run", "--device", "cpu", "--out", "scored"]) == 0
     first, again = (json.loads(Path(name, "scores.json").read_text()) for name in ("run", "scored"))
     assert [task["task"] for task in again["tasks"]] == ["b", "a"]
     assert again["tasks"] == first["tasks"]
+    assert [task["n"] for task in again["tasks"]] == [3, 3]
 
 
 @pytest.mark.parametrize("moment", ["early", "late", "in_a_save"])

@@ -1,4 +1,4 @@
-"""Exported LoRAs give what the adapter gives, in a process that has no manylora, and imports are the way back."""
+"""Exported LoRAs give what the adapter gives, in a process that has no manylora."""
 
 from __future__ import annotations
 
@@ -13,47 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from torch import Tensor
 
+from exported_models import FAMILIES, TOKENS, adapted, base, logits, saved, settings_of
+from formulas import parameters_per_layer
 from manylora.adapters import (
     ManyLoraConfig,
     ManyLoraLinear,
-    PlainLora,
     export_lora,
     import_loras,
-    parameters_per_layer,
     read_adapter,
     read_lora,
     write_folder,
 )
-from manylora.errors import ConfigError, ModelError, NotMergeableError
+from manylora.errors import ModelError, NotMergeableError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-VOCAB = 61
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-FAMILIES = {
-    "llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False),  # has biases on q, k and v
-    "gpt2": GPT2Config(  # keeps its weights as (D, O)
-        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, bos_token_id=1, eos_token_id=2
-    ),
-}
-TOKENS = torch.randint(3, VOCAB, (3, 8), generator=torch.Generator().manual_seed(1))
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # name: (family, settings); by default 3 experts of rank 2 on q_proj and v_proj
@@ -86,35 +64,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "all biases": ("qwen2", {"router": "uniform", "bias": "all"}),
     "conv1d": ("gpt2", {"router": "task", "target_modules": ["c_attn", "c_proj"]}),
 }
-
-
-def base(family: str = "llama") -> nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
-
-
-def adapted(family: str = "llama", **settings: Any) -> PeftModel:
-    settings = {
-        "r": 2, "lora_dropout": 0.0, "share": "B", "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
-        **settings,
-    }  # fmt: skip
-    model = get_peft_model(base(family), ManyLoraConfig(**settings)).eval()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "manylora_experts" in name or parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def saved(model: PeftModel, folder: Path) -> tuple[ManyLoraConfig, dict[str, Tensor]]:
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return read_adapter(folder)
-
-
-def logits(model: nn.Module, **routing: Any) -> Tensor:
-    with torch.inference_mode():
-        return model(input_ids=TOKENS, **routing).logits
 
 
 def banks(model: PeftModel) -> dict[str, Any]:
@@ -248,9 +197,6 @@ def test_half_precision_weights_stay_so(dtype: torch.dtype, tmp_path: Path) -> N
     assert {value.dtype for value in lora.weights.values()} == {dtype}
 
 
-# ---- the token router
-
-
 def test_a_token_router_needs_gates(tmp_path: Path) -> None:
     config, weights = saved(adapted(router="token"), tmp_path)
     with pytest.raises(NotMergeableError, match="weighs the experts anew"):
@@ -282,119 +228,6 @@ def test_collapse_is_exact_where_the_gates_are_constant(share: str, at: str, tmp
     plain = get_peft_model(base(), lora.config).eval()
     set_peft_model_state_dict(plain, lora.weights)
     torch.testing.assert_close(logits(plain), wanted, rtol=1e-5, atol=1e-5)
-
-
-def settings_of(config: ManyLoraConfig) -> dict[str, Any]:
-    names = ("r", "lora_alpha", "lora_dropout", "share", "num_experts", "target_modules", "task_type")
-    return {name: getattr(config, name) for name in names}
-
-
-# ---- the way back
-
-
-def plain(name: str, seed: int, **settings: Any) -> PlainLora:
-    settings = {
-        "r": 2,
-        "lora_alpha": 6,
-        "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM",
-        **settings,
-    }
-    model = get_peft_model(base(), LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        key.replace(".default", ""): 0.3 * torch.randn(value.shape, generator=generator)
-        for key, value in model.state_dict().items()
-        if "lora_" in key
-    }
-    return PlainLora(config=model.peft_config["default"], weights=weights)
-
-
-UNEQUAL: dict[str, dict[str, Any]] = {
-    "small": {"r": 1, "lora_alpha": 3},
-    "large": {"r": 4, "lora_alpha": 4, "use_rslora": True},
-    "mixed": {"r": 2, "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 1}},
-}
-
-
-@pytest.mark.parametrize("kind", ["equal", "unequal"])
-def test_imported_loras_give_what_each_gave(kind: str) -> None:
-    settings = UNEQUAL if kind == "unequal" else {key: {} for key in ("one", "two")}
-    loras = {name: plain(name, seed, **own) for seed, (name, own) in enumerate(settings.items())}
-    config, weights = import_loras(loras)
-    assert (config.share, config.router, config.task_names) == ("none", "task", list(loras))
-    together = get_peft_model(base(), config).eval()
-    result = set_peft_model_state_dict(together, weights)
-    assert not [key for key in result.missing_keys if "manylora" in key]
-    assert not result.unexpected_keys
-    for index, lora in enumerate(loras.values()):
-        alone = get_peft_model(base(), lora.config).eval()
-        set_peft_model_state_dict(alone, lora.weights)
-        found = logits(together, expert_ids=torch.full((3,), index))
-        torch.testing.assert_close(found, logits(alone), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "case", ["task-A", "task-B", "task-none", "rslora", "patterns", "biases and head", "conv1d"]
-)
-def test_export_import_export_is_exact(
-    case: str, exported: tuple[dict[str, Tensor], dict[str, Tensor], Path], tmp_path: Path
-) -> None:
-    loras = {path.name: read_lora(path) for path in sorted((exported[2] / "loras" / case).iterdir())}
-    config, weights = import_loras(loras)
-    write_folder(tmp_path / "adapter", config, weights, card="card")
-    again_config, again_weights = read_adapter(tmp_path / "adapter")
-    for index, (name, lora) in enumerate(loras.items()):
-        again = export_lora(again_config, again_weights, index)
-        write_folder(tmp_path / name, again.config, again.weights, card="card")
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            there = exported[2] / "loras" / case / name / file
-            assert (tmp_path / name / file).read_bytes() == there.read_bytes(), file
-        assert lora.weights.keys() == again.weights.keys()
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "other layers": ({"target_modules": ["q_proj"]}, "v_proj.* is adapted by one alone"),
-    "other kind": ({"task_type": "SEQ_CLS"}, "task_type"),
-    "other base": ({"base_model_name_or_path": "elsewhere"}, "base_model_name_or_path"),
-    "dora": ({"use_dora": True}, "use_dora"),
-    "lora bias": ({"lora_bias": True}, "lora_bias"),
-    "pissa": ({"init_lora_weights": "pissa"}, "pissa"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_loras_that_cannot_share_an_adapter_are_refused(case: str) -> None:
-    changed, message = REFUSED[case]
-    one, other = plain("one", 0), plain("two", 1)
-    for setting, value in changed.items():
-        setattr(other.config, setting, value)
-    if case == "other layers":
-        other = plain("two", 1, **changed)
-    with pytest.raises(ModelError, match=message):
-        import_loras({"one": one, "two": other})
-
-
-def test_other_trained_weights_must_be_the_same(tmp_path: Path) -> None:
-    config, weights = saved(adapted("qwen2", router="task", modules_to_save=["lm_head"]), tmp_path)
-    one, two = (export_lora(config, weights, n) for n in range(2))
-    import_loras({"one": one, "two": two})
-    two.weights["base_model.model.lm_head.weight"] = two.weights["base_model.model.lm_head.weight"] + 1
-    with pytest.raises(ModelError, match=r"lm_head\.weight.*in common"):
-        import_loras({"one": one, "two": two})
-
-
-def test_no_lora_no_expert_and_embeddings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no LoRA"):
-        import_loras({})
-    with pytest.raises(ModelError, match="no linear layer"):
-        import_loras({"one": plain("one", 0, target_modules=["embed_tokens", "q_proj"])})
-    config, weights = saved(adapted(router="task"), tmp_path)
-    with pytest.raises(ConfigError, match="Expert 3"):
-        export_lora(config, weights, 3)
-
-
-# ---- damaged files, sizes, merging
 
 
 def test_weights_that_do_not_fit_the_settings_are_refused(tmp_path: Path) -> None:
@@ -450,3 +283,22 @@ def test_merged_weights_are_rounded_once(
     before = base().get_submodule(name).weight.to(torch.bfloat16)
     exact = (before.float() + B @ A * (lora.config.lora_alpha / lora.config.r)).to(torch.bfloat16)
     assert torch.equal(model.get_submodule(name).weight, exact)
+
+
+@pytest.mark.parametrize(
+    "case", ["task-A", "task-B", "task-none", "rslora", "patterns", "biases and head", "conv1d"]
+)
+def test_export_import_export_is_exact(
+    case: str, exported: tuple[dict[str, Tensor], dict[str, Tensor], Path], tmp_path: Path
+) -> None:
+    loras = {path.name: read_lora(path) for path in sorted((exported[2] / "loras" / case).iterdir())}
+    config, weights = import_loras(loras)
+    write_folder(tmp_path / "adapter", config, weights, card="card")
+    again_config, again_weights = read_adapter(tmp_path / "adapter")
+    for index, (name, lora) in enumerate(loras.items()):
+        again = export_lora(again_config, again_weights, index)
+        write_folder(tmp_path / name, again.config, again.weights, card="card")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            there = exported[2] / "loras" / case / name / file
+            assert (tmp_path / name / file).read_bytes() == there.read_bytes(), file
+        assert lora.weights.keys() == again.weights.keys()

@@ -148,6 +148,34 @@ def test_the_gradient_of_the_term_reaches_the_routers_and_what_lies_before_them(
     assert any("lora_B" in name and found[name].abs().sum() > 0 for name in found)  # of layers before
 
 
+def test_each_of_several_active_adapters_has_its_whole_weight() -> None:
+    """By hand: N Σ f P of each layer, its mean per adapter, times that adapter's weight, added up."""
+    model = adapted(load_balance_weight=WEIGHT)
+    few = ManyLoraConfig(
+        r=2, num_experts=2, load_balance_weight=0.25, target_modules=["q_proj"], lora_dropout=0.0
+    )
+    model.add_adapter("few", few)
+    model.base_model.set_adapter(["default", "few"])
+    model.train()
+    with model.load_balance() as balance:
+        model(input_ids=tokens())
+    assert len(balance.calls) == 16  # 14 layers of one, 2 of the other
+    want = 0.0
+    for adapter, layers, weight in (("default", 14, WEIGHT), ("few", 2, 0.25)):
+        calls = [call for call in balance.calls if call.adapter == adapter]
+        assert len(calls) == layers
+        for call in calls:
+            p_TN = call.logits.detach().flatten(0, 1).softmax(-1)
+            chosen = p_TN.argmax(-1).tolist()
+            f_N = [chosen.count(n) / len(chosen) for n in range(p_TN.shape[1])]
+            by_hand = sum(f * p for f, p in zip(f_N, p_TN.mean(0).tolist(), strict=True)) * p_TN.shape[1]
+            want += weight * by_hand / layers
+    assert balance.loss().item() == pytest.approx(want, rel=1e-6)
+    output = model(input_ids=tokens(), labels=tokens())
+    plain = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
+    assert (output.loss - plain).item() == pytest.approx(want, rel=1e-4)
+
+
 def test_padding_does_not_count() -> None:
     model = adapted(load_balance_weight=WEIGHT).train()
     padded = torch.cat((tokens(), torch.zeros(3, 4, dtype=torch.long)), 1)

@@ -8,7 +8,9 @@ import pickle
 import pytest
 from peft import PeftConfig
 
-from manylora.adapters import FORMAT_VERSION, ManyLoraConfig, parameters_per_layer
+from formulas import parameters_per_layer
+from manylora.adapters import FORMAT_VERSION, ManyLoraConfig
+from manylora.adapters.layer import ExpertBank
 from manylora.errors import ConfigError, ManyLoraError, TargetModulesError
 
 BAD = [
@@ -168,4 +170,6 @@ def test_expert_of_a_task() -> None:
 )
 def test_parameters_per_layer(settings: dict, count: int) -> None:
     config = ManyLoraConfig(r=2, **settings)
+    bank = ExpertBank(in_features=10, out_features=7, rank=2, alpha=4, config=config)
+    assert sum(parameter.numel() for parameter in bank.parameters()) == count
     assert parameters_per_layer(config, in_features=10, out_features=7) == count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from manylora.training import (
     prepare,
 )
 from manylora.training.batches import Collator, EncodedRows
+from manylora.training.memory import LiveBytes, estimate_memory, training_loss
 from manylora.training.models import base_fingerprint
-from manylora.training.plan import adapter_config, estimate_memory, shadow_model
+from manylora.training.plan import adapter_config, shadow_model
 from manylora.training.trainer import ManyTaskTrainer
 
 
@@ -53,36 +55,56 @@ def test_the_schedule_reads_every_row_once_an_epoch(tiny_base: Path, small_data:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_memory_plan_is_what_autograd_keeps(
+def test_the_memory_plan_is_what_a_real_step_has_alive(
     tiny_base: Path, small_data: Path, checkpointing: bool
 ) -> None:
     prepared = prepare(config(tiny_base, small_data, lora_dropout=0.05))
     peft_config = adapter_config(prepared.config, task_names=prepared.task_names)
+    batch = {"rows": 4, "length": 48, "answer": 5}
     plan = estimate_memory(
-        shadow_model(prepared.config, peft_config), rows=4, length=48, checkpointing=checkpointing
+        shadow_model(prepared.config, peft_config), checkpointing=checkpointing, validation_rows=9, **batch
     )
     model = build_model(prepared).train()
     if checkpointing:
         model.activation_checkpointing_enable()
         model.enable_input_require_grads()
-    kept: dict[int, int] = {}
+    live = LiveBytes(model)
+    with live:
+        loss = training_loss(model, **batch)
+        kept = live.now
+        loss.backward()
+        del loss
+    assert plan.forward == pytest.approx(kept, rel=0.01)
+    assert plan.forward + plan.backward == pytest.approx(live.peak, rel=0.01)
+    assert plan.backward > (2.0 if checkpointing else 0.1) * plan.forward
+    assert live.now == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    model.eval()
+    alive = LiveBytes(model)
+    with torch.no_grad(), alive:
+        training_loss(model, **{**batch, "rows": 9})
+    assert plan.validation == pytest.approx(alive.peak, rel=0.01)
+    assert plan.adapter == 12 * prepared.plan.trainable
+    assert plan.base == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def test_what_a_forward_keeps_is_what_autograd_saves(tiny_base: Path, small_data: Path) -> None:
+    """The same number from another side: the tensors that autograd says it has saved, and the logits."""
+    model = build_model(prepare(config(tiny_base, small_data, lora_dropout=0.05))).train()
+    saved: dict[int, int] = {}
     alive = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         alive.append(tensor)
         return tensor
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    ids = torch.ones(4, 48, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    mask[0, -1] = 0  # as in any batch of unequal rows: transformers leaves out a mask that hides nothing
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    measured = sum(size for address, size in kept.items() if address not in own) + logits.nbytes
-    assert plan.activations == pytest.approx(measured, rel=0.01)
-    assert plan.adapter == 16 * prepared.plan.trainable
-    assert plan.base == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    with LiveBytes(model) as live, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = training_loss(model, rows=4, length=48, answer=5)
+    assert live.now == pytest.approx(
+        sum(size for address, size in saved.items() if address not in own), rel=0.05
+    )
+    assert loss.requires_grad
 
 
 def test_validation_losses_are_token_means_within_each_task(
@@ -221,7 +243,7 @@ def test_the_loss_of_a_step_has_the_load_balance_term_by_answer_tokens(
     batch = Collator(pad_token_id=0)([rows[i] for i in range(4)])
     trainer = ManyTaskTrainer.__new__(ManyTaskTrainer)
     trainer.route_by_task, trainer.task_names, trainer._sums = False, prepared.task_names, None
-    trainer.balanced = False
+    trainer.balanced, trainer.accelerator = False, SimpleNamespace(num_processes=1)
     with model.load_balance() as balance:
         plain = trainer.compute_loss(model, batch, num_items_in_batch=100)
     trainer.balanced = True

@@ -16,7 +16,6 @@ from manylora.adapters.config import (
     ManyLoraType,
     RouterKind,
     Share,
-    parameters_per_layer,
 )
 from manylora.adapters.export import PlainLora, expert_names, export_lora
 from manylora.adapters.factored import FactoredBank
@@ -64,7 +63,6 @@ __all__ = [
     "import_loras",
     "load_balance",
     "load_balance_loss",
-    "parameters_per_layer",
     "read_adapter",
     "read_any",
     "read_lora",

@@ -21,8 +21,10 @@ from manylora.errors import RoutingError
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class RouterCall:
-    """One layer's router in one call of the model."""
+    """One adapter's router in one layer, in one call of the model."""
 
+    adapter: str
+    """Name of the adapter."""
     logits: Tensor
     """(…, N), before temperature and softmax."""
     mask: Tensor | None
@@ -44,19 +46,20 @@ class LoadBalance:
         self.calls: list[RouterCall] = [] if calls is None else calls
 
     def loss(self) -> Tensor:
-        """`load_balance_weight` × the loss, averaged over the layers: a scalar, 0 where nothing was collected.
+        """`load_balance_weight` × the loss, averaged over an adapter's layers, added up over the active adapters.
 
         The mean over layers, where Switch adds them up: so the weight means the same in a model with 4 adapted
-        layers and one with 224.
+        layers and one with 224. A scalar, 0 where nothing was collected.
         """
-        if not self.calls:
-            return torch.zeros(())
-        terms = [
-            call.weight
-            * load_balance_loss(call.logits, mask_T=call.mask, top_k=call.top_k, temperature=call.temperature)
-            for call in self.calls
-        ]
-        return torch.stack([term.to(terms[0].device) for term in terms]).mean()
+        terms: dict[str, list[Tensor]] = {}
+        for call in self.calls:
+            term = load_balance_loss(
+                call.logits, mask_T=call.mask, top_k=call.top_k, temperature=call.temperature
+            )
+            terms.setdefault(call.adapter, []).append(call.weight * term.to(self.calls[0].logits.device))
+        return torch.stack(
+            [torch.stack(of_one).mean() for of_one in terms.values()] or [torch.zeros(())]
+        ).sum()
 
 
 def load_balance_loss(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,12 +39,21 @@ class ExpertBank(nn.Module):
         rank: R.
         alpha: numerator of the scaling.
         config: the adapter's settings.
+        name: the adapter's.
     """
 
     def __init__(
-        self, *, in_features: int, out_features: int, rank: int, alpha: float, config: ManyLoraConfig
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        config: ManyLoraConfig,
+        name: str = "default",
     ) -> None:
         super().__init__()
+        self.name = name
         self.layout = ops.Layout(num_experts=config.num_experts, rank=rank, share=config.share)
         self.router: RouterKind | None = config.router if config.num_experts > 1 else None
         self.takes_ids = config.router == "task"
@@ -105,7 +115,10 @@ class ExpertBank(nn.Module):
             a_RD, b_OR = layout.static_factors(A, B, choice)
             h_TR, _ = ops.project(x, a_RD, None, dropout=dropout)
             return ops.add_static(y, h_TR, b_OR, scaling=scaling, in_place=in_place)
-        u_TM, logits_TN = ops.project(x, A, router, dropout=dropout)
+        apart = router is not None and self._chooses_in(A.dtype)
+        u_TM, logits_TN = ops.project(x, A, None if apart else router, dropout=dropout)
+        if apart:
+            logits_TN = self._wide_logits(x)
         if logits_TN is not None and self.load_balance_weight:
             self._note(logits_TN, x, routes)
         w_TN = self.routing_weights(x, logits_TN, choice, routes)
@@ -131,6 +144,20 @@ class ExpertBank(nn.Module):
         dtype = torch.get_autocast_dtype(device.type)
         return A.to(dtype), B.to(dtype), None if router is None else router.to(dtype)
 
+    def _chooses_in(self, dtype: torch.dtype) -> bool:
+        """Whether a choice of k experts would be made from logits in less than float32.
+
+        Weights that are a little off are a little error, but a choice that turns over is a large one, in the
+        gradients above all; so Switch Transformers routes in float32 (2101.03961, section 2.4).
+        """
+        return self.top_k is not None and dtype.itemsize < 4
+
+    def _wide_logits(self, x: Tensor) -> Tensor:
+        """W_g x in float32, autocast or not; only x itself is kept for backward."""
+        router_ND = self.lora_router.to(torch.promote_types(self.lora_router.dtype, torch.float32))
+        with _without_autocast(x.device):
+            return ops.project(x, router_ND, None, dropout=0.0)[0]
+
     def observed_weights(self, x: Tensor, routes: Routes | None) -> Tensor:
         """What `forward` weighs the experts with, (…, N); for statistics, so without gradients.
 
@@ -138,8 +165,13 @@ class ExpertBank(nn.Module):
             RoutingError: as in `forward`.
         """
         with torch.no_grad():
-            x = x.to(self.lora_A.dtype)
-            logits_TN = F.linear(x, self.lora_router) if self.router == "token" else None
+            logits_TN = None
+            if self.router == "token":
+                dtype = self._operands(x.device)[0].dtype
+                chooses = self._chooses_in(dtype)
+                logits_TN = (
+                    self._wide_logits(x) if chooses else F.linear(x.to(dtype), self.lora_router.to(dtype))
+                )
             choice = None if self.router == "token" else self.choice(routes)
             w_TN = self.routing_weights(x, logits_TN, choice, routes)
             return w_TN.expand(*x.shape[:-1], self.num_experts)
@@ -212,6 +244,7 @@ class ExpertBank(nn.Module):
             )
         call.gates.append(
             RouterCall(
+                adapter=self.name,
                 logits=logits,
                 mask=call.mask_for(x),
                 top_k=self.top_k,
@@ -227,6 +260,13 @@ class ExpertBank(nn.Module):
             f"num_experts={layout.num_experts}, rank={layout.rank}, share={layout.share!r}, "
             f"router={self.router!r}, scaling={self.scaling:g}, dropout={self.dropout}"
         )
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A block in which autocast lowers nothing on `device`."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class ManyLoraLinear(nn.Module, BaseTunerLayer):
@@ -272,6 +312,7 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
             rank=rank,
             alpha=alpha,
             config=config,
+            name=adapter_name,
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

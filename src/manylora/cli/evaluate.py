@@ -49,7 +49,7 @@ def _evaluate(options: EvaluateOptions) -> int:
     from manylora.cli.tables import print_scores
     from manylora.evaluation import write_scores
 
-    data, test = _rows(options)
+    data, limit, test = _rows(options)
     if is_classifier(options.adapter):
         return evaluate_classifier(options, test)
     subject = load_subject(options.adapter, model=options.model, dtype=options.dtype, device=options.device)
@@ -64,7 +64,7 @@ def _evaluate(options: EvaluateOptions) -> int:
         max_length=subject.max_length,
         experts=subject.experts,
     )
-    baselines = suite_baselines(data, list(test), limit=options.limit)
+    baselines = suite_baselines(data, list(test), limit=limit)
     print_scores(scores, baselines)
     if options.out is not None:
         folder = Path(options.out)
@@ -73,8 +73,8 @@ def _evaluate(options: EvaluateOptions) -> int:
     return 0
 
 
-def _rows(options: EvaluateOptions) -> tuple[str, TaskData]:
-    """The rows to score and their source: those named, else the test rows of the adapter's run, as the run read them.
+def _rows(options: EvaluateOptions) -> tuple[str, int | None, TaskData]:
+    """Source, limit and rows to score: those named, else the test rows of the adapter's run, as the run read them.
 
     Raises:
         ConfigError: the run has no test rows.
@@ -88,12 +88,13 @@ def _rows(options: EvaluateOptions) -> tuple[str, TaskData]:
     if run and not run.get("test") and "test" not in available_splits(data):
         raise ConfigError(f"The run of {options.adapter} has no test rows; give rows to score with --data.")
     tasks = as_list(options.tasks)
+    limit = options.limit or run.get("limit")
     test = load_examples(
         data,
         task_column=options.task_column or run.get("task_column"),
         tasks=tasks,
         split="test",
-        limit=options.limit,
+        limit=limit,
     )
     order = tasks or run.get("tasks") or list(test)
-    return data, {task: test[task] for task in order if task in test}
+    return data, limit, {task: test[task] for task in order if task in test}

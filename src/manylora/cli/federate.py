@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from manylora.cli.launch import refuse_launcher
 from manylora.cli.options import FederateOptions
 from manylora.cli.parsing import parse
 from manylora.errors import ConfigError
@@ -36,6 +37,7 @@ epoch, in one process; then the same training without any exchange, to compare w
 
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
+    refuse_launcher("federate")
     options, given = parse(FederateOptions, arguments, verb="federate", description=DESCRIPTION)
     if options.resume is not None:
         if given - {"resume"}:

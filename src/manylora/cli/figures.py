@@ -37,7 +37,18 @@ KEPT = 4
 FOLDER = "runs/figures"
 """Where the figures go unless --out says otherwise."""
 
-_TRAINING = ("tasks", "seeds", "task_type", "model", "data", "task_column", "r", "epochs", "learning_rate", "dtype")
+_TRAINING = (
+    "tasks",
+    "seeds",
+    "task_type",
+    "model",
+    "data",
+    "task_column",
+    "r",
+    "epochs",
+    "learning_rate",
+    "dtype",
+)
 """Options that the runs depend on."""
 
 

@@ -62,7 +62,7 @@ class EvaluateOptions:
     """Column that names a row's task. Default: the column "task", else the file's name; the run's own where its test
     rows are scored."""
     limit: int | None = None
-    """At most this many rows per task. Default: all."""
+    """At most this many rows per task. Default: all; that of the run where its test rows are scored."""
     batch_size: int = 64
     """Rows per batch. It does not change the answers."""
     max_new_tokens: int | None = None

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shlex
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manylora.cli.launch import Launch, launched
 from manylora.cli.options import TrainOptions
 from manylora.cli.parsing import parse
 from manylora.errors import ConfigError
 from manylora.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from manylora.training import Prepared, RunFolder
+    from manylora.training import Prepared
 
 DESCRIPTION = """\
 Fine-tune one model on many tasks, then score it on every task's test rows.
@@ -28,18 +29,23 @@ Without options this is the main job: ALoRA (3 experts, one shared B, rank 8) on
   manylora train --data flan8/train --test flan8/test       your own rows (JSON, JSONL, CSV, Parquet, Hub id)
   manylora train --model meta-llama/Llama-3.2-1B --r 16     another base model
   manylora train --task-type SEQ_CLS --model DIR --data …   an encoder such as BERT that chooses among labels
-  manylora train --resume runs/train-001                    go on after a crash"""
+  manylora train --resume runs/train-001                    go on after a crash
+  torchrun --nproc-per-node 2 -m manylora.cli train         in several processes, each with its part of every step"""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
+    with launched() as launch:
+        return _run(arguments, launch)
+
+
+def _run(arguments: Sequence[str], launch: Launch) -> int:
     options, given = parse(TrainOptions, arguments, verb="train", description=DESCRIPTION)
-    _refuse_launcher()
     if options.resume is not None:
         if given - {"resume"}:
             extra = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - {"resume"}))
             raise ConfigError(f"--resume takes all settings from the run folder; leave out {extra}.")
-        return _resume(options.resume)
+        return _resume(options.resume, launch)
     config = _settings(options)
     from manylora.cli.scoring import check_test
     from manylora.cli.tables import print_plan
@@ -50,25 +56,15 @@ def run(arguments: Sequence[str]) -> int:
     check_test(prepared)
     if options.dry_run:
         return 0
-    with RunFolder.create(options.out, config=prepared.config.to_dict(), seed=config.seed) as folder:
-        return _work(prepared, folder)
+    with contextlib.ExitStack() as stack:
 
+        def create() -> str:
+            settings = prepared.config.to_dict()
+            folder = RunFolder.create(options.out, config=settings, seed=config.seed)
+            stack.enter_context(folder)
+            return str(folder.path)
 
-def _refuse_launcher() -> None:
-    """One run is one process: several would each train all of it and write over each other's run folder.
-
-    Raises:
-        ConfigError: torchrun or `accelerate launch` started several; the first one says so, the others just end.
-    """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" not in os.environ or processes in ("", "0", "1"):
-        return
-    if os.environ["RANK"] != "0":
-        raise SystemExit(2)
-    raise ConfigError(
-        f"manylora train runs in one process, but a launcher started {processes}; start it without torchrun or "
-        "accelerate launch. For several processes use the adapter with TRL or accelerate (docs/trl.md)."
-    )
+        return _work(prepared, launch.folder(create), launch)
 
 
 def _settings(options: TrainOptions) -> TrainConfig:
@@ -76,7 +72,7 @@ def _settings(options: TrainOptions) -> TrainConfig:
     return TrainConfig(**{name: getattr(options, name) for name in names})
 
 
-def _resume(path: str) -> int:
+def _resume(path: str, launch: Launch) -> int:
     from manylora.cli.console import draw_report
     from manylora.cli.tables import print_saved_scores
     from manylora.training import RunFolder, prepare
@@ -92,15 +88,24 @@ def _resume(path: str) -> int:
     except TypeError as error:
         raise ConfigError(f"{folder.path / 'config.yaml'} is not of this version ({error}).") from error
     with folder:
-        folder.lock()
-        return _work(prepare(config), folder)
+
+        def lock() -> str:
+            folder.lock()
+            return str(folder.path)
+
+        place = launch.folder(lock)
+        return _work(prepare(config), place, launch)
 
 
-def _work(prepared: Prepared, folder: RunFolder) -> int:
+def _work(prepared: Prepared, place: str, launch: Launch) -> int:
     from manylora.cli.console import TrainingProgress, draw_report, explain
     from manylora.cli.scoring import score_run
-    from manylora.training import finetune
+    from manylora.training import RunFolder, finetune
 
+    folder = RunFolder(Path(place))
+    if not launch.processes.first:
+        finetune(prepared, folder)
+        return 0
     print(f"run folder: {folder.path}")
     began = time.monotonic()
     try:

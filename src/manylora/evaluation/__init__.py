@@ -19,7 +19,6 @@ from manylora.evaluation.generation import (
     generate_answers,
     stop_token_ids,
     stream_answer,
-    truncated_prompts,
 )
 from manylora.evaluation.metrics import chosen_option, exact_match, normalise, option_accuracy, rouge1
 from manylora.evaluation.results import write_scores
@@ -67,6 +66,5 @@ __all__ = [
     "standard_error",
     "stop_token_ids",
     "stream_answer",
-    "truncated_prompts",
     "write_scores",
 ]

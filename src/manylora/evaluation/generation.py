@@ -123,22 +123,6 @@ def stream_answer(
     return _stream(model, tokenizer, prompt, limit, expert_id)
 
 
-def truncated_prompts(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    *,
-    max_new_tokens: int | Sequence[int],
-    max_length: int = MAX_LENGTH,
-) -> int:
-    """How many prompts `generate_answers` would cut under the same settings."""
-    limits = _limits(max_new_tokens, len(examples))
-    return sum(
-        _prompt(model, tokenizer, example, limit, max_length)[1]
-        for example, limit in zip(examples, limits, strict=True)
-    )
-
-
 def _limits(max_new_tokens: int | Sequence[int], n: int) -> list[int]:
     limits = [max_new_tokens] * n if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(limits) != n:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from manylora.training.batches import ExpertCollator
     from manylora.training.job import Prepared, build_model, finetune, prepare
     from manylora.training.labels import LabelSets, label_of, predict_labels
+    from manylora.training.memory import MemoryPlan
     from manylora.training.merge import check_mergeable, write_merged
     from manylora.training.models import (
         adapter_base_name,
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
         load_config,
         load_tokenizer,
     )
-    from manylora.training.plan import MemoryPlan, Plan, TaskPlan, plan_lines
+    from manylora.training.plan import Plan, TaskPlan, plan_lines
+    from manylora.training.processes import Processes
     from manylora.training.runs import RunFolder, environment, write_json, write_text
     from manylora.training.snapshots import find_snapshots
 
@@ -35,6 +37,7 @@ _HOME = {
     "batches": ("ExpertCollator",),
     "job": ("Prepared", "build_model", "finetune", "prepare"),
     "labels": ("LabelSets", "label_of", "predict_labels"),
+    "memory": ("MemoryPlan",),
     "merge": ("check_mergeable", "write_merged"),
     "models": (
         "adapter_base_name",
@@ -48,7 +51,8 @@ _HOME = {
         "load_config",
         "load_tokenizer",
     ),
-    "plan": ("MemoryPlan", "Plan", "TaskPlan", "plan_lines"),
+    "plan": ("Plan", "TaskPlan", "plan_lines"),
+    "processes": ("Processes",),
     "runs": ("RunFolder", "environment", "write_json", "write_text"),
     "snapshots": ("find_snapshots",),
 }
@@ -61,6 +65,7 @@ __all__ = [
     "MemoryPlan",
     "Plan",
     "Prepared",
+    "Processes",
     "RunFolder",
     "TaskPlan",
     "TrainConfig",

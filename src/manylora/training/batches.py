@@ -24,24 +24,40 @@ class EncodedRows(Dataset):
         rows: every distinct row.
         tasks: index of each row's task.
         order: indices into `rows`; by default each once.
+        empty: rows of one token without loss to add at the end.
     """
 
-    def __init__(self, rows: Sequence[Encoded], tasks: Sequence[int], order: Sequence[int] | None = None):
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        tasks: Sequence[int],
+        order: Sequence[int] | None = None,
+        *,
+        empty: int = 0,
+    ):
         self.rows, self.tasks = rows, tasks
         self.order = list(range(len(rows))) if order is None else order
+        self.empty = empty
 
     @classmethod
     def of(
-        cls, tasks: Sequence[EncodedTask], names: Sequence[str], order: Sequence[int] | None = None
+        cls,
+        tasks: Sequence[EncodedTask],
+        names: Sequence[str],
+        order: Sequence[int] | None = None,
+        *,
+        empty: int = 0,
     ) -> EncodedRows:
         """The rows of all `tasks` laid end to end; a task's index is its place in `names`."""
         rows = [row for task in tasks for row in task.rows]
-        return cls(rows, [names.index(task.name) for task in tasks for _ in task.rows], order)
+        return cls(rows, [names.index(task.name) for task in tasks for _ in task.rows], order, empty=empty)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.order) + self.empty
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        if position >= len(self.order):
+            return {"input_ids": self.rows[0].input_ids[:1], "labels": [-100], "task": 0}
         index = self.order[position]
         row = self.rows[index]
         return {"input_ids": row.input_ids, "labels": row.labels, "task": self.tasks[index]}

@@ -153,9 +153,9 @@ class TrainConfig:
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Shape of the learning rate after the warm-up."""
     batch_size: int | None = None
-    """Rows per optimizer step. Default: from `--recipe`."""
+    """Rows per optimizer step, of all processes together. Default: from `--recipe`."""
     micro_batch_size: int | None = None
-    """Rows per forward pass; the rest of a batch is accumulated. Default: the whole batch."""
+    """Rows per forward pass of a process; the rest of a batch is accumulated. Default: its whole part of a batch."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0

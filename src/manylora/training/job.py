@@ -20,6 +20,7 @@ from manylora.errors import ConfigError, DataError, RunError
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
 from manylora.training.config import TrainConfig, as_list
 from manylora.training.labels import LabelCollator, LabelSets, LabelTrainer, encode_labelled
+from manylora.training.memory import estimate_memory
 from manylora.training.models import (
     base_fingerprint,
     first_line,
@@ -35,10 +36,10 @@ from manylora.training.plan import (
     TaskPlan,
     adapter_config,
     count_modules,
-    estimate_memory,
     shadow_model,
     step_counts,
 )
+from manylora.training.processes import Processes, wait_for_all
 from manylora.training.runs import RunFolder, step_of, write_json
 from manylora.training.snapshots import SnapshotRecorder, snapshot_steps
 from manylora.training.trainer import (
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with step, number of steps and the trainer's log."""
+
+_EXPERTS_OF_THE_BASE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""By these a base's configuration is known to be a mixture of experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,8 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
     config = config.resolved()
     if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError("report_to tensorboard needs another package: pip install 'manylora[tensorboard]'.")
+    if config.task_type == "SEQ_CLS" and Processes.here().count > 1:
+        raise ConfigError("task_type SEQ_CLS trains in one process; start it without a launcher.")
     splits = splits or all_rows(config)
     config = _with_experts(config, tasks=len(splits.train))
     tokenizer = load_tokenizer(config.model, task_type=config.task_type)
@@ -220,8 +226,9 @@ def _plan(
         tokens=sum(lengths[index] for index in order),
         memory=estimate_memory(
             model,
-            rows=min(config.micro_batch_size or config.rows_per_step, len(order)),
+            rows=min(Processes.here().rows_per_pass(config), len(order)),
             length=max(lengths),
+            answer=max(task.longest_answer for task in train) if config.loss_on == "answer" else max(lengths),
             checkpointing=config.gradient_checkpointing,
             validation_rows=min(config.eval_batch_size, sum(len(task.rows) for task in validation)),
             on_cpu=pick_device(config.device).type == "cpu",
@@ -265,7 +272,8 @@ def finetune(
     """Train until the plan is done and place `adapter/` in the run folder.
 
     Continues from the newest complete checkpoint where there is one, and then ends with the weights an unbroken
-    run would have had (bit-identical on one CPU with one number of threads).
+    run would have had (bit-identical on one CPU with one number of threads). Where a launcher has started several
+    processes, each of them calls this with the same arguments, and the first one writes.
 
     Args:
         prepared: the plan.
@@ -289,13 +297,18 @@ def finetune(
                 f"The {what} of {run.path} has changed since it was begun (fingerprint {known}, now "
                 f"{prints[what]}); put the old one back, or start a new run."
             )
-    run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
-    run.drop_incomplete()
+    first = Processes.here().first
+    if first:
+        run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
+        run.drop_incomplete()
     trainer = _trainer(prepared, run, model, report, callbacks)
-    kept = snapshot_steps(prepared.plan.steps, prepared.config.keep_adapters)
-    trainer.add_callback(SnapshotRecorder(run.path, model, kept))
+    if first:
+        kept = snapshot_steps(prepared.plan.steps, prepared.config.keep_adapters)
+        trainer.add_callback(SnapshotRecorder(run.path, model, kept))
+    wait_for_all()
     checkpoint = run.newest_checkpoint()
-    run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
+    if first:
+        run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -312,7 +325,8 @@ def finetune(
     if prepared.config.keep == "best" and step is not None:
         weights = load_peft_weights(str(run.checkpoint(step)), device=str(model.device))
         set_peft_model_state_dict(model, weights)
-    _save(prepared, run, model)
+    if first:
+        _save(prepared, run, model)
     return model
 
 
@@ -330,19 +344,28 @@ def _trainer(
         if prepared.labels
         else (ManyTaskTrainer, Collator)
     )
+    arguments = training_arguments(
+        config,
+        run,
+        steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
+        steps_per_epoch=prepared.steps_per_epoch,
+        validate=bool(prepared.validation),
+    )
+    # A layer of an expert of the base may get no token of a step; to look for such layers takes DDP time.
+    text = model.config.get_text_config()
+    arguments.ddp_find_unused_parameters = any(hasattr(text, name) for name in _EXPERTS_OF_THE_BASE)
     return kind(
         task_names=prepared.task_names,
         route_by_task=config.router == "task" and config.num_experts != 1,
         model=model,
-        args=training_arguments(
-            config,
-            run,
-            steps=plan.steps,
-            warmup_steps=plan.warmup_steps,
-            steps_per_epoch=prepared.steps_per_epoch,
-            validate=bool(prepared.validation),
+        args=arguments,
+        train_dataset=EncodedRows.of(
+            prepared.train,
+            prepared.task_names,
+            prepared.order,
+            empty=Processes.here().empty_rows(len(prepared.order), config),
         ),
-        train_dataset=EncodedRows.of(prepared.train, prepared.task_names, prepared.order),
         eval_dataset=EncodedRows.of(prepared.validation, prepared.task_names)
         if prepared.validation
         else None,

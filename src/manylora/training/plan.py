@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from peft import PeftModel, get_peft_model
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from manylora.adapters import ManyLoraConfig, load_balance
+from manylora.adapters import ManyLoraConfig
 from manylora.errors import ConfigError
+from manylora.training.memory import MemoryPlan
 from manylora.training.models import base_location, head_modules, load_config, pick_device, pick_dtype
 from manylora.training.pooling import pool_as_told
 
@@ -23,11 +22,6 @@ if TYPE_CHECKING:
     from manylora.training.config import TrainConfig
 
 _MIB = 2**20
-_ADAM_BYTES = 16
-"""Per trainable float32 parameter: the weight, its gradient and Adam's two moments."""
-_SLACK = 1.45
-"""What a CPU's allocator holds over what is in use. Freed blocks between living ones are not given back; measured in
-`benchmarks/memory.py` (docs/log.md): 1.4 to 1.5 times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,38 +35,6 @@ class TaskPlan:
     truncated: float
     longest: int
     longest_answer: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """Estimated peak memory of training in bytes, by cause."""
-
-    base: int
-    """Frozen weights."""
-    adapter: int
-    """Adapter weights, gradients and Adam's moments in float32."""
-    activations: int
-    """What one forward pass keeps for the backward pass, at the longest row of the data."""
-    recomputed: int
-    """With checkpointing, the activations of the one layer that the backward pass is in."""
-    logits: int
-    """The gradient of the logits, which lives beside them when the backward pass starts."""
-    validation: int
-    """What a forward pass over a validation batch needs, when nothing is kept for backward."""
-    slack: int
-    """What the allocator holds beyond all that, having freed it: nothing on a GPU, whose allocator reuses it."""
-    process: int
-    """What the process held before: Python, libraries, data."""
-
-    @property
-    def step(self) -> int:
-        """The larger of what a training step and what a validation batch need for themselves."""
-        return max(self.activations + self.recomputed + self.logits, self.validation)
-
-    @property
-    def total(self) -> int:
-        """Peak in bytes."""
-        return self.base + self.adapter + self.step + self.slack + self.process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,102 +118,6 @@ def count_modules(model: PeftModel) -> Counter[str]:
     )
 
 
-def estimate_memory(
-    model: PeftModel,
-    *,
-    rows: int,
-    length: int,
-    checkpointing: bool,
-    validation_rows: int = 0,
-    on_cpu: bool = True,
-) -> MemoryPlan:
-    """Run one forward pass on tensors without data and add up what autograd keeps.
-
-    Args:
-        model: from `shadow_model`; consumed.
-        rows: rows of one forward pass.
-        length: tokens of the longest row.
-        checkpointing: whether activations are recomputed.
-        validation_rows: rows of one validation batch; 0: there is no validation.
-        on_cpu: whether the CPU's allocator serves the training.
-    """
-    parameters = list(model.parameters())
-    base = sum(p.nbytes for p in parameters if not p.requires_grad)
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    text = model.config.get_text_config()
-    kept, logits_tensor = _kept_for_backward(model, rows=rows, length=length, checkpointing=False)
-    logits = logits_tensor.nbytes
-    recomputed = 0
-    if checkpointing:
-        recomputed = (kept - logits) // getattr(text, "num_hidden_layers", 1)
-        kept, _ = _kept_for_backward(model, rows=rows, length=length, checkpointing=True)
-    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    outputs = text.vocab_size if logits_tensor.dim() == 3 else 0  # a classification head looks at one token
-    # The logits, or in a layer the MLP's three wide tensors beside the stream and what is added to it.
-    values = max(outputs + text.hidden_size, 3 * wide + 2 * text.hidden_size)
-    per_token = values * logits_tensor.element_size()
-    memory = MemoryPlan(
-        base=base,
-        adapter=trainable * _ADAM_BYTES,
-        activations=kept,
-        recomputed=recomputed,
-        logits=logits,
-        validation=validation_rows * length * per_token,
-        slack=0,
-        process=psutil.Process().memory_info().rss,
-    )
-    return replace(memory, slack=round((_SLACK - 1) * memory.step)) if on_cpu else memory
-
-
-def _kept_for_backward(
-    model: PeftModel, *, rows: int, length: int, checkpointing: bool
-) -> tuple[int, torch.Tensor]:
-    storages: dict[int, int] = {}
-    alive: list[Any] = []  # a freed storage's address would be used again
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _give_shapes(model)
-        model.train()
-        if checkpointing:
-            # the second is its name before transformers 5.23
-            enable = (
-                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            )
-            enable()
-            model.enable_input_require_grads()
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        routing: dict[str, Any] = {}
-        if model.active_peft_config.router == "task" and model.active_peft_config.num_experts > 1:
-            routing["expert_ids"] = torch.zeros(rows, dtype=torch.long)
-        if model.active_peft_config.task_type != "SEQ_CLS":
-            routing["use_cache"] = False
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), load_balance(model):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **routing).logits
-    kept = sum(size for address, size in storages.items() if address not in own)
-    return kept + logits.nbytes, logits
-
-
-def _give_shapes(model: torch.nn.Module) -> None:
-    """Swap meta tensors for fake CPU ones: same shapes, still no data, but CPU kernels are chosen."""
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                is_parameter = isinstance(tensor, torch.nn.Parameter)
-                table[name] = (
-                    torch.nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-                )
-
-
 def step_counts(rows: int, config: TrainConfig) -> tuple[int, int]:
     """Optimizer steps of a run over `rows` rows in all epochs together, and how many of them warm up."""
     steps = math.ceil(rows / config.rows_per_step)
@@ -272,8 +138,7 @@ def _router(config: TrainConfig) -> str:
 def _step_text(memory: MemoryPlan) -> str:
     if memory.step == memory.validation:
         return f"a validation batch {memory.validation / _MIB:,.0f}"
-    activations = memory.activations + memory.recomputed
-    return f"activations {activations / _MIB:,.0f}, logits {memory.logits / _MIB:,.0f}"
+    return f"forward {memory.forward / _MIB:,.0f}, backward on top {memory.backward / _MIB:,.0f}"
 
 
 def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:

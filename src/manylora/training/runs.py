@@ -32,6 +32,7 @@ import yaml
 
 from manylora._version import __version__
 from manylora.errors import RunError
+from manylora.training.processes import Processes
 
 COMPLETE = "complete.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
@@ -252,6 +253,7 @@ def environment(seed: int) -> dict[str, Any]:
         "packages": versions,
         "seed": seed,
         "threads": torch.get_num_threads(),
+        "processes": Processes.here().count,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "command": sys.argv,
     }

@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from manylora.adapters import has_load_balance, load_balance
 from manylora.training.config import TrainConfig
+from manylora.training.processes import Processes, wait_for_all
 from manylora.training.runs import RunFolder
 
 _CHECKPOINTING = (
@@ -78,6 +79,8 @@ class ManyTaskTrainer(Trainer):
         loss = losses.sum() / items
         if balance is not None:  # weighted by answer tokens, as the losses of a step's micro-batches are
             loss = loss + balance.loss() * (losses.numel() / items)
+        if num_items_in_batch is not None:  # those of all processes, over which DDP averages the gradients
+            loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -116,7 +119,8 @@ class ManyTaskTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training loss of each task since the last log."""
         if "loss" in logs and self._sums is not None:
-            for name, (total, count) in zip(self.task_names, self._sums.tolist(), strict=True):
+            sums = self.accelerator.reduce(self._sums.clone(), "sum")
+            for name, (total, count) in zip(self.task_names, sums.tolist(), strict=True):
                 if count:
                     logs[f"loss/{name}"] = total / count
             self._sums.zero_()
@@ -128,6 +132,11 @@ class RunRecorder(TrainerCallback):
 
     def __init__(self, run: RunFolder, *, keep_best: bool):
         self.run, self.keep_best = run, keep_best
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Let each process draw dropout masks of its own; a resumed run reads its generators' states after this."""
+        if args.process_index:
+            torch.manual_seed(args.seed + args.process_index)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Have the last step validated, whatever the interval."""
@@ -149,7 +158,8 @@ class RunRecorder(TrainerCallback):
             self.run.append_metrics({"step": state.global_step, **logs})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The checkpoint is whole: say so, then drop older ones."""
+        """The checkpoint is whole, with the states of all processes' generators: say so, then drop older ones."""
+        wait_for_all()
         if state.is_world_process_zero:
             keep = [state.best_global_step] if self.keep_best and state.best_global_step else []
             self.run.mark_complete(state.global_step, keep=keep)
@@ -182,7 +192,8 @@ def training_arguments(
 
     The rows come in the order the plan fixed, over all epochs, so the Trainer sees one long epoch.
     """
-    micro = config.micro_batch_size or config.rows_per_step
+    processes = Processes.here()
+    micro = processes.rows_per_pass(config)
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     half = (
         config.dtype
@@ -195,7 +206,7 @@ def training_arguments(
         output_dir=str(run.checkpoints),
         max_steps=steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.rows_per_step // micro,
+        gradient_accumulation_steps=config.rows_per_step // (micro * processes.count),
         per_device_eval_batch_size=config.eval_batch_size,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.scheduler,

@@ -1,0 +1,183 @@
+"""How much memory a training takes: one step is gone through on tensors without data, and what lives is added up."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from manylora.adapters import load_balance
+
+_ADAM_BYTES = 12
+"""Per trainable float32 parameter: the weight and Adam's two moments; its gradient belongs to the step."""
+_HOLES = 0.07
+"""Share of all the bytes a step allocates, one after another, that a CPU's allocator holds beyond what lives.
+
+glibc keeps freed blocks of up to 32 MiB and cuts them up for smaller ones, so each pass through a layer leaves holes
+that the next does not fit into. Measured in `benchmarks/memory.py` (docs/log.md): 0.055 to 0.085; with an allocator
+told to give blocks back at once (MALLOC_TOP_PAD_=0) there is no such excess."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Estimated peak memory of training in bytes, by cause."""
+
+    base: int
+    """Frozen weights."""
+    adapter: int
+    """Adapter weights and Adam's moments in float32."""
+    forward: int
+    """What a forward pass leaves for the backward pass, logits included, at the longest row of the data."""
+    backward: int
+    """What the backward pass needs beyond that where most is alive; with checkpointing, the layer it computes again."""
+    validation: int
+    """What a forward pass over a validation batch needs, when nothing is kept for backward."""
+    slack: int
+    """What the allocator holds beyond all that, having freed it: nothing on a GPU, whose allocator reuses it."""
+    process: int
+    """What the process held before: Python, libraries, data."""
+
+    @property
+    def step(self) -> int:
+        """The larger of what a training step and what a validation batch need for themselves."""
+        return max(self.forward + self.backward, self.validation)
+
+    @property
+    def total(self) -> int:
+        """Peak in bytes."""
+        return self.base + self.adapter + self.step + self.slack + self.process
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside the block, while they live.
+
+    Args:
+        model: whose parameters and buffers do not count.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = self.allocated = 0
+        own = (*model.parameters(), *model.buffers())
+        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in own}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and look at what it made."""
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._add(storage)
+        return output
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._sizes[storage._cdata] = size
+        self.now += size
+        self.allocated += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, storage._cdata).atexit = False
+
+    def _free(self, address: int) -> None:
+        self.now -= self._sizes.pop(address)
+
+
+def estimate_memory(
+    model: PeftModel,
+    *,
+    rows: int,
+    length: int,
+    answer: int,
+    checkpointing: bool,
+    validation_rows: int = 0,
+    on_cpu: bool = True,
+) -> MemoryPlan:
+    """Go through one training step, and one validation batch, on tensors without data.
+
+    Args:
+        model: from `shadow_model`; consumed.
+        rows: rows of one forward pass.
+        length: tokens of the longest row.
+        answer: tokens of the longest answer.
+        checkpointing: whether activations are recomputed.
+        validation_rows: rows of one validation batch; 0: there is no validation.
+        on_cpu: whether the CPU's allocator serves the training.
+    """
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _give_shapes(model)
+        model.train()
+        if checkpointing:
+            # the second is its name before transformers 5.23
+            enable = (
+                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            )
+            enable()
+            model.enable_input_require_grads()
+        step = LiveBytes(model)
+        with step:
+            loss = training_loss(model, rows=rows, length=length, answer=answer)
+            forward = step.now
+            loss.backward()
+            del loss
+        validation = LiveBytes(model)
+        if validation_rows:
+            model.eval()
+            with torch.no_grad(), validation:
+                training_loss(model, rows=validation_rows, length=length, answer=answer)
+    return MemoryPlan(
+        base=sum(p.nbytes for p in parameters if not p.requires_grad),
+        adapter=trainable * _ADAM_BYTES,
+        forward=forward,
+        backward=step.peak - forward,
+        validation=validation.peak,
+        slack=round(_HOLES * max(step.allocated, validation.allocated)) if on_cpu else 0,
+        process=psutil.Process().memory_info().rss,
+    )
+
+
+def training_loss(model: PeftModel, *, rows: int, length: int, answer: int) -> torch.Tensor:
+    """The trainer's loss of a batch of equal rows: over the last `answer` tokens of each, or over one label each."""
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    labelled = model.active_peft_config.task_type == "SEQ_CLS"
+    routing: dict[str, Any] = {} if labelled else {"use_cache": False}
+    if model.active_peft_config.router == "task" and model.active_peft_config.num_experts > 1:
+        routing["expert_ids"] = torch.zeros(rows, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0  # as in any batch of unequal rows: transformers leaves out a mask that hides nothing
+    with load_balance(model) as balance:
+        logits = model(input_ids=ids, attention_mask=mask, **routing).logits
+    if labelled:
+        return F.cross_entropy(logits.float(), torch.zeros(rows, dtype=torch.long)) + balance.loss()
+    answer = min(answer, length - 1)
+    row = torch.arange(rows).repeat_interleave(answer)
+    place = torch.arange(length - 1 - answer, length - 1).repeat(rows)
+    loss = F.cross_entropy(logits[:, :-1][row, place].float(), torch.zeros_like(row), reduction="none").sum()
+    return loss + balance.loss()
+
+
+def _give_shapes(model: torch.nn.Module) -> None:
+    """Swap meta tensors for fake CPU ones: same shapes, still no data, but CPU kernels are chosen."""
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                table[name] = (
+                    torch.nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+                )
