@@ -27,7 +27,7 @@ def results(run: Path) -> dict[str, bytes]:
     """Everything that must not depend on whether the run was broken off."""
     kept = [run / "scores.json", run / "metrics.jsonl", run / "reference" / "metrics.jsonl"]
     kept += run.glob("**/clients/*/adapter/adapter_model.safetensors")
-    kept += run.glob("**/round-*/private.safetensors")
+    kept += run.glob("**/round-*.safetensors")
     return {str(path.relative_to(run)): path.read_bytes() for path in kept}
 
 
@@ -114,10 +114,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     """Killed twice: somewhere after its second round, and somewhere in its reference."""
     run = tmp_path / "broken"
     process = cli_process([*federate(tiny_base, small_data), "--out", run], tmp_path)
-    kill_at(process, run / "rounds" / "round-0002", pause=random.random() * 0.4)
+    kill_at(process, run / "rounds" / "round-0002.safetensors", pause=random.random() * 0.4)
     assert json.loads((run / "state.json").read_text(encoding="utf-8"))["state"] == "running"
     process = cli_process(["federate", "--resume", run], tmp_path)
-    kill_at(process, run / "reference" / "rounds" / "round-0001", pause=random.random() * 0.4)
+    kill_at(process, run / "reference" / "rounds" / "round-0001.safetensors", pause=random.random() * 0.4)
     resumed = cli_process(["federate", "--resume", run], tmp_path)
     _, err = resumed.communicate(timeout=500)
     assert resumed.returncode == 0, err

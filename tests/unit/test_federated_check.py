@@ -13,7 +13,14 @@ import torch
 
 from federation import federation, rows_of, settings
 from manylora.errors import AnswerError, ManyLoraError
-from manylora.federated.check import Checked, Member, check_answer, check_joined, expected_shapes
+from manylora.federated.check import (
+    Checked,
+    Member,
+    check_answer,
+    check_joined,
+    expected_shapes,
+    update_limits,
+)
 from manylora.federated.strategies import FED_ALORA
 from manylora.federated.wire import Message, pack, unpack
 
@@ -30,7 +37,8 @@ def genuine(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPath
     member = Member(name="bob", examples=12, rank=4)
     assert rounds.state.members["bob"] == member
     how = {
-        "member": member, "round": 2, "version": 1, "strategy": FED_ALORA, "max_update": 1.0,
+        "member": member, "round": 2, "version": 1, "strategy": FED_ALORA,
+        "limits": update_limits(FED_ALORA, config, member=member, round=2),
         "expected": expected_shapes(FED_ALORA, rounds.state.shapes, rank=4, intermediate=4),
     }  # fmt: skip
     return {"first": clients.answers[1]["bob"], "second": clients.answers[2]["bob"], "how": how}
@@ -86,7 +94,8 @@ def every(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
         (with_field("moved", None), "moved"),
         (with_field("version", 0), "late answer or a replay"),
         (every(torch.zeros_like), "nothing was learnt"),
-        (every(lambda v: v * 1e5), r"above the limit .* \(--max-update 1\)"),
+        (every(lambda v: v * 10), r"has changed by .* above the limit .*; see --max-update"),
+        (with_matrix(f"{LAYER}.B", lambda v: v * 10), "above the limit"),
         (lambda m: dataclasses.replace(m, client="ada"), "'trained' of 'ada'"),
         (lambda m: dataclasses.replace(m, kind="scored"), "'scored' of 'bob'"),
         (lambda m: dataclasses.replace(m, round=3), "belongs to round 3, this is round 2"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from federation import Watched, federation, final_state, rows_of, settings
@@ -119,8 +120,10 @@ def test_whether_a_is_remembered_is_a_setting(
 ) -> None:
     config = settings(tiny_base, small_data, rounds=2, a_state=a_state)
     _, clients = run(config, small_data, tmp_path)
-    private = clients.home / "bob" / "round-0001" / "private.safetensors"
-    save_file({name: value * 0.5 for name, value in load_file(private).items()}, private)
+    private = clients.home / "bob" / "round-0001.safetensors"
+    with safe_open(private, framework="pt") as file:
+        notes = file.metadata()
+    save_file({name: value * 0.5 for name, value in load_file(private).items()}, private, metadata=notes)
     again = Client("bob", clients.data["bob"], home=clients.home, bench=clients.bench)
     answer = again.handle(clients.orders[2]["bob"])
     assert (answer != clients.answers[2]["bob"]) == matters
@@ -278,7 +281,7 @@ def test_the_clients_of_one_base_do_not_see_each_other(
     run(config, small_data, tmp_path / "together")
     rounds, _ = federation(config, {"bob": rows_of(small_data)["bob"]}, tmp_path / "alone")
     rounds.run()
-    own = "clients/bob/round-0002/private.safetensors"
+    own = "clients/bob/round-0002.safetensors"
     assert (tmp_path / "together" / own).read_bytes() == (tmp_path / "alone" / own).read_bytes()
 
 

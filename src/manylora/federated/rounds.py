@@ -1,9 +1,9 @@
 """The rounds, written once for every engine: choose, send, train, collect, check, aggregate, save.
 
-    FOLDER/rounds/round-0003/      shared state after round 3, who has counted when, who takes part
-    FOLDER/stacks/round-0003/      FLoRA's stacks
-    FOLDER/answers/                answers of the running round that passed their checks
-    FOLDER/metrics.jsonl           one line per round
+    FOLDER/rounds/round-0003.safetensors     shared state after round 3, who has counted when, who takes part
+    FOLDER/stacks/round-0003.safetensors     FLoRA's stacks
+    FOLDER/answers/                          answers of the running round that passed their checks
+    FOLDER/metrics.jsonl                     one line per round
 
 A round that is saved is never repeated, one that is not is repeated from the same messages; so a run that is killed
 at any moment and resumed ends with the weights of an unbroken one.
@@ -24,7 +24,14 @@ from manylora.errors import AnswerError, RunError, WireError
 from manylora.evaluation import Scores
 from manylora.evaluation.score import TaskScore
 from manylora.federated.aggregate import truncated
-from manylora.federated.check import Checked, Member, check_answer, check_joined, expected_shapes
+from manylora.federated.check import (
+    Checked,
+    Member,
+    check_answer,
+    check_joined,
+    expected_shapes,
+    update_limits,
+)
 from manylora.federated.clients import Clients, Reply
 from manylora.federated.compress import corrected, expanded, residual_of
 from manylora.federated.config import FederateConfig
@@ -136,7 +143,7 @@ class Rounds:
     def score(self) -> dict[str, Scores]:
         """Send every client what is shared in the end, and have it score its personal model on its own test rows.
 
-        A client that does not answer, or has no test rows, is left out.
+        A client that has no test rows is left out, and so is one that does not answer, which is said.
         """
         names = sorted(self.state.members)[: self.config.scored_clients]
         scores: dict[str, Scores] = {}
@@ -145,13 +152,17 @@ class Rounds:
         replies = self.clients.ask(
             names, lambda name: self._order("score", name, last, values), seconds=self.config.deadline
         )
-        for done, reply in enumerate(replies, 1):
+        waiting = set(names)
+        for reply in replies:
+            waiting.discard(reply.client)
             try:
                 if rows := _scored(reply):
                     scores[reply.client] = Scores(tasks=tuple(map(TaskScore.from_dict, rows)))
             except (AnswerError, WireError, KeyError, TypeError, AttributeError) as error:
                 self.progress.refused(reply.client, f"it could not score its model: {error}")
-            self.progress.scored(reply.client, done, len(names))
+            self.progress.scored(reply.client, len(names) - len(waiting), len(names))
+        for name in sorted(waiting):
+            self.progress.refused(name, f"its model is not scored: {self._no_answer()}")
         return {name: scores[name] for name in names if name in scores}
 
     # ---- before the first round
@@ -206,6 +217,7 @@ class Rounds:
                     f"(fingerprints {base} and {common[0]}); give all the same."
                 )
             joined[reply.client], common = examples, (base, shapes)
+        refused |= {name: self._no_answer() for name in names if name not in joined and name not in refused}
         self._check_quorum(len(joined), names, "joined", refused)
         assert common is not None
         return joined, *common
@@ -271,8 +283,12 @@ class Rounds:
             facts["losses"][reply.client], facts["norms"][reply.client] = checked.loss, checked.norm
             self.progress.answered(reply.client, checked.loss, time.monotonic() - began)
         for name in sorted(waiting):
-            facts["refused"][name] = "no answer" + (f" within {deadline:g} s" if deadline else "")
+            facts["refused"][name] = self._no_answer()
             self.progress.refused(name, facts["refused"][name])
+
+    def _no_answer(self) -> str:
+        deadline = self.config.deadline
+        return "no answer" + (f" within {deadline:g} s" if deadline else "")
 
     def _check(self, reply: Reply, number: int) -> Checked:
         client = reply.client
@@ -286,7 +302,7 @@ class Rounds:
                 self.strategy, self.state.shapes, rank=member.rank, intermediate=self.config.r
             ),
             strategy=self.strategy,
-            max_update=self.config.max_update,
+            limits=update_limits(self.strategy, self.config, member=member, round=number),
         )
 
     def _order(self, kind: str, name: str, number: int, values: State) -> bytes:
@@ -338,7 +354,7 @@ class Rounds:
     def _check_quorum(
         self, counted: int, names: Sequence[str], what: str, refused: dict[str, str] | None = None
     ) -> None:
-        needed = max(1, math.ceil(self.config.quorum * len(names)))
+        needed = max(1, math.ceil(self.config.quorum * len(names) - 1e-9))  # 0.07 × 100 is 7.000000000000001
         if counted >= needed:
             return
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted((refused or {}).items())[:5])
@@ -364,15 +380,22 @@ class Rounds:
     def _load(self) -> None:
         number = self._saved.versions()[-1]
         tensors, facts = self._saved.read(number)
-        self.state = ServerState(
-            round=number,
-            shared={n: v for n, v in tensors.items() if not n.startswith(_RESIDUAL)},
-            residual={n.removeprefix(_RESIDUAL): v for n, v in tensors.items() if n.startswith(_RESIDUAL)},
-            counted=facts["counted"],
-            members={n: Member(name=n, examples=e, rank=r) for n, (e, r) in facts["members"].items()},
-            shapes={name: (shape[0], shape[1]) for name, shape in facts["shapes"].items()},
-            base=facts["base"],
-        )
+        try:
+            self.state = ServerState(
+                round=number,
+                shared={n: v for n, v in tensors.items() if not n.startswith(_RESIDUAL)},
+                residual={
+                    n.removeprefix(_RESIDUAL): v for n, v in tensors.items() if n.startswith(_RESIDUAL)
+                },
+                counted=facts["counted"],
+                members={n: Member(name=n, examples=e, rank=r) for n, (e, r) in facts["members"].items()},
+                shapes={name: (shape[0], shape[1]) for name, shape in facts["shapes"].items()},
+                base=facts["base"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise RunError(
+                f"the state of round {number} in {self._saved.path} is damaged ({error!r}); put a copy of it back."
+            ) from error
 
 
 def _bytes(reply: Reply) -> bytes:
