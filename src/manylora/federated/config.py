@@ -175,6 +175,11 @@ class FederateConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} is {value}; give a value above 0.")
+        if self.learning_rate is not None and self.learning_rate > 1:
+            raise ConfigError(
+                f"learning_rate is {self.learning_rate}; give at most 1, as AdamW moves every number by about that "
+                "much in a step."
+            )
         for name in ("participation", "quorum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a share of at most 1, such as 0.5.")

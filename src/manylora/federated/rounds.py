@@ -387,7 +387,7 @@ class Rounds:
                 residual={
                     n.removeprefix(_RESIDUAL): v for n, v in tensors.items() if n.startswith(_RESIDUAL)
                 },
-                counted=facts["counted"],
+                counted=dict(facts["counted"]),
                 members={n: Member(name=n, examples=e, rank=r) for n, (e, r) in facts["members"].items()},
                 shapes={name: (shape[0], shape[1]) for name, shape in facts["shapes"].items()},
                 base=facts["base"],
