@@ -249,8 +249,9 @@ class Rounds:
         self.state.round = number
         examples = {name: self.state.members[name].examples for name in counted}
         loss = sum(facts["losses"][name] * n for name, n in examples.items()) / sum(examples.values())
+        by_client = {what: dict(sorted(of.items())) for what, of in facts.items()}  # whoever came first
         RunFolder(self.folder).append_metrics(
-            {"step": number, "loss": loss, "update_norm": update, "asked": len(names), **facts}
+            {"step": number, "loss": loss, "update_norm": update, "asked": len(names), **by_client}
         )
         self._save()
         shutil.rmtree(self._answers, ignore_errors=True)
