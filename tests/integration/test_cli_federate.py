@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -131,6 +132,22 @@ def test_resuming_a_finished_run_shows_its_table(finished: Path, capsys: pytest.
     assert "last_word" in out
 
 
+def test_a_finished_run_whose_results_are_damaged_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (
+        ("scores.json", "{"),
+        ("scores.json", "[]"),
+        ("metrics.jsonl", "{}\n"),
+        ("state.json", "[]"),
+    ):
+        run = shutil.copytree(finished, tmp_path / f"{name}-{len(text)}")
+        (run / name).write_text(text, encoding="utf-8")
+        assert main(["federate", "--resume", str(run)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert str(run) in line
+
+
 def test_a_dry_run_counts_and_writes_nothing(
     tiny_base: Path, small_data: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +182,7 @@ def test_a_dry_run_counts_and_writes_nothing(
         (["--strategy", "fedavg"], "fedavg"),
         (["--strategy", "fedit", "--ranks", "4,2,2"], "needs one rank for all"),
         (["--ranks", "4,2,2,2"], "ranks names 4 clients, but there are 3"),
+        (["--dry-run", "--clients", "2", "--ranks", "4,2,2"], "ranks names 3 clients, but there are 2"),
         (["--clients", "1000"], "cannot be dealt out to 1000 clients"),
         (["--dimensions", "llama2-7b"], "add --dry-run"),
         (["--wire", "fp8"], "fp8"),

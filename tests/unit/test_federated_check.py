@@ -21,7 +21,8 @@ from manylora.federated.check import (
     expected_shapes,
     update_limits,
 )
-from manylora.federated.strategies import FED_ALORA
+from manylora.federated.config import FederateConfig
+from manylora.federated.strategies import FED_ALORA, FLORA
 from manylora.federated.wire import Message, pack, unpack
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -130,6 +131,27 @@ def test_a_truncated_answer_is_refused(genuine: dict[str, Any]) -> None:
     for size in (0, 10, len(genuine["second"]) // 2, len(genuine["second"]) - 1):
         with pytest.raises(ManyLoraError):
             checked(genuine, genuine["second"][:size])
+
+
+def test_an_a_that_starts_anew_each_round_has_a_limit_too() -> None:
+    """FLoRA's A comes with its beginning, and B with its change; neither may be what no training gives."""
+    config = FederateConfig(strategy="flora", learning_rate=0.01, local_steps=10, r=2).resolved()
+    member = Member(name="ada", examples=8, rank=2)
+    fields = {"version": 0, "examples": 8, "loss": 1.0, "steps": 10, "moved": 1.0}
+
+    def check(a: float, b: float) -> Checked:
+        tensors = {"q.A": torch.full((2, 4), a), "q.B": torch.full((6, 2), b)}
+        message = Message(kind="trained", client="ada", round=1, fields=fields, tensors=tensors)
+        return check_answer(
+            message, member=member, round=1, version=0, strategy=FLORA,
+            expected=expected_shapes(FLORA, {"q": (6, 4)}, rank=2, intermediate=2),
+            limits=update_limits(FLORA, config, member=member, round=1),
+        )  # fmt: skip
+
+    assert check(0.5, 0.1).norm == pytest.approx(0.1 * math.sqrt(12))
+    for a, b, name in ((1.0, 0.1, "A"), (0.5, 0.5, "B")):  # 4 × 0.1, and for A 1 / √4 more
+        with pytest.raises(AnswerError, match=rf"its q\.{name} has changed by .* above the limit"):
+            check(a, b)
 
 
 GOOD = {"examples": 5, "base": "abc", "layers": {"q": [4, 3]}}

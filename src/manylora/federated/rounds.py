@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from manylora.errors import AnswerError, RunError, WireError
 from manylora.evaluation import Scores
@@ -38,6 +38,7 @@ from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import State
 from manylora.federated.home import VersionedState, folder_name
 from manylora.federated.initial import Shapes, initial_state
+from manylora.federated.progress import Progress, Quiet
 from manylora.federated.strategies import strategy_for
 from manylora.federated.wire import Message, pack, unpack
 from manylora.training import RunFolder
@@ -46,44 +47,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _RESIDUAL = "residual/"
-
-
-class Progress(Protocol):
-    """What a display may want to know; see `Quiet` for one that does not."""
-
-    def round_began(self, number: int, rounds: int, asked: int) -> None:
-        """A round begins with so many clients."""
-
-    def answered(self, client: str, loss: float, seconds: float) -> None:
-        """A client's answer counts."""
-
-    def refused(self, client: str, reason: str) -> None:
-        """A client's answer does not count."""
-
-    def round_ended(self, number: int, loss: float, update: float | None) -> None:
-        """A round is saved."""
-
-    def scored(self, client: str, done: int, total: int) -> None:
-        """A client has scored its personal model."""
-
-
-class Quiet:
-    """Shows nothing."""
-
-    def round_began(self, number: int, rounds: int, asked: int) -> None:
-        """Nothing."""
-
-    def answered(self, client: str, loss: float, seconds: float) -> None:
-        """Nothing."""
-
-    def refused(self, client: str, reason: str) -> None:
-        """Nothing."""
-
-    def round_ended(self, number: int, loss: float, update: float | None) -> None:
-        """Nothing."""
-
-    def scored(self, client: str, done: int, total: int) -> None:
-        """Nothing."""
 
 
 @dataclass(kw_only=True)

@@ -38,6 +38,8 @@ OWN = (
 )  # fmt: skip
 """Options of `manylora federate` that `--node-config` may set."""
 
+_KEPT_DAYS = 30.0
+"""Days that a run's private state waits on a client's disk for the run to go on."""
 _INTERVAL = 0.2
 """Seconds between two looks for a message."""
 
@@ -81,8 +83,20 @@ class NodeClient:
             self._bench = Workbench(config)
             self._key = (name, config)
         home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
+        if not home.exists():
+            forget_old_runs(home.parent)
         with _alone(home / f"{folder_name(name)}.lock"):
             return Client(name, self._rows, home=home, bench=self._bench).handle(data)
+
+
+def forget_old_runs(home: Path) -> None:
+    """Remove the private rounds and the stacks of runs without a message for `_KEPT_DAYS`; personal models stay."""
+    now = time.time()
+    for run in home.glob("*"):
+        last = max((lock.stat().st_mtime for lock in run.glob("*.lock")), default=now)
+        if now - last > _KEPT_DAYS * 86_400:
+            for state in run.glob("*/round-*.safetensors"):
+                state.unlink(missing_ok=True)
 
 
 def settings_of(node_config: Mapping[str, Any]) -> FederateConfig:
