@@ -163,7 +163,8 @@ def print_result(path: Path) -> None:
         out.print("no personal model was scored (no test rows, or --scored-clients 0)")
     if reference:
         out.print(f"Δm% against local only: {_delta(scores, reference)} (lower is better, negative beats it)")
-    out.print(f"personal models, as plain LoRA: {path / 'clients'}/*/adapter")
+    if any((path / "clients").glob("*/adapter")):
+        out.print(f"personal models, as plain LoRA: {path / 'clients'}/*/adapter")
 
 
 def _as_clients(scores: Mapping[str, Scores]) -> dict[str, Scores]:

@@ -83,7 +83,9 @@ class VersionedState:
     def write(self, version: int, state: State, facts: Mapping[str, Any]) -> None:
         """Write a version, replacing one of the same round; a crash leaves the old one or the new one, whole."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / f"round-{version:04d}.partial"
+        partial = (
+            self.path / f"round-{version:04d}.{os.getpid()}.partial"
+        )  # FLoRA's stacks have several writers
         save_file(
             {name: state[name].contiguous() for name in sorted(state)},
             partial,
@@ -98,9 +100,9 @@ class VersionedState:
         """Remove every other version, and what a crash left."""
         for version in self.versions():
             if version not in versions:
-                self._file(version).unlink()
+                self._file(version).unlink(missing_ok=True)
         for partial in self.path.glob("round-*.partial"):
-            partial.unlink()
+            partial.unlink(missing_ok=True)
 
     def _file(self, version: int) -> Path:
         return self.path / f"round-{version:04d}.safetensors"

@@ -136,10 +136,11 @@ class Rounds:
         if len(set(names)) != len(names):
             raise RunError(f"two clients have one name among {names}; give each its own.")
         joined, base, shapes = self._join(names)
-        self.config.check_number_of_clients(len(joined))
+        self.config.check_number_of_clients(len(names))
         members = {
             name: Member(name=name, examples=joined[name], rank=self.config.rank_of(index))
-            for index, name in enumerate(sorted(joined))
+            for index, name in enumerate(names)
+            if name in joined
         }
         shared = initial_state(
             () if self.strategy.restarts else self.strategy.exchange.down,
