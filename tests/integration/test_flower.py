@@ -24,7 +24,8 @@ needs_flower = pytest.mark.skipif(
 
 NAMES = ("first_word", "last_word", "swap")
 HERE = Path(sys.executable).parent
-PATIENCE = 500.0
+PATIENCE = 900.0
+"""Seconds; a machine under load takes ten times what an idle one does."""
 
 
 def free_port() -> int:
@@ -177,6 +178,7 @@ def federation(
 
 
 @needs_flower
+@pytest.mark.timeout(2 * PATIENCE)
 def test_three_nodes_end_with_the_weights_of_one_process_though_one_is_killed_and_the_server_too(
     federation: Federation,
 ) -> None:
@@ -218,6 +220,7 @@ def test_three_nodes_end_with_the_weights_of_one_process_though_one_is_killed_an
 
 
 @needs_flower
+@pytest.mark.timeout(2 * PATIENCE)
 def test_missed_stacks_scores_and_the_local_reference_are_those_of_one_process(
     federation: Federation,
 ) -> None:
@@ -240,12 +243,14 @@ def test_missed_stacks_scores_and_the_local_reference_are_those_of_one_process(
     assert any(name not in took_part[0] and name in took_part[2] for name in NAMES)
     for name in NAMES:
         for inside, theirs in (("", "clients"), ("-reference", "reference/clients")):
-            ours = federation.home("flora", name, inside) / "adapter" / "adapter_model.safetensors"
-            alone = federation.folder / "flora-alone" / theirs / name / "adapter" / ours.name
-            assert ours.read_bytes() == alone.read_bytes()
+            for file in ("adapter/adapter_model.safetensors", "predictions.jsonl"):
+                ours = federation.home("flora", name, inside) / file
+                alone = federation.folder / "flora-alone" / theirs / name / file
+                assert ours.read_bytes() == alone.read_bytes()
 
 
 @needs_flower
+@pytest.mark.timeout(2 * PATIENCE)
 def test_a_straggler_is_left_behind_and_comes_back_and_a_client_that_is_gone_is_named(
     federation: Federation,
 ) -> None:
