@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from manylora.errors import ConfigError, RunError
 from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import Answer, Node
-from manylora.federated.engines.flower_node import forget_old_runs, settings_of
+from manylora.federated.engines.flower_node import _Pulling, forget_old_runs, settings_of
 
 
 class Hub:
@@ -147,3 +148,21 @@ def test_runs_that_ended_long_ago_do_not_pile_up_at_a_client(tmp_path: Path) -> 
         "new/ada/round-0003.safetensors",
         "new/.stacks/round-0001.safetensors",
     }
+
+
+def test_a_message_whose_run_ended_on_the_way_is_given_up() -> None:
+    class Runtime:
+        there = True
+
+        def PullObject(self, request: str) -> SimpleNamespace:  # noqa: N802 - Flower's name
+            return SimpleNamespace(object_found=True, object_available=self.there)
+
+    runtime = Runtime()
+    pulling = _Pulling(runtime, patience=0.05)
+    time.sleep(0.1)
+    assert pulling.PullObject("a").object_available
+    runtime.there = False
+    assert not pulling.PullObject("b").object_available  # something came just now
+    time.sleep(0.1)
+    with pytest.raises(TimeoutError, match="nothing more"):
+        pulling.PullObject("b")
