@@ -1,11 +1,12 @@
-# Two commands do all the set-up: `make demo` and `make test`. Each makes .venv where it is missing.
+# Two commands do all the set-up: `make demo` and `make test`. Each makes .venv (and .venv-flower) where it is missing.
 PYTHON ?= python3
 VENV := .venv
+FLOWER := .venv-flower
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := src tests recipes benchmarks
 
-.PHONY: demo test browser lint types base clean
+.PHONY: demo test browser flower lint types base clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -23,8 +24,25 @@ $(VENV)/installed-test: $(VENV)/installed
 demo: $(VENV)/installed  ## Fine-tune the embedded model on the embedded suite, print the table.
 	$(BIN)/manylora train
 
-test: $(VENV)/installed-test browser lint types  ## Lint, types, then every test.
-	$(BIN)/python -m pytest
+# Flower wants older rich, packaging and typer than constraints.txt has, hence an environment of its own.
+$(FLOWER)/installed: pyproject.toml constraints-flower.txt
+	rm -rf $(FLOWER)
+	$(PYTHON) -m venv $(FLOWER)
+	PIP_CONSTRAINT=constraints-flower.txt $(FLOWER)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --editable '.[flower]' pytest pytest-timeout
+	touch $@
+
+test: $(VENV)/installed-test browser lint types  ## Lint, types, then every test; those over Flower first.
+	@failed=0; $(MAKE) --no-print-directory flower || failed=1; $(BIN)/python -m pytest || failed=1; exit $$failed
+
+flower:  ## The tests over Flower's real processes; left out where Flower cannot be.
+	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  echo "LEFT OUT: the tests over Flower, which needs Python 3.11 or later"; \
+	elif ! $(MAKE) --no-print-directory $(FLOWER)/installed; then \
+	  echo "LEFT OUT: the tests over Flower, which could not be installed (see above)"; \
+	else \
+	  OMP_NUM_THREADS=1 $(FLOWER)/bin/python -m pytest tests/integration/test_flower.py; \
+	fi
 
 browser:  ## Install Chromium where it is missing and apt-get may; the browser tests skip without one.
 	@[ -z "$$MANYLORA_CHROMIUM" ] || exit 0; \
@@ -50,4 +68,4 @@ base: $(VENV)/installed  ## Pretrain the embedded base model anew (see recipes/b
 	$(BIN)/python -m recipes.base.pretrain --out build/base
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOWER) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -27,7 +28,7 @@ def results(run: Path) -> dict[str, bytes]:
     """Everything that must not depend on whether the run was broken off."""
     kept = [run / "scores.json", run / "metrics.jsonl", run / "reference" / "metrics.jsonl"]
     kept += run.glob("**/clients/*/adapter/adapter_model.safetensors")
-    kept += run.glob("**/round-*/private.safetensors")
+    kept += run.glob("**/round-*.safetensors")
     return {str(path.relative_to(run)): path.read_bytes() for path in kept}
 
 
@@ -118,10 +119,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     """Killed twice: somewhere after its second round, and somewhere in its reference."""
     run = tmp_path / "broken"
     process = cli_process([*federate(tiny_base, small_data), "--out", run], tmp_path)
-    kill_at(process, run / "rounds" / "round-0002", pause=random.random() * 0.4)
+    kill_at(process, run / "rounds" / "round-0002.safetensors", pause=random.random() * 0.4)
     assert json.loads((run / "state.json").read_text(encoding="utf-8"))["state"] == "running"
     process = cli_process(["federate", "--resume", run], tmp_path)
-    kill_at(process, run / "reference" / "rounds" / "round-0001", pause=random.random() * 0.4)
+    kill_at(process, run / "reference" / "rounds" / "round-0001.safetensors", pause=random.random() * 0.4)
     resumed = cli_process(["federate", "--resume", run], tmp_path)
     _, err = resumed.communicate(timeout=500)
     assert resumed.returncode == 0, err
@@ -133,6 +134,22 @@ def test_resuming_a_finished_run_shows_its_table(finished: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "finished already" in out
     assert "last_word" in out
+
+
+def test_a_finished_run_whose_results_are_damaged_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (
+        ("scores.json", "{"),
+        ("scores.json", "[]"),
+        ("metrics.jsonl", "{}\n"),
+        ("state.json", "[]"),
+    ):
+        run = shutil.copytree(finished, tmp_path / f"{name}-{len(text)}")
+        (run / name).write_text(text, encoding="utf-8")
+        assert main(["federate", "--resume", str(run)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert str(run) in line
 
 
 def test_a_dry_run_counts_and_writes_nothing(
@@ -169,6 +186,7 @@ def test_a_dry_run_counts_and_writes_nothing(
         (["--strategy", "fedavg"], "fedavg"),
         (["--strategy", "fedit", "--ranks", "4,2,2"], "needs one rank for all"),
         (["--ranks", "4,2,2,2"], "ranks names 4 clients, but there are 3"),
+        (["--dry-run", "--clients", "2", "--ranks", "4,2,2"], "ranks names 3 clients, but there are 2"),
         (["--clients", "1000"], "cannot be dealt out to 1000 clients"),
         (["--dimensions", "llama2-7b"], "add --dry-run"),
         (["--wire", "fp8"], "fp8"),

@@ -192,6 +192,35 @@ def test_flexlora_is_the_projection_onto_the_largest_directions(
         torch.testing.assert_close(personal[me][layer], kept @ kept.T @ total, rtol=1e-3, atol=1e-6)
 
 
+def test_weights_are_shares_among_the_answers_that_count(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Without bob's 12 of 40 rows, ada's 20 and cyd's 8 make up the whole; bob's A stays with his start."""
+
+    def lose_bob(name: str, number: int, answer: bytes) -> bytes | None:
+        return None if name == "bob" and number == 1 else answer
+
+    config = settings(tiny_base, small_data, ranks=list(RANKS.values()), optimizer="persist", local_steps=2)
+    rounds, clients = federation(config, rows_of(small_data, test_rows=0), tmp_path, tamper=lose_bob)
+    rounds.run()
+    trained = in_double(clients.history[1])
+    for layer in {name.rpartition(".")[0] for name in trained["ada"]}:
+        ada, cyd = (trained[name][f"{layer}.B2"] @ trained[name][f"{layer}.B1"] for name in ("ada", "cyd"))
+        expected = (20 * ada + 8 * cyd) / 28
+        assert expected.abs().max() > 1e-4
+        torch.testing.assert_close(
+            rounds.state.shared[f"{layer}.B0"].double(), expected, rtol=1e-5, atol=1e-7
+        )
+    assert rounds.state.counted == {"ada": 1, "cyd": 1}
+    kept = load_file(tmp_path / "clients" / "ada" / "round-0001.safetensors")
+    parts = {name.partition("/")[::2] if "/" in name else ("", name) for name in kept}
+    assert {name.split("/")[0].rpartition(".")[2] for _, name in parts} == {
+        "A",
+        "M",
+        "B1",
+    }  # nor moments of B2
+
+
 def test_unequal_ranks_begin_and_go_on_as_the_formula_says(
     tiny_base: Path, small_data: Path, tmp_path: Path
 ) -> None:

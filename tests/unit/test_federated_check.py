@@ -13,8 +13,16 @@ import torch
 
 from federation import federation, rows_of, settings
 from manylora.errors import AnswerError, ManyLoraError
-from manylora.federated.check import Checked, Member, check_answer, check_joined, expected_shapes
-from manylora.federated.strategies import FED_ALORA
+from manylora.federated.check import (
+    Checked,
+    Member,
+    check_answer,
+    check_joined,
+    expected_shapes,
+    update_limits,
+)
+from manylora.federated.config import FederateConfig
+from manylora.federated.strategies import FED_ALORA, FLORA
 from manylora.federated.wire import Message, pack, unpack
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -30,7 +38,8 @@ def genuine(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPath
     member = Member(name="bob", examples=12, rank=4)
     assert rounds.state.members["bob"] == member
     how = {
-        "member": member, "round": 2, "version": 1, "strategy": FED_ALORA, "max_update": 1.0,
+        "member": member, "round": 2, "version": 1, "strategy": FED_ALORA,
+        "limits": update_limits(FED_ALORA, config, member=member, round=2),
         "expected": expected_shapes(FED_ALORA, rounds.state.shapes, rank=4, intermediate=4),
     }  # fmt: skip
     return {"first": clients.answers[1]["bob"], "second": clients.answers[2]["bob"], "how": how}
@@ -86,7 +95,8 @@ def every(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
         (with_field("moved", None), "moved"),
         (with_field("version", 0), "late answer or a replay"),
         (every(torch.zeros_like), "nothing was learnt"),
-        (every(lambda v: v * 1e5), r"above the limit .* \(--max-update 1\)"),
+        (every(lambda v: v * 10), r"has changed by .* above the limit .*; see --max-update"),
+        (with_matrix(f"{LAYER}.B", lambda v: v * 10), "above the limit"),
         (lambda m: dataclasses.replace(m, client="ada"), "'trained' of 'ada'"),
         (lambda m: dataclasses.replace(m, kind="scored"), "'scored' of 'bob'"),
         (lambda m: dataclasses.replace(m, round=3), "belongs to round 3, this is round 2"),
@@ -121,6 +131,27 @@ def test_a_truncated_answer_is_refused(genuine: dict[str, Any]) -> None:
     for size in (0, 10, len(genuine["second"]) // 2, len(genuine["second"]) - 1):
         with pytest.raises(ManyLoraError):
             checked(genuine, genuine["second"][:size])
+
+
+def test_an_a_that_starts_anew_each_round_has_a_limit_too() -> None:
+    """FLoRA's A comes with its beginning, and B with its change; neither may be what no training gives."""
+    config = FederateConfig(strategy="flora", learning_rate=0.01, local_steps=10, r=2).resolved()
+    member = Member(name="ada", examples=8, rank=2)
+    fields = {"version": 0, "examples": 8, "loss": 1.0, "steps": 10, "moved": 1.0}
+
+    def check(a: float, b: float) -> Checked:
+        tensors = {"q.A": torch.full((2, 4), a), "q.B": torch.full((6, 2), b)}
+        message = Message(kind="trained", client="ada", round=1, fields=fields, tensors=tensors)
+        return check_answer(
+            message, member=member, round=1, version=0, strategy=FLORA,
+            expected=expected_shapes(FLORA, {"q": (6, 4)}, rank=2, intermediate=2),
+            limits=update_limits(FLORA, config, member=member, round=1),
+        )  # fmt: skip
+
+    assert check(0.5, 0.1).norm == pytest.approx(0.1 * math.sqrt(12))
+    for a, b, name in ((1.0, 0.1, "A"), (0.5, 0.5, "B")):  # 4 × 0.1, and for A 1 / √4 more
+        with pytest.raises(AnswerError, match=rf"its q\.{name} has changed by .* above the limit"):
+            check(a, b)
 
 
 GOOD = {"examples": 5, "base": "abc", "layers": {"q": [4, 3]}}

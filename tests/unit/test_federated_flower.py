@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from manylora.errors import ConfigError, RunError
 from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import Answer, Node
-from manylora.federated.engines.flower_node import settings_of
+from manylora.federated.engines.flower_node import _Pulling, forget_old_runs, settings_of
 
 
 class Hub:
@@ -121,3 +125,44 @@ def test_a_node_may_set_what_is_its_own_and_nothing_else() -> None:
     assert (own.data, own.micro_batch_size) == ("rows.jsonl", 2)
     with pytest.raises(ConfigError, match="'learning_rate'; it may set client, home, model"):
         settings_of({"client": "ada", "learning-rate": 1.0})
+
+
+def test_runs_that_ended_long_ago_do_not_pile_up_at_a_client(tmp_path: Path) -> None:
+    for run, days in (("old", 31), ("new", 29)):
+        (tmp_path / run / "ada" / "adapter").mkdir(parents=True)
+        (tmp_path / run / ".stacks").mkdir()
+        for file in (
+            "ada/round-0003.safetensors",
+            ".stacks/round-0001.safetensors",
+            "ada/adapter/adapter_model.safetensors",
+        ):
+            (tmp_path / run / file).write_bytes(b"x")
+        (tmp_path / run / "ada.lock").touch()
+        then = time.time() - days * 86_400
+        os.utime(tmp_path / run / "ada.lock", (then, then))
+    forget_old_runs(tmp_path)
+    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.safetensors")}
+    assert left == {
+        "old/ada/adapter/adapter_model.safetensors",
+        "new/ada/adapter/adapter_model.safetensors",
+        "new/ada/round-0003.safetensors",
+        "new/.stacks/round-0001.safetensors",
+    }
+
+
+def test_a_message_whose_run_ended_on_the_way_is_given_up() -> None:
+    class Runtime:
+        there = True
+
+        def PullObject(self, request: str) -> SimpleNamespace:  # noqa: N802 - Flower's name
+            return SimpleNamespace(object_found=True, object_available=self.there)
+
+    runtime = Runtime()
+    pulling = _Pulling(runtime, patience=0.05)
+    time.sleep(0.1)
+    assert pulling.PullObject("a").object_available
+    runtime.there = False
+    assert not pulling.PullObject("b").object_available  # something came just now
+    time.sleep(0.1)
+    with pytest.raises(TimeoutError, match="nothing more"):
+        pulling.PullObject("b")

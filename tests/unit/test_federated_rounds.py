@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from federation import Watched, federation, final_state, rows_of, settings
 from manylora.errors import ConfigError, RunError
-from manylora.federated import Client, FederateConfig, Message, Rounds, Workbench, pack, unpack
+from manylora.federated import Client, FederateConfig, Message, Quiet, Rounds, Workbench, pack, unpack
+from manylora.federated.home import VersionedState
 from manylora.training import load_base
 
 
@@ -119,8 +121,10 @@ def test_whether_a_is_remembered_is_a_setting(
 ) -> None:
     config = settings(tiny_base, small_data, rounds=2, a_state=a_state)
     _, clients = run(config, small_data, tmp_path)
-    private = clients.home / "bob" / "round-0001" / "private.safetensors"
-    save_file({name: value * 0.5 for name, value in load_file(private).items()}, private)
+    private = clients.home / "bob" / "round-0001.safetensors"
+    with safe_open(private, framework="pt") as file:
+        notes = file.metadata()
+    save_file({name: value * 0.5 for name, value in load_file(private).items()}, private, metadata=notes)
     again = Client("bob", clients.data["bob"], home=clients.home, bench=clients.bench)
     answer = again.handle(clients.orders[2]["bob"])
     assert (answer != clients.answers[2]["bob"]) == matters
@@ -189,6 +193,50 @@ def test_too_few_answers_end_the_run_with_their_reasons(
         rounds.run()
     resumed, _ = run(config, small_data, tmp_path)
     assert resumed.state.round == 1
+
+
+def test_a_quorum_is_a_share_to_the_last_digit(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
+    config = settings(tiny_base, small_data, quorum=0.07)  # times 100 it is 7.000000000000001
+    rounds, _ = federation(config, rows_of(small_data), tmp_path)
+    names = [f"c{number}" for number in range(100)]
+    rounds._check_quorum(7, names, "joined")
+    with pytest.raises(RunError, match="only 6 of 100 clients joined, 7 are needed"):
+        rounds._check_quorum(6, names, "joined")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"counted": 3}, {"members": {"ada": 3}}, {"members": []}, {"shapes": {"q": [4]}}, {"base": None}],
+)
+def test_a_damaged_state_is_named(
+    change: dict[str, Any], tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    good = {"counted": {"ada": 1}, "members": {"ada": [20, 4]}, "shapes": {"q": [4, 3]}, "base": "abc"}
+    facts = {name: value for name, value in {**good, **change}.items() if value is not None}
+    VersionedState(tmp_path / "rounds").write(1, {}, facts)
+    rounds, _ = federation(settings(tiny_base, small_data), rows_of(small_data), tmp_path)
+    with pytest.raises(RunError, match=r"the state of round 1 in .* is damaged .* put a copy of it back"):
+        rounds.run()
+
+
+def test_a_model_that_is_not_scored_in_time_is_named(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    refused: dict[str, str] = {}
+
+    class Listening(Quiet):
+        def refused(self, client: str, reason: str) -> None:
+            refused[client] = reason
+
+    def lose_bobs_score(name: str, number: int, answer: bytes) -> bytes | None:
+        return None if name == "bob" and number == 2 else answer
+
+    config = settings(tiny_base, small_data, local_steps=1)
+    rounds, _ = federation(config, rows_of(small_data), tmp_path, tamper=lose_bobs_score)
+    rounds.progress = Listening()
+    rounds.run()
+    assert list(rounds.score()) == ["ada", "cyd"]
+    assert refused == {"bob": "its model is not scored: no answer"}
 
 
 def test_answers_after_the_deadline_are_dropped(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
@@ -278,7 +326,7 @@ def test_the_clients_of_one_base_do_not_see_each_other(
     run(config, small_data, tmp_path / "together")
     rounds, _ = federation(config, {"bob": rows_of(small_data)["bob"]}, tmp_path / "alone")
     rounds.run()
-    own = "clients/bob/round-0002/private.safetensors"
+    own = "clients/bob/round-0002.safetensors"
     assert (tmp_path / "together" / own).read_bytes() == (tmp_path / "alone" / own).read_bytes()
 
 
@@ -323,6 +371,7 @@ def test_settings_of_the_server_reach_a_client_but_not_its_paths(tiny_base: Path
         ({"participation": 1.5}, "at most 1"),
         ({"strategy": "centralized", "clients": 3}, "all rows in one place"),
         ({"rounds": 0}, "above 0"),
+        ({"learning_rate": 1e37}, "at most 1"),
     ],
 )
 def test_what_contradicts_itself_is_refused(more: dict[str, Any], reason: str) -> None:

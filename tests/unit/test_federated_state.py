@@ -51,7 +51,7 @@ def test_a_version_is_whole_or_not_there(tmp_path: Path) -> None:
     assert store.versions() == []
     store.write(3, {"q.A": torch.ones(2, 3)}, {"rank": 2})
     store.write(4, {"q.A": torch.zeros(2, 3)}, {"rank": 2})
-    (tmp_path / "ada" / "round-0005.partial").mkdir()  # what a kill leaves
+    (tmp_path / "ada" / "round-0005.partial").write_bytes(b"half")  # what a kill leaves
     assert store.versions() == [3, 4]
     state, facts = store.read(3)
     assert torch.equal(state["q.A"], torch.ones(2, 3))
@@ -59,19 +59,42 @@ def test_a_version_is_whole_or_not_there(tmp_path: Path) -> None:
     store.write(4, {"q.A": torch.full((2, 3), 7.0)}, {})
     assert store.read(4)[0]["q.A"][0, 0] == 7
     store.keep(4)
-    assert [path.name for path in (tmp_path / "ada").iterdir()] == ["round-0004"]
+    assert [path.name for path in (tmp_path / "ada").iterdir()] == ["round-0004.safetensors"]
     with pytest.raises(RunError, match=r"no state of round 3 \(only 4\)"):
         store.read(3)
-    (tmp_path / "ada" / "round-0004" / "private.safetensors").write_bytes(b"half")
-    with pytest.raises(RunError, match="damaged"):
-        store.read(4)
+    whole = (tmp_path / "ada" / "round-0004.safetensors").read_bytes()
+    for damaged in (
+        b"",
+        b"half",
+        whole[:-3],
+        whole.replace(b'"facts"', b'"fax"  '),
+        whole.replace(b"{}", b"[]", 1),
+    ):
+        (tmp_path / "ada" / "round-0004.safetensors").write_bytes(damaged)
+        with pytest.raises(RunError, match="damaged"):
+            store.read(4)
 
 
 def test_every_name_is_one_folder_of_its_own() -> None:
-    names = ["ada", "a/b", "a%2Fb", "..", ".", ".stacks", "a b", "ü", "a\\b", "a:b", "A"]
+    names = [
+        "ada",
+        "a/b",
+        "a%2Fb",
+        "..",
+        ".",
+        ".stacks",
+        "a b",
+        "ü",
+        "a\\b",
+        "a:b",
+        "A",
+        "x" * 400,
+        "x" * 401,
+        "長" * 60,
+    ]
     folders = [folder_name(name) for name in names]
     assert len(set(folders)) == len(names)
-    assert not any("/" in name or name.startswith(".") for name in folders)
+    assert not any("/" in name or name.startswith(".") or len(name) > 200 for name in folders)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])

@@ -29,6 +29,7 @@ _SETTING = "published LLaMA2-7B and Qwen2-7B, 8 clients, in millions"
 def print_traffic(config: FederateConfig, *, dimensions: str | None) -> None:
     """Parameters and bytes per client and round; no weight is loaded."""
     layers, clients = _layers(config, dimensions), _number_of_clients(config, dimensions)
+    config.check_number_of_clients(clients)
     ranks = [config.rank_of(index) for index in range(clients)]
     out = console()
     out.print(

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from manylora.cli.console import duration
 from manylora.cli.tables import console
-from manylora.errors import DataError
+from manylora.errors import DataError, RunError
 from manylora.evaluation import Scores, delta_m
 from manylora.evaluation.table import METRIC_LABELS
 from manylora.federated.config import FederateConfig
@@ -106,11 +106,20 @@ def print_clients(config: FederateConfig, data: Mapping[str, ClientData]) -> Non
 
 
 def print_result(path: Path) -> None:
-    """The table of a finished run, from its scores.json and metrics.jsonl."""
-    saved = json.loads((path / "scores.json").read_text(encoding="utf-8"))
-    scores = {name: Scores.from_dict(value) for name, value in saved["clients"].items()}
-    reference = {name: Scores.from_dict(value) for name, value in saved["reference"].items()}
-    up, down = _bytes_per_round(path)
+    """The table of a finished run, from its scores.json and metrics.jsonl.
+
+    Raises:
+        RunError: one of the two is missing or damaged.
+    """
+    try:
+        saved = json.loads((path / "scores.json").read_text(encoding="utf-8"))
+        scores = {name: Scores.from_dict(value) for name, value in saved["clients"].items()}
+        reference = {name: Scores.from_dict(value) for name, value in saved["reference"].items()}
+        up, down = _bytes_per_round(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"the results in {path} cannot be read ({error!r}); put copies of the files back."
+        ) from error
     out = console()
     table = Table(
         title="personal models on their own tasks", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
@@ -154,7 +163,8 @@ def print_result(path: Path) -> None:
         out.print("no personal model was scored (no test rows, or --scored-clients 0)")
     if reference:
         out.print(f"Δm% against local only: {_delta(scores, reference)} (lower is better, negative beats it)")
-    out.print(f"personal models, as plain LoRA: {path / 'clients'}/*/adapter")
+    if any((path / "clients").glob("*/adapter")):
+        out.print(f"personal models, as plain LoRA: {path / 'clients'}/*/adapter")
 
 
 def _as_clients(scores: Mapping[str, Scores]) -> dict[str, Scores]:

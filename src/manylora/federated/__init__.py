@@ -2,8 +2,9 @@
 
 `exchange` says what travels, `strategies` are values over it, `aggregate` is pure, `initial` says where matrices
 begin; `wire`, `compress` and `check` are what stands between two machines; `client` answers, `home` is its disk,
-`workbench` its model, `personal` its result; `rounds` is the server, over the interface in `clients`, which
-`engines/` implement (a second floor, as each engine brings its own dependency). `accounting` counts without running.
+`workbench` its model, `personal` its result; `rounds` is the server, which tells `progress` and works over the
+interface in `clients` that `engines/` implement (a second floor, as each engine brings its own dependency).
+`accounting` counts without running.
 
 Its names are imported on first use, because torch and transformers take seconds and `--help` needs neither.
 """
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from manylora.federated.dealing import client_data, client_for
     from manylora.federated.engines.local import LocalClients
     from manylora.federated.exchange import Exchange
-    from manylora.federated.rounds import Progress, Quiet, Rounds
+    from manylora.federated.progress import Progress, Quiet
+    from manylora.federated.rounds import Rounds
     from manylora.federated.strategies import STRATEGIES, Strategy, strategy_for
     from manylora.federated.wire import Message, pack, unpack
     from manylora.federated.workbench import Workbench
@@ -32,7 +34,8 @@ _HOME = {
     "dealing": ("client_data", "client_for"),
     "engines.local": ("LocalClients",),
     "exchange": ("Exchange",),
-    "rounds": ("Progress", "Quiet", "Rounds"),
+    "progress": ("Progress", "Quiet"),
+    "rounds": ("Rounds",),
     "strategies": ("STRATEGIES", "Strategy", "strategy_for"),
     "wire": ("Message", "pack", "unpack"),
     "workbench": ("Workbench",),

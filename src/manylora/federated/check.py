@@ -12,6 +12,7 @@ from torch import Tensor
 
 from manylora.errors import AnswerError
 from manylora.federated.compress import expanded, product_is_lighter
+from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import UPDATE, State, split_name
 from manylora.federated.initial import Shapes, part_shape
 from manylora.federated.strategies import Strategy
@@ -56,6 +57,30 @@ def expected_shapes(
     return expected
 
 
+def update_limits(
+    strategy: Strategy, config: FederateConfig, *, member: Member, round: int
+) -> dict[str, float]:
+    """Part to the largest root mean square that a matrix of an update may have.
+
+    AdamW moves a number by about its learning rate in a step, so an honest change has a root mean square of at most
+    about learning_rate × steps; `max_update` is how often that. Of the product B2 B1 the one factor begins at zero
+    each round, the other one at 1/√(3 r) in the first and has moved in every round since.
+
+    Args:
+        strategy: of the run.
+        config: resolved.
+        member: whose update it is.
+        round: in which it was made.
+    """
+    assert config.local_epochs is not None
+    assert config.learning_rate is not None
+    assert config.batch_size is not None
+    steps = config.local_steps or math.ceil(config.local_epochs * member.examples / config.batch_size)
+    moved = config.learning_rate * steps * (1 + config.weight_decay)
+    product = moved * math.sqrt(member.rank) * (1 / math.sqrt(3 * config.r) + moved * round)
+    return {part: config.max_update * (product if part == UPDATE else moved) for part in strategy.exchange.up}
+
+
 def check_answer(
     message: Message,
     *,
@@ -64,7 +89,7 @@ def check_answer(
     version: int,
     expected: Mapping[str, tuple[int, int]],
     strategy: Strategy,
-    max_update: float,
+    limits: Mapping[str, float],
 ) -> Checked:
     """The answer of one client, if it is what it was asked for.
 
@@ -75,7 +100,7 @@ def check_answer(
         version: the round it was told to start from.
         expected: name and shape of every matrix, from `expected_shapes`.
         strategy: of the run.
-        max_update: largest root mean square of an update.
+        limits: by part, from `update_limits`.
 
     Raises:
         AnswerError: it is not; says what is wrong, not whose answer it is.
@@ -97,7 +122,8 @@ def check_answer(
     _check_matrices(message.tensors, expected)
     update = expanded(message.tensors)
     moved = _number(message.fields, "moved")
-    norm = _norm_of_change(update, strategy, max_update) if strategy.travels else moved
+    _check_size(update, strategy, limits)
+    norm = _norm_of_change(update, strategy) if strategy.travels else moved
     if norm == 0 and not (strategy.may_stand_still and moved > 0):
         raise AnswerError(
             "its update is zero: nothing was learnt; is its learning rate 0, or are its rows empty?"
@@ -156,14 +182,22 @@ def _check_matrices(sent: State, expected: Mapping[str, tuple[int, int]]) -> Non
             raise AnswerError(f"its {name} holds NaN or infinity")
 
 
-def _norm_of_change(update: State, strategy: Strategy, max_update: float) -> float:
+def _check_size(update: State, strategy: Strategy, limits: Mapping[str, float]) -> None:
+    for name, value in update.items():
+        part = split_name(name)[1]
+        limit = limits[part]
+        if part == "A" and part not in strategy.exchange.down:  # it comes with its beginning: ±1/√(columns)
+            limit += 1 / math.sqrt(value.shape[1])
+        size = float(value.double().square().mean().sqrt())
+        if size > limit:
+            raise AnswerError(
+                f"its {name} has changed by {size:.3g} (root mean square), above the limit {limit:.3g}; "
+                "see --max-update"
+            )
+
+
+def _norm_of_change(update: State, strategy: Strategy) -> float:
     both = strategy.exchange.up & strategy.exchange.down
     # An A that starts anew each round is no change; the B beside it began at zero, so it is one.
     changes = [value for name, value in update.items() if split_name(name)[1] in {*both, UPDATE, "B"}]
-    norm = math.sqrt(sum(float(value.double().square().sum()) for value in changes))
-    limit = max_update * math.sqrt(sum(value.numel() for value in changes))
-    if norm > limit:
-        raise AnswerError(
-            f"its update has norm {norm:.3g}, above the limit {limit:.3g} (--max-update {max_update:g})"
-        )
-    return norm
+    return math.sqrt(sum(float(value.double().square().sum()) for value in changes))

@@ -115,8 +115,9 @@ class Client:
         result = self._pass(tasks, message, kept)
         trained = self.bench.state()
         sent, residual = self._sent(message, trained, kept, rank=rank)
-        if not math.isfinite(result.loss):
-            raise RunError("the training loss is not finite; lower the learning rate.")
+        moved = _distance(trained, self._started)
+        if not (math.isfinite(result.loss) and math.isfinite(moved)):  # also of what never leaves
+            raise RunError("the training loss or a weight is not finite; lower the learning rate.")
         answer = pack(
             Message(
                 kind="trained",
@@ -127,7 +128,7 @@ class Client:
                     "examples": total_rows(tasks),
                     "loss": result.loss,
                     "steps": result.steps,
-                    "moved": _distance(trained, self._started),
+                    "moved": moved,
                 },
                 tensors=sent,
             ),
@@ -277,7 +278,7 @@ class Client:
             },
         )
         fields: dict[str, Any] = {}
-        if self.data.test and message.fields.get("score", True):
+        if self.data.test:
             fields["scores"] = self._scores(limits).to_rows()
         return pack(Message(kind="scored", client=self.name, round=message.round, fields=fields))
 

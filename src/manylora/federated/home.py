@@ -1,7 +1,6 @@
 """A client's private state on its own disk: versioned by round, each version whole or not there.
 
-    HOME/NAME/round-0003/private.safetensors     A, M, … as they were after the client's part in round 3
-    HOME/NAME/round-0003/state.json              round, settings, and whatever else the client notes
+    HOME/NAME/round-0003.safetensors     A, M, … as they were after the client's part in round 3, and its notes
 
 The server says which version an order starts from: the last round in which this client's answer counted. So an
 answer that was lost or refused has never happened, an order given twice gives the same answer, and a run that is
@@ -10,16 +9,16 @@ killed and resumed ends as if it had not been.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from manylora.errors import RunError
 from manylora.federated.exchange import State
@@ -27,13 +26,21 @@ from manylora.federated.exchange import State
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WEIGHTS, _FACTS = "private.safetensors", "state.json"
+_FACTS = "facts"
+"""Key under which a file's notes stand in its metadata."""
+
+_LONGEST_NAME = 200
+"""File systems allow 255 bytes; something like ".partial" may follow."""
 
 
 def folder_name(client: str) -> str:
-    """A client's name as one folder name, reversible, whatever it contains."""
+    """A client's name as one folder name, whatever it contains; a very long one ends in its hash."""
     name = quote(client, safe=" ()+,-_@")
-    return "%2E" + name[1:] if name.startswith(".") else name
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[: _LONGEST_NAME - 33]}-{hashlib.sha256(client.encode()).hexdigest()[:32]}"
+    return name
 
 
 class VersionedState:
@@ -48,7 +55,7 @@ class VersionedState:
 
     def versions(self) -> list[int]:
         """Rounds with a state, in order."""
-        found = (folder.name.removeprefix("round-") for folder in self.path.glob("round-*"))
+        found = (file.stem.removeprefix("round-") for file in self.path.glob("round-*.safetensors"))
         return sorted(int(number) for number in found if number.isdigit())
 
     def read(self, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -57,45 +64,48 @@ class VersionedState:
         Raises:
             RunError: it is not there or is damaged.
         """
-        folder = self._folder(version)
-        if not folder.is_dir():
+        path = self._file(version)
+        if not path.is_file():
             there = ", ".join(map(str, self.versions())) or "none"
             raise RunError(
                 f"{self.path} has no state of round {version} (only {there}); put the folder back."
             )
         try:
-            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-            return load_file(folder / _WEIGHTS), facts
-        except (OSError, ValueError, SafetensorError) as error:
-            raise RunError(f"{folder} is damaged ({error}); put a copy of the folder back.") from error
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()[_FACTS])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise RunError(f"{path} is damaged ({error!r}); put a copy of it back.") from error
+        if not isinstance(facts, dict):
+            raise RunError(f"{path} is damaged (its notes are {facts!r}); put a copy of it back.")
+        return state, facts
 
     def write(self, version: int, state: State, facts: Mapping[str, Any]) -> None:
-        """Write a version, replacing one of the same round; after a crash it is there whole or not at all."""
-        partial = self.path / f"round-{version:04d}.partial"
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        save_file({name: state[name].contiguous() for name in sorted(state)}, partial / _WEIGHTS)
-        (partial / _FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
-        for path in (partial / _WEIGHTS, partial / _FACTS):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        final = self._folder(version)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.replace(final)
+        """Write a version, replacing one of the same round; a crash leaves the old one or the new one, whole."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = (
+            self.path / f"round-{version:04d}.{os.getpid()}.partial"
+        )  # FLoRA's stacks have several writers
+        save_file(
+            {name: state[name].contiguous() for name in sorted(state)},
+            partial,
+            metadata={_FACTS: json.dumps(facts, ensure_ascii=False)},
+        )
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(self._file(version))
         _sync_folder(self.path)
 
     def keep(self, *versions: int) -> None:
         """Remove every other version, and what a crash left."""
         for version in self.versions():
             if version not in versions:
-                shutil.rmtree(self._folder(version))
-        for partial in self.path.glob("*.partial"):
-            shutil.rmtree(partial)
+                self._file(version).unlink(missing_ok=True)
+        for partial in self.path.glob("round-*.partial"):
+            partial.unlink(missing_ok=True)
 
-    def _folder(self, version: int) -> Path:
-        return self.path / f"round-{version:04d}"
+    def _file(self, version: int) -> Path:
+        return self.path / f"round-{version:04d}.safetensors"
 
 
 def _sync_folder(path: Path) -> None:

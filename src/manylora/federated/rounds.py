@@ -1,9 +1,9 @@
 """The rounds, written once for every engine: choose, send, train, collect, check, aggregate, save.
 
-    FOLDER/rounds/round-0003/      shared state after round 3, who has counted when, who takes part
-    FOLDER/stacks/round-0003/      FLoRA's stacks
-    FOLDER/answers/                answers of the running round that passed their checks
-    FOLDER/metrics.jsonl           one line per round
+    FOLDER/rounds/round-0003.safetensors     shared state after round 3, who has counted when, who takes part
+    FOLDER/stacks/round-0003.safetensors     FLoRA's stacks
+    FOLDER/answers/                          answers of the running round that passed their checks
+    FOLDER/metrics.jsonl                     one line per round
 
 A round that is saved is never repeated, one that is not is repeated from the same messages; so a run that is killed
 at any moment and resumed ends with the weights of an unbroken one.
@@ -18,19 +18,27 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from manylora.errors import AnswerError, RunError, WireError
 from manylora.evaluation import Scores
 from manylora.evaluation.score import TaskScore
 from manylora.federated.aggregate import truncated
-from manylora.federated.check import Checked, Member, check_answer, check_joined, expected_shapes
+from manylora.federated.check import (
+    Checked,
+    Member,
+    check_answer,
+    check_joined,
+    expected_shapes,
+    update_limits,
+)
 from manylora.federated.clients import Clients, Reply
 from manylora.federated.compress import corrected, expanded, residual_of
 from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import State
 from manylora.federated.home import VersionedState, folder_name
 from manylora.federated.initial import Shapes, initial_state
+from manylora.federated.progress import Progress, Quiet
 from manylora.federated.strategies import strategy_for
 from manylora.federated.wire import Message, pack, unpack
 from manylora.training import RunFolder
@@ -39,44 +47,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _RESIDUAL = "residual/"
-
-
-class Progress(Protocol):
-    """What a display may want to know; see `Quiet` for one that does not."""
-
-    def round_began(self, number: int, rounds: int, asked: int) -> None:
-        """A round begins with so many clients."""
-
-    def answered(self, client: str, loss: float, seconds: float) -> None:
-        """A client's answer counts."""
-
-    def refused(self, client: str, reason: str) -> None:
-        """A client's answer does not count."""
-
-    def round_ended(self, number: int, loss: float, update: float | None) -> None:
-        """A round is saved."""
-
-    def scored(self, client: str, done: int, total: int) -> None:
-        """A client has scored its personal model."""
-
-
-class Quiet:
-    """Shows nothing."""
-
-    def round_began(self, number: int, rounds: int, asked: int) -> None:
-        """Nothing."""
-
-    def answered(self, client: str, loss: float, seconds: float) -> None:
-        """Nothing."""
-
-    def refused(self, client: str, reason: str) -> None:
-        """Nothing."""
-
-    def round_ended(self, number: int, loss: float, update: float | None) -> None:
-        """Nothing."""
-
-    def scored(self, client: str, done: int, total: int) -> None:
-        """Nothing."""
 
 
 @dataclass(kw_only=True)
@@ -136,7 +106,7 @@ class Rounds:
     def score(self) -> dict[str, Scores]:
         """Send every client what is shared in the end, and have it score its personal model on its own test rows.
 
-        A client that does not answer, or has no test rows, is left out.
+        A client that has no test rows is left out, and so is one that does not answer, which is said.
         """
         names = sorted(self.state.members)[: self.config.scored_clients]
         scores: dict[str, Scores] = {}
@@ -145,13 +115,17 @@ class Rounds:
         replies = self.clients.ask(
             names, lambda name: self._order("score", name, last, values), seconds=self.config.deadline
         )
-        for done, reply in enumerate(replies, 1):
+        waiting = set(names)
+        for reply in replies:
+            waiting.discard(reply.client)
             try:
                 if rows := _scored(reply):
                     scores[reply.client] = Scores(tasks=tuple(map(TaskScore.from_dict, rows)))
             except (AnswerError, WireError, KeyError, TypeError, AttributeError) as error:
                 self.progress.refused(reply.client, f"it could not score its model: {error}")
-            self.progress.scored(reply.client, done, len(names))
+            self.progress.scored(reply.client, len(names) - len(waiting), len(names))
+        for name in sorted(waiting):
+            self.progress.refused(name, f"its model is not scored: {self._no_answer()}")
         return {name: scores[name] for name in names if name in scores}
 
     # ---- before the first round
@@ -162,10 +136,11 @@ class Rounds:
         if len(set(names)) != len(names):
             raise RunError(f"two clients have one name among {names}; give each its own.")
         joined, base, shapes = self._join(names)
-        self.config.check_number_of_clients(len(joined))
+        self.config.check_number_of_clients(len(names))
         members = {
             name: Member(name=name, examples=joined[name], rank=self.config.rank_of(index))
-            for index, name in enumerate(sorted(joined))
+            for index, name in enumerate(names)
+            if name in joined
         }
         shared = initial_state(
             () if self.strategy.restarts else self.strategy.exchange.down,
@@ -206,6 +181,7 @@ class Rounds:
                     f"(fingerprints {base} and {common[0]}); give all the same."
                 )
             joined[reply.client], common = examples, (base, shapes)
+        refused |= {name: self._no_answer() for name in names if name not in joined and name not in refused}
         self._check_quorum(len(joined), names, "joined", refused)
         assert common is not None
         return joined, *common
@@ -237,8 +213,9 @@ class Rounds:
         self.state.round = number
         examples = {name: self.state.members[name].examples for name in counted}
         loss = sum(facts["losses"][name] * n for name, n in examples.items()) / sum(examples.values())
+        by_client = {what: dict(sorted(of.items())) for what, of in facts.items()}  # whoever came first
         RunFolder(self.folder).append_metrics(
-            {"step": number, "loss": loss, "update_norm": update, "asked": len(names), **facts}
+            {"step": number, "loss": loss, "update_norm": update, "asked": len(names), **by_client}
         )
         self._save()
         shutil.rmtree(self._answers, ignore_errors=True)
@@ -271,8 +248,12 @@ class Rounds:
             facts["losses"][reply.client], facts["norms"][reply.client] = checked.loss, checked.norm
             self.progress.answered(reply.client, checked.loss, time.monotonic() - began)
         for name in sorted(waiting):
-            facts["refused"][name] = "no answer" + (f" within {deadline:g} s" if deadline else "")
+            facts["refused"][name] = self._no_answer()
             self.progress.refused(name, facts["refused"][name])
+
+    def _no_answer(self) -> str:
+        deadline = self.config.deadline
+        return "no answer" + (f" within {deadline:g} s" if deadline else "")
 
     def _check(self, reply: Reply, number: int) -> Checked:
         client = reply.client
@@ -286,7 +267,7 @@ class Rounds:
                 self.strategy, self.state.shapes, rank=member.rank, intermediate=self.config.r
             ),
             strategy=self.strategy,
-            max_update=self.config.max_update,
+            limits=update_limits(self.strategy, self.config, member=member, round=number),
         )
 
     def _order(self, kind: str, name: str, number: int, values: State) -> bytes:
@@ -338,7 +319,7 @@ class Rounds:
     def _check_quorum(
         self, counted: int, names: Sequence[str], what: str, refused: dict[str, str] | None = None
     ) -> None:
-        needed = max(1, math.ceil(self.config.quorum * len(names)))
+        needed = max(1, math.ceil(self.config.quorum * len(names) - 1e-9))  # 0.07 × 100 is 7.000000000000001
         if counted >= needed:
             return
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted((refused or {}).items())[:5])
@@ -364,15 +345,22 @@ class Rounds:
     def _load(self) -> None:
         number = self._saved.versions()[-1]
         tensors, facts = self._saved.read(number)
-        self.state = ServerState(
-            round=number,
-            shared={n: v for n, v in tensors.items() if not n.startswith(_RESIDUAL)},
-            residual={n.removeprefix(_RESIDUAL): v for n, v in tensors.items() if n.startswith(_RESIDUAL)},
-            counted=facts["counted"],
-            members={n: Member(name=n, examples=e, rank=r) for n, (e, r) in facts["members"].items()},
-            shapes={name: (shape[0], shape[1]) for name, shape in facts["shapes"].items()},
-            base=facts["base"],
-        )
+        try:
+            self.state = ServerState(
+                round=number,
+                shared={n: v for n, v in tensors.items() if not n.startswith(_RESIDUAL)},
+                residual={
+                    n.removeprefix(_RESIDUAL): v for n, v in tensors.items() if n.startswith(_RESIDUAL)
+                },
+                counted=dict(facts["counted"]),
+                members={n: Member(name=n, examples=e, rank=r) for n, (e, r) in facts["members"].items()},
+                shapes={name: (shape[0], shape[1]) for name, shape in facts["shapes"].items()},
+                base=facts["base"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise RunError(
+                f"the state of round {number} in {self._saved.path} is damaged ({error!r}); put a copy of it back."
+            ) from error
 
 
 def _bytes(reply: Reply) -> bytes:

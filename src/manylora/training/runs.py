@@ -100,7 +100,10 @@ class RunFolder:
     @property
     def state(self) -> dict[str, Any]:
         """Contents of `state.json`."""
-        return self.read_json("state.json")
+        state = self.read_json("state.json")
+        if not isinstance(state, dict):
+            raise RunError(f"{self.path / 'state.json'} holds no state; the run folder is damaged.")
+        return state
 
     def set_state(self, state: str, **facts: Any) -> None:
         """Write `state.json`; facts of earlier calls stay."""
@@ -219,13 +222,13 @@ class RunFolder:
         if not path.is_file():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+                if row["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):  # no line of ours
                 continue
-            if row["step"] <= step:
-                kept.append(line + "\n")
         write_text(path, "".join(kept))
 
     def place_folder(self, name: str, partial: Path) -> None:

@@ -38,6 +38,8 @@ OWN = (
 )  # fmt: skip
 """Options of `manylora federate` that `--node-config` may set."""
 
+_KEPT_DAYS = 30.0
+"""Days that a run's private state waits on a client's disk for the run to go on."""
 _INTERVAL = 0.2
 """Seconds between two looks for a message."""
 
@@ -81,8 +83,20 @@ class NodeClient:
             self._bench = Workbench(config)
             self._key = (name, config)
         home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
+        if not home.exists():
+            forget_old_runs(home.parent)
         with _alone(home / f"{folder_name(name)}.lock"):
             return Client(name, self._rows, home=home, bench=self._bench).handle(data)
+
+
+def forget_old_runs(home: Path) -> None:
+    """Remove the private rounds and the stacks of runs without a message for `_KEPT_DAYS`; personal models stay."""
+    now = time.time()
+    for run in home.glob("*"):
+        last = max((lock.stat().st_mtime for lock in run.glob("*.lock")), default=now)
+        if now - last > _KEPT_DAYS * 86_400:
+            for state in run.glob("*/round-*.safetensors"):
+                state.unlink(missing_ok=True)
 
 
 def settings_of(node_config: Mapping[str, Any]) -> FederateConfig:
@@ -143,7 +157,7 @@ def work(supernode: str, *, say: Callable[[str], None]) -> None:
                     _one(supernode, got.token, client, say)
                     there = True
                     continue
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, TimeoutError) as error:
                 if there:
                     say(f"SuperNode {supernode} does not answer ({error}); waiting for it")
                 there = False
@@ -162,7 +176,7 @@ def _one(supernode: str, token: str, client: NodeClient, say: Callable[[str], No
         heart = HeartbeatSender(make_task_heartbeat_fn_http(_Beating(runtime)))
         heart.start()
         try:
-            message, context, _, _ = pull_task_input(runtime)
+            message, context, _, _ = pull_task_input(_Pulling(runtime))
             status, began = SubStatus.COMPLETED, time.monotonic()
             try:
                 reply = Message(client.answer(message.content, context.node_config), reply_to=message)
@@ -182,6 +196,27 @@ def _one(supernode: str, token: str, client: NodeClient, say: Callable[[str], No
             say(f"answered a message in {time.monotonic() - began:.1f} s")
         finally:
             heart.stop()
+
+
+class _Pulling:
+    """A runtime that gives up a message of which nothing more comes: Flower would wait two hours for the parts of one
+    whose run ended on the way, as when the server is killed.
+    """
+
+    def __init__(self, runtime: Any, *, patience: float = 120.0) -> None:
+        self._runtime, self._patience = runtime, patience
+        self._last = time.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        answer = self._runtime.PullObject(request)
+        if answer.object_available:
+            self._last = time.monotonic()
+        elif time.monotonic() - self._last > self._patience:
+            raise TimeoutError(f"nothing more of a message came for {self._patience:g} s")
+        return answer
 
 
 class _Beating:

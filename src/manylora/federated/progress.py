@@ -1,0 +1,43 @@
+"""What the rounds tell a display."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What a display may want to know; see `Quiet` for one that does not."""
+
+    def round_began(self, number: int, rounds: int, asked: int) -> None:
+        """A round begins with so many clients."""
+
+    def answered(self, client: str, loss: float, seconds: float) -> None:
+        """A client's answer counts."""
+
+    def refused(self, client: str, reason: str) -> None:
+        """A client's answer does not count."""
+
+    def round_ended(self, number: int, loss: float, update: float | None) -> None:
+        """A round is saved."""
+
+    def scored(self, client: str, done: int, total: int) -> None:
+        """A client has scored its personal model."""
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def round_began(self, number: int, rounds: int, asked: int) -> None:
+        """Nothing."""
+
+    def answered(self, client: str, loss: float, seconds: float) -> None:
+        """Nothing."""
+
+    def refused(self, client: str, reason: str) -> None:
+        """Nothing."""
+
+    def round_ended(self, number: int, loss: float, update: float | None) -> None:
+        """Nothing."""
+
+    def scored(self, client: str, done: int, total: int) -> None:
+        """Nothing."""
