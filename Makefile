@@ -33,7 +33,7 @@ $(FLOWER)/installed: pyproject.toml constraints-flower.txt
 	touch $@
 
 test: $(VENV)/installed-test browser lint types  ## Lint, types, then every test; those over Flower first.
-	@failed=0; $(MAKE) --no-print-directory flower || failed=1; $(BIN)/python -m pytest || failed=1; exit $$failed
+	@failed=0; $(MAKE) --no-print-directory flower || failed=1; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile || failed=1; exit $$failed
 
 flower:  ## The tests over Flower's real processes; left out where Flower cannot be.
 	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \

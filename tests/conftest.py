@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +134,3 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The test runs in a folder of its own, where the default runs/ goes."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def cli_process(arguments: Sequence[str | Path], cwd: Path, **options: object) -> subprocess.Popen[str]:
-    """The real command in a process of its own, on one thread so that its arithmetic is the same every time."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "manylora.cli", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,  # type: ignore[call-overload]
-    )

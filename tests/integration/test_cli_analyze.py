@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from conftest import cli_process
 from manylora.cli import main
+from processes import cli_process
 from tiny_models import llama
 
 PAIR = {

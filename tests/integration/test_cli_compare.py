@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import cli_process
 from manylora.cli import main
 from manylora.studies import load_study
 from manylora.studies.runner import launched, pending, thread_settings
+from processes import cli_process
 
 
 def study_file(folder: Path, base: Path, data: Path, **more: Any) -> Path:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import cli_process
 from manylora.cli import main
+from processes import cli_process
 
 
 def row(**fields: object) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import cli_process
 from exports import only_line
 from manylora.cli import main
+from processes import cli_process
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

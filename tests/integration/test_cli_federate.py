@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import cli_process
 from manylora.cli import main
+from processes import cli_process
 
 
 def federate(base: Path, data: Path, *more: object) -> list[str]:

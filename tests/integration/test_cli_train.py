@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import cli_process
 from manylora.cli import main
+from processes import cli_process
 
 
 def train(base: Path, data: Path, *more: object) -> list[str]:

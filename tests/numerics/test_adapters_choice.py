@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from manylora.adapters import ManyLoraConfig, ops
-from manylora.adapters.layer import ExpertBank
+from manylora.adapters.bank import ExpertBank
 
 T, D, O, R, N = 21, 96, 80, 8, 3  # noqa: E741
 

@@ -10,7 +10,7 @@ from peft import PeftConfig
 
 from formulas import parameters_per_layer
 from manylora.adapters import FORMAT_VERSION, ManyLoraConfig
-from manylora.adapters.layer import ExpertBank
+from manylora.adapters.bank import ExpertBank
 from manylora.errors import ConfigError, ManyLoraError, TargetModulesError
 
 BAD = [

@@ -9,6 +9,7 @@ loss, `gates` statistics, `targets` which layers get one, `model` the tuner, `ca
 """
 
 from manylora.adapters.balance import LoadBalance, load_balance_loss
+from manylora.adapters.bank import ExpertBank
 from manylora.adapters.collapse import Collapse, Fitted, How
 from manylora.adapters.config import (
     FORMAT_VERSION,
@@ -29,7 +30,7 @@ from manylora.adapters.gates import (
     has_load_balance,
     load_balance,
 )
-from manylora.adapters.layer import ExpertBank, ManyLoraLinear
+from manylora.adapters.layer import ManyLoraLinear
 from manylora.adapters.model import ManyLoraModel
 from manylora.adapters.registration import register
 from manylora.adapters.routes import ExpertIds

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from manylora.adapters.layer import ExpertBank
+from manylora.adapters.bank import ExpertBank
 
 How = Literal["fit", "mean"]
 """How a token router is collapsed."""

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from manylora.adapters.layer import ExpertBank
+from manylora.adapters.bank import ExpertBank
 from manylora.adapters.ops import Layout
 from manylora.errors import ConfigError
 

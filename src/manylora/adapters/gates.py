@@ -18,7 +18,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from manylora.adapters.balance import LoadBalance
-from manylora.adapters.layer import ExpertBank, ManyLoraLinear
+from manylora.adapters.bank import ExpertBank
+from manylora.adapters.layer import ManyLoraLinear
 from manylora.adapters.routes import Routes
 from manylora.adapters.routing import RoutingState, in_backward
 from manylora.errors import RoutingError
