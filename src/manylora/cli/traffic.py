@@ -80,18 +80,21 @@ class RoundsProgress:
 def print_clients(config: FederateConfig, data: Mapping[str, ClientData]) -> None:
     """Who has what."""
     table = Table(title="clients", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("client", "tasks"):
+    named = all(
+        list(own.train) == [name] for name, own in data.items()
+    )  # each client holds the task it is called by
+    for heading in ("client",) if named else ("client", "tasks"):
         table.add_column(heading, overflow="fold")
     for heading in ("rows", "test rows", "rank"):
         table.add_column(heading, justify="right")
     for index, name in enumerate(sorted(data)):
         if index == _MANY:
-            table.add_row(f"… {len(data) - _MANY} more", "", "", "", "")
+            table.add_row(f"… {len(data) - _MANY} more")
             break
         own = data[name]
         table.add_row(
             name,
-            ", ".join(own.train) if list(own.train) != [name] else "–",
+            *([] if named else [", ".join(own.train)]),
             f"{sum(map(len, own.train.values())):,}",
             f"{sum(map(len, own.test.values())):,}",
             str(config.rank_of(index)),
