@@ -304,7 +304,7 @@ def _check_targets(config: ManyLoraConfig) -> None:
             raise ConfigError(f"{setting}={value!r} cannot be used; give a list of names or one string.")
     if targets is not None and len(targets) == 0:
         raise TargetModulesError("target_modules is empty; name linear layers or use 'all-linear'.")
-    saved = config.modules_to_save
+    saved: Any = config.modules_to_save
     # PEFT would take a string for its letters, and save every module whose name ends in one of them
     if saved is not None and (
         isinstance(saved, str)
@@ -316,7 +316,8 @@ def _check_targets(config: ManyLoraConfig) -> None:
 
 
 def _check_layers(config: ManyLoraConfig) -> None:
-    targets, layers = config.target_modules, config.layers_to_transform
+    targets = config.target_modules
+    layers: Any = config.layers_to_transform
     listed = layers if isinstance(layers, (list, tuple, range)) else [layers]
     # PEFT would take an empty list for all layers
     if layers is not None and (not listed or not all(_is_int(index) and index >= 0 for index in listed)):
