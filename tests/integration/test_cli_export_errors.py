@@ -19,6 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 CASES: dict[str, tuple[list[str], list[str]]] = {
     "no target": (["{task}"], ["--to is missing"]),
+    "an empty target": (["{task}", "--to", ""], ["--to is missing"]),
+    "a target inside a file": (
+        ["{task}", "--to", "{plain}/adapter_config.json/out"],
+        ["adapter_config.json/out cannot be written (Not a directory)", "choose another --to"],
+    ),
     "nothing to export": (["--to", "out"], ["manylora export runs/train-001 --to exported", "--from-loras"]),
     "both ways": (["{task}", "--from-loras", "x", "--to", "out"], ["either", "--from-loras"]),
     "missing run": (["runs/nothing", "--to", "out"], ["runs/nothing", "neither a run folder"]),

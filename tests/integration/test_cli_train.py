@@ -254,7 +254,8 @@ def test_a_task_router_gives_each_task_its_expert(
     config = json.loads(Path("routed/adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert config["task_names"] == ["first_word", "last_word", "swap"]
     assert config["num_experts"] == 3
-    capsys.readouterr()
+    hint = "next: manylora predict --adapter routed --task first_word 'your prompt'"
+    assert hint in capsys.readouterr().out  # it works as it is printed
     question = ["predict", "--adapter", "routed", "--device", "cpu", "Last of: red cat up"]
     assert main([*question, "--task", "last_word"]) == 0
     assert capsys.readouterr().out.endswith("\n")

@@ -68,6 +68,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other base": ({"base_model_name_or_path": "elsewhere"}, "base_model_name_or_path"),
     "dora": ({"use_dora": True}, "use_dora"),
     "lora bias": ({"lora_bias": True}, "lora_bias"),
+    "alpha 0": ({"lora_alpha": 0}, "two has lora_alpha=0"),
+    "alpha 0 of a layer": ({"alpha_pattern": {"q_proj": 0}}, "two has lora_alpha=0"),
     "pissa": ({"init_lora_weights": "pissa"}, "pissa"),
 }
 

@@ -105,6 +105,8 @@ def test_other_settings_that_match_nothing() -> None:
         adapted(layers_to_transform=[0, 9])
     with pytest.raises(TargetModulesError, match="exclude_modules"):
         adapted(exclude_modules=["q_proj", "v_proj"])
+    with pytest.raises(ConfigError, match=r"modules_to_save 'head_of_lm' matches no module.*'lm_head'"):
+        adapted(modules_to_save=["classifier", "head_of_lm"])
     with pytest.raises(ConfigError, match=r"rank_pattern key 'k_proj'.*'q_proj', 'v_proj'"):
         adapted(rank_pattern={"k_proj": 3})
     with pytest.raises(TargetModulesError, match=r"no default target_modules.*'first', 'second'"):

@@ -263,3 +263,24 @@ def test_ids_per_row_are_refused_on_packed_rows_of_several_adapters() -> None:
     inputs = {name: tensor.repeat(2, 1) for name, tensor in inputs.items()}
     with pytest.raises(RoutingError, match="several examples"):
         model(**inputs, expert_ids=IDS[:2], adapter_names=["default", "second"], use_cache=False)
+
+
+@pytest.mark.parametrize("names", [3, "default", ["default", 1]])
+def test_adapter_names_that_are_no_names_are_refused(names: object) -> None:
+    with pytest.raises(RoutingError, match="is no list of names"):
+        adapted()(input_ids=tokens(2), adapter_names=names)
+
+
+def test_an_adapter_added_in_evaluation_mode_drops_nothing_out() -> None:
+    model = adapted()
+    model.add_adapter("second", ManyLoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"]))
+    fill(model, seed=4)
+    model.set_adapter("second")
+    assert torch.equal(model(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+    names = ["second"] * 3
+    torch.testing.assert_close(
+        model(input_ids=tokens(), adapter_names=names).logits, model(input_ids=tokens()).logits
+    )
+    bank = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").bank("second")
+    model.train()
+    assert bank.training

@@ -129,6 +129,13 @@ def test_ids_that_cannot_be_used(ids: object, shown: str) -> None:
         model(input_ids=tokens())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16])
+def test_ids_of_any_integer_type_are_taken(dtype: torch.dtype) -> None:
+    model, ids = adapted(), torch.tensor([0, 1, 2])
+    want = model(input_ids=tokens(), expert_ids=ids).logits
+    assert torch.equal(model(input_ids=tokens(), expert_ids=ids.to(dtype)).logits, want)
+
+
 def test_ids_of_one_expert_are_checked_too() -> None:
     model = adapted(num_experts=1)
     want = model(input_ids=tokens()).logits

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
 )
@@ -95,6 +96,29 @@ def test_model_card_says_how_to_load(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text().count("import manylora  # registers") == 1
+
+
+@pytest.mark.parametrize(
+    ("task_type", "loader"),
+    [
+        (None, "AutoPeftModelForCausalLM"),
+        ("CAUSAL_LM", "AutoPeftModelForCausalLM"),
+        ("SEQ_CLS", "AutoPeftModelForSequenceClassification"),
+        ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
+        ("TOKEN_CLS", "AutoPeftModelForTokenClassification"),
+        ("QUESTION_ANS", "AutoPeftModelForQuestionAnswering"),
+        ("FEATURE_EXTRACTION", "AutoPeftModelForFeatureExtraction"),
+    ],
+)
+def test_model_card_names_the_loader_that_takes_the_adapter(
+    task_type: str | None, loader: str, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text("# A card\n")
+    ManyLoraConfig(task_type=task_type, target_modules=["q_proj"]).save_pretrained(str(tmp_path))
+    assert f"model = {loader}.from_pretrained" in (tmp_path / "README.md").read_text()
+    if task_type is not None:  # what PEFT's loaders compare
+        peft_class = getattr(peft, loader)._target_peft_class
+        assert peft_class is MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type]
 
 
 def test_a_fresh_process_loads_the_adapter(tmp_path: Path) -> None:

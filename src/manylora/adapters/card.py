@@ -7,29 +7,40 @@ from pathlib import Path
 
 _MARK = "<!-- manylora: how to load -->"
 
-_SECTION = f"""
-{_MARK}
+_SECTION = """
+{mark}
 ## How to load this adapter
 
 It is a ManyLoRA adapter (several LoRA experts in one). `import manylora` makes PEFT know the method:
 
 ```python
 import manylora  # registers the method with PEFT
-from peft import AutoPeftModelForCausalLM
+from peft import {auto_class}
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto_class}.from_pretrained("path/to/this/folder")
 ```
 """
 
+_AUTO_CLASSES = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+"""PEFT's loaders by task type; each refuses the others' adapters. One without a task type loads by any."""
 
-def add_loading_section(folder: Path) -> None:
+
+def add_loading_section(folder: Path, *, task_type: str | None = None) -> None:
     """Append the section to `folder/README.md` once; does nothing where PEFT has written no card."""
     card = folder / "README.md"
     if not card.is_file():
         return
     text = card.read_text(encoding="utf-8")
     if _MARK not in text:
-        card.write_text(text.rstrip("\n") + "\n" + _SECTION, encoding="utf-8")
+        auto_class = _AUTO_CLASSES.get(str(task_type), "AutoPeftModelForCausalLM")
+        section = _SECTION.format(mark=_MARK, auto_class=auto_class)
+        card.write_text(text.rstrip("\n") + "\n" + section, encoding="utf-8")
 
 
 def lora_card(

@@ -171,7 +171,7 @@ class ManyLoraConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; where PEFT has just written a model card, tell in it how to load."""
         super().save_pretrained(save_directory, **kwargs)
-        add_loading_section(Path(save_directory))
+        add_loading_section(Path(save_directory), task_type=self.task_type)
 
 
 def _check_version(version: object) -> None:
@@ -203,6 +203,8 @@ def _check_numbers(config: ManyLoraConfig) -> None:
         raise ConfigError(f"bias={config.bias!r} is unknown; choose one of {', '.join(map(repr, _BIASES))}.")
     if not isinstance(config.init_weights, bool):
         raise ConfigError(f"init_weights={config.init_weights!r} is unknown; give True or False.")
+    if not isinstance(config.use_rslora, bool):
+        raise ConfigError(f"use_rslora={config.use_rslora!r} is unknown; give True or False.")
 
 
 def _check_experts(config: ManyLoraConfig) -> None:
@@ -282,15 +284,13 @@ def _check_patterns(config: ManyLoraConfig) -> None:
             except (re.error, TypeError) as error:
                 raise ConfigError(f"{setting} key {key!r} is no regular expression: {error}.") from error
             good = _is_int(value) if setting == "rank_pattern" else _is_number(value)
-            if not good or value <= 0:
+            if not good or not 0 < value < float("inf"):
                 kind = "a positive integer" if setting == "rank_pattern" else "a positive number"
                 raise ConfigError(f"{setting}[{key!r}]={value!r} cannot be used; give {kind}.")
 
 
 def _check_targets(config: ManyLoraConfig) -> None:
     targets = config.target_modules
-    if targets is not None and len(targets) == 0:
-        raise TargetModulesError("target_modules is empty; name linear layers or use 'all-linear'.")
     for setting in ("target_modules", "exclude_modules"):
         value = getattr(config, setting)
         if value is None:
@@ -302,11 +302,33 @@ def _check_targets(config: ManyLoraConfig) -> None:
                 raise ConfigError(f"{setting}={value!r} is no regular expression: {error}.") from error
         elif not isinstance(value, Iterable) or not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{setting}={value!r} cannot be used; give a list of names or one string.")
-    if config.layers_pattern and config.layers_to_transform is None:
+    if targets is not None and len(targets) == 0:
+        raise TargetModulesError("target_modules is empty; name linear layers or use 'all-linear'.")
+    saved: Any = config.modules_to_save
+    # PEFT would take a string for its letters, and save every module whose name ends in one of them
+    if saved is not None and (
+        isinstance(saved, str)
+        or not isinstance(saved, Iterable)
+        or not all(isinstance(name, str) and name for name in saved)
+    ):
+        raise ConfigError(f"modules_to_save={saved!r} cannot be used; give a list of names.")
+    _check_layers(config)
+
+
+def _check_layers(config: ManyLoraConfig) -> None:
+    targets = config.target_modules
+    layers: Any = config.layers_to_transform
+    listed = layers if isinstance(layers, (list, tuple, range)) else [layers]
+    # PEFT would take an empty list for all layers
+    if layers is not None and (not listed or not all(_is_int(index) and index >= 0 for index in listed)):
+        raise ConfigError(
+            f"layers_to_transform={layers!r} cannot be used; give a layer's index or a list of them, from 0 on."
+        )
+    if config.layers_pattern and layers is None:
         raise ConfigError(
             f"layers_pattern={config.layers_pattern!r} without layers_to_transform does nothing; give both."
         )
-    if isinstance(targets, str) and config.layers_to_transform is not None:
+    if isinstance(targets, str) and layers is not None:
         raise ConfigError(
             f"layers_to_transform={config.layers_to_transform!r} needs target_modules as a list, "
             f"but it is the string {targets!r}; list the names or put the layers into the regular expression."

@@ -98,6 +98,11 @@ def check_plain(name: str, config: LoraConfig) -> None:
                 f"{name} was made with {setting.name}={value!r}, more than plain LoRA; "
                 "it cannot become an expert."
             )
+    for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
+        if not 0 < alpha < math.inf:
+            raise ModelError(
+                f"{name} has lora_alpha={alpha!r}, which is no scale of an expert; leave it out."
+            )
     if config.init_lora_weights not in _INITIALISATIONS:
         raise ModelError(
             f"{name} was made with init_lora_weights={config.init_lora_weights!r}, which changes the base weights; "

@@ -67,7 +67,7 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
             alpha=alpha,
             config=config,
             name=adapter_name,
-        )
+        ).train(self.training)  # a model in evaluation mode stays wholly in it
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,7 +21,11 @@ def check_adapter_names(model: nn.Module, names: Any) -> None:
     Raises:
         RoutingError: no list of names, unknown ones, a model in training mode, or merged adapters.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if (
+        not isinstance(names, Sequence)
+        or isinstance(names, str)
+        or not all(isinstance(n, str) for n in names)
+    ):
         raise RoutingError(f"adapter_names={names!r} is no list of names; give one per example.")
     layers = [module for module in model.modules() if isinstance(module, ManyLoraLinear)]
     known = {name for layer in layers for name in layer.manylora_experts}

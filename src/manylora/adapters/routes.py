@@ -338,6 +338,6 @@ def _as_ids(ids: ExpertIds) -> Tensor:
     if tensor.dim() not in (1, 2):
         raise RoutingError(
             f"expert_ids have shape {tuple(tensor.shape)}; give one index per example, (batch,), "
-            "or one per token, (batch, tokens)."
+            "one per token, (batch, tokens), or a plain int for all."
         )
-    return tensor
+    return tensor.long()  # also of unsigned types, which torch hardly computes with

@@ -21,6 +21,9 @@ from manylora.errors import ConfigError, TargetModulesError
 
 Matches = Callable[[ManyLoraConfig, str], Any]
 
+_HEADS = {"classifier", "score", "qa_outputs"}
+"""What PEFT itself adds to modules_to_save by the task type, whichever of them the model has."""
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module can carry an adapter: nn.Linear, Conv1D, or a quantised linear layer."""
@@ -80,7 +83,7 @@ def check_targets(config: ManyLoraConfig, model: nn.Module, matches: Matches) ->
 
     Raises:
         TargetModulesError: a target matches no module, or one that is not linear.
-        ConfigError: a pattern for ranks or alphas matches no target.
+        ConfigError: a pattern for ranks or alphas matches no target, or a module to save none of the model's.
     """
     if config.target_modules == DUMMY_TARGET_MODULES:  # PEFT's own way to load an adapter without layers
         return []
@@ -110,6 +113,12 @@ def check_targets(config: ManyLoraConfig, model: nn.Module, matches: Matches) ->
         )
     _check_layers(config, targeted, matches)
     _check_patterns(config, targeted)
+    for saved in config.modules_to_save or ():
+        if saved not in _HEADS and not any(name.endswith(saved) for name in names):  # PEFT's rule
+            raise ConfigError(
+                f"modules_to_save {saved!r} matches no module of this model; its parts are "
+                f"{sorted({name.rpartition('.')[2] for name in names if not name.rpartition('.')[2].isdigit()})}."
+            )
     return [names[name] for name in targeted]
 
 

@@ -51,16 +51,19 @@ def _placed(to: str) -> Iterator[Path]:
     Made at once, so that a name that cannot be written is refused before hours of scoring.
 
     Raises:
-        RunError: `to` exists and is not an empty folder.
+        RunError: `to` exists and is not an empty folder, or no folder can be made there.
     """
     final = Path(os.path.abspath(Path(to).expanduser()))
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise RunError(f"{to} exists already; choose another --to.")
     made = [parent for parent in final.parents if not parent.exists()]  # innermost first
     partial = final.with_name(final.name + ".partial")
-    if partial.exists():  # a killed export's
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    try:
+        if partial.exists():  # a killed export's
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"{to} cannot be written ({error.strerror}); choose another --to.") from error
     try:
         yield partial
         if final.exists():
@@ -208,7 +211,7 @@ def _import(options: ExportOptions, folder: Path) -> int:
     folder.rmdir()
     hub = base is not None and not os.path.isabs(base) and "/" in base
     write_folder(folder, config, weights, card=combined_card(list(loras), base=base, hub=hub))
-    add_loading_section(folder)
+    add_loading_section(folder, task_type=config.task_type)
     print(f"{options.to}: {len(loras)} experts of rank {config.r}, for the tasks {', '.join(loras)}")
     print(f"next: manylora predict --adapter {options.to} --task {next(iter(loras))} 'your prompt'")
     return 0

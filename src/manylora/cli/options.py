@@ -155,7 +155,7 @@ class ExportOptions:
     """auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        if self.to is None:
+        if not self.to:
             raise ConfigError("--to is missing; give a folder to write, such as --to exported.")
         if (self.adapter is None) == (self.from_loras is None):
             raise ConfigError(

@@ -127,7 +127,9 @@ def _work(prepared: Prepared, place: str, launch: Launch) -> int:
     draw_report(folder.path)
     name = shlex.quote(str(folder.path))
     if prepared.labels is None:
-        print(f"next: manylora predict --adapter {name} 'your prompt'")
+        experts = model.peft_config["default"].task_names  # only a task router has them here
+        task = f" --task {shlex.quote(experts[0])}" if experts else ""
+        print(f"next: manylora predict --adapter {name}{task} 'your prompt'")
     else:
         print(f"next: manylora evaluate --adapter {name} --data FILE")
     return 0
