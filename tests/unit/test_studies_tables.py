@@ -48,7 +48,7 @@ def by_hand() -> list[dict[str, Any]]:
     for seed, wobble in enumerate((-0.2, -0.1, 0.0, 0.1, 0.2)):
         cells.append(cell("lora-per-task", seed, {"a": 50.0, "b": 80.0}))
         cells.append(cell("alora", seed, {"a": 60.0 + wobble, "b": 60.0}))
-        cells.append(cell("lora", seed, {"a": 55.0, "b": 60.0 + wobble}))
+        cells.append(cell("lora", seed, {"a": 55.0, "b": 60.0 + 2 * wobble}))
     return cells
 
 
@@ -102,6 +102,18 @@ def test_claims_by_hand() -> None:
     assert no_worse["p_holm"] is None
     assert on_b["difference"] == pytest.approx(0.0)
     assert on_b["verdict"] == "not supported"  # a gain of a point is excluded
+
+
+def test_a_difference_without_any_spread_is_undecided() -> None:
+    cells = [
+        cell(name, seed, {"a": score})
+        for name, score in (("alora", 60.0), ("lora", 50.0))
+        for seed in range(5)
+    ]
+    summary = summarise(parse_study({"name": "flat", "methods": ["alora", "lora"], "seeds": 5}), cells, {})
+    (claim,) = summary["claims"]
+    assert claim["verdict"] == "undecided"
+    assert "without any spread" in claim["text"]
 
 
 def test_costs_leave_out_the_time_of_a_cell_that_was_killed() -> None:

@@ -44,16 +44,22 @@ def run(arguments: Sequence[str]) -> int:
         return _cell(study, out, options.cell)
     if options.dry_run:
         from manylora.cli.studying import print_cells_plan
+        from manylora.studies.config import check_tasks
 
+        check_tasks(study)
         print_cells_plan(study, out, workers=_workers(options, study))
         return 0
     if options.tables:
         return _finish(study, out)
     from manylora.studies.cells import check_folder
+    from manylora.studies.config import check_tasks
+    from manylora.studies.runner import launched
     from manylora.training import write_text
 
+    launched([], options.launcher)  # refuse one without a place for the command before anything is written
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "study.yaml").is_file())):
         raise RunError(f"{out} exists and is no study's folder; choose another --out.")
+    check_tasks(study)
     check_folder(study, out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "study.yaml", text)
@@ -69,8 +75,8 @@ def _study(options: CompareOptions) -> tuple[Study, str]:
     from manylora.studies import load_study, parse_study
     from manylora.studies.default import DEFAULT
 
-    text = Path(options.study).read_text(encoding="utf-8") if Path(options.study).is_file() else DEFAULT
     study = load_study(options.study) if options.study else parse_study(yaml.safe_load(DEFAULT))
+    text = Path(options.study).expanduser().read_text(encoding="utf-8") if options.study else DEFAULT
     if options.model is not None:
         changed = {**study.source, "model": options.model}
         study, text = parse_study(changed), yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
@@ -105,9 +111,7 @@ def _print_cells(study: Study, out: Path) -> int:
 def _run(study: Study, out: Path, options: CompareOptions) -> int:
     from manylora.cli.studying import CellProgress
     from manylora.studies import run_study
-    from manylora.studies.runner import launched
 
-    launched([], options.launcher)  # refuse one without a place for the command before anything starts
     workers = _workers(options, study)
     print(f"study folder: {out}", flush=True)
     began = time.monotonic()
@@ -161,8 +165,8 @@ def _from_cells(options: CompareOptions) -> int:
     head, rows = read_cells(path)
     study = load_study(options.study) if options.study else parse_study(head["study"])
     out = Path(options.out).expanduser() if options.out else None
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+    if out is not None and out.exists() and not out.is_dir():
+        raise RunError(f"{out} is no folder; choose another --out.")
     if options.study and study.source != head["study"]:
         print(f"manylora: {options.study} is not the study as it was run; its claims may come after the fact.",
               file=sys.stderr)  # fmt: skip
@@ -179,6 +183,7 @@ def _write(study: Study, head: Mapping[str, Any], rows: Sequence[Mapping[str, An
     summary = summarise(study, rows, facts)
     print_study(summary)
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "study.json", summary)
         draw_report(out)
     return 0

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 _NONE = "–"
+_COLUMN = 10
+"""Characters of a method's column: "± 100.00" and the room beside it."""
 
 
 class CellProgress:
@@ -62,7 +64,8 @@ def print_study(summary: Mapping[str, Any]) -> None:
     """Table, learning rates, costs, curves, claims and notes of a study."""
     out = console()
     out.print(f"{summary['name']}: {summary['question']}" if summary["question"] else summary["name"])
-    out.print(_scores(summary))
+    for table in _scores(summary, out.width):
+        out.print(table)
     out.print(_costs(summary))
     if summary["curves"]:
         out.print(_curves(summary))
@@ -81,22 +84,31 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _scores(summary: Mapping[str, Any]) -> Table:
-    """A row per task, a column per method: as many methods as fit, and always every task."""
-    methods: Sequence[str] = summary["methods"]
+def _scores(summary: Mapping[str, Any], width: int) -> list[Table]:
+    """A row per task, a column per method; as many methods beside each other as fit, the others in tables below."""
     cells = {(row["method"], row["task"]): row for row in summary["table"]}
-    columns = list(dict.fromkeys(row["task"] for row in summary["table"]))
-    seeds = max(row["n"] for row in summary["table"])
-    table = _table(f"test scores: mean ± 95 % interval over {seeds} seeds", "method", *columns, "Δm%")
+    tasks = list(dict.fromkeys(row["task"] for row in summary["table"]))
     deltas = {row["method"]: row for row in summary["delta_m"]}
-    for method in methods:
-        table.add_row(
-            method,
-            *(_estimate(cells[method, column]) for column in columns),
-            _estimate(deltas[method]) if method in deltas else _NONE,
-            style="bold" if method == summary["reference"] else "",
-        )
-    return table
+    n = max(row["n"] for row in summary["table"])
+    title = "test score, mean ± 95 % interval over " + ("1 seed" if n == 1 else f"{n} seeds")
+    if deltas:
+        title += "; Δm%: mean relative loss against single-task training, lower is better"
+    first = min(max(map(len, tasks)), width // 3)
+    beside = max(1, (width - first - 2) // _COLUMN)
+    methods: Sequence[str] = summary["methods"]
+    tables = []
+    for start in range(0, len(methods), beside):
+        shown = methods[start : start + beside]
+        table = _table(title if start == 0 else "", "task", *shown)
+        for task in tasks:
+            last = task == tasks[-1]
+            table.add_row(
+                task, *(_estimate(cells[m, task]) for m in shown), end_section=last and bool(deltas)
+            )
+        if deltas:
+            table.add_row("Δm%", *(_estimate(deltas[m]) if m in deltas else _NONE for m in shown))
+        tables.append(table)
+    return tables
 
 
 def _estimate(row: Mapping[str, Any]) -> str:

@@ -21,6 +21,8 @@ Verdict: TypeAlias = Literal["supported", "not supported", "undecided"]
 ClaimKind: TypeAlias = Literal["better", "no worse"]
 
 _NORMAL_975, _NORMAL_80 = 1.959964, 0.841621
+_ROUNDING = 1e-9
+"""Points; what arithmetic alone makes of equal differences is below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,8 @@ class Trial:
     one_sided: tuple[float, float]
     """The wider of both readings' one-sided 95 % bounds: the difference is above the first, below the second."""
     detectable: float
-    """Smallest difference that this study would have found in both readings with power 0.8."""
+    """Smallest difference that this study would have found in both readings with power 0.8, the t test at α divided
+    by the number of "better" claims (what Holm asks of the smallest p); NaN where nothing varied."""
     verdict: Verdict
 
 
@@ -53,7 +56,8 @@ def try_claims(
     "better" is supported where the difference is above 0 by the corrected t test and by the bootstrap; not supported
     where it is below 0 by both, or where both readings' one-sided 95 % bounds exclude a gain of `margin`.
     "no worse" (non-inferiority) is supported where both one-sided 95 % bounds exclude a loss of `margin`; not
-    supported where both show a loss above it. Everything else, and any study of one seed, is undecided.
+    supported where both show a loss above it. Everything else is undecided, and so is any study of one seed, and a
+    difference that is the same in every seed and row: without spread nothing is known of chance.
 
     Args:
         kinds: of each claim.
@@ -66,8 +70,9 @@ def try_claims(
     tests = [paired_t(first, second) for first, second in zip(firsts, seconds, strict=True)]
     family = [test.p if kind == "better" else math.nan for kind, test in zip(kinds, tests, strict=True)]
     adjusted = holm(family)
+    alpha = ALPHA / max(1, sum(not math.isnan(p) for p in family))
     return [
-        _trial(kind, test, p_holm, first, second, paired, margin=margin, seed=seed)
+        _trial(kind, test, p_holm, first, second, paired, alpha=alpha, margin=margin, seed=seed)
         for kind, test, p_holm, first, second, paired in zip(
             kinds, tests, adjusted, firsts, seconds, examples, strict=True
         )
@@ -82,6 +87,7 @@ def _trial(
     second: Sequence[float],
     paired: Examples | None,
     *,
+    alpha: float,
     margin: float,
     seed: int,
 ) -> Trial:
@@ -97,11 +103,12 @@ def _trial(
         math.fsum((a - b - test.difference) ** 2 for a, b in zip(first, second, strict=True))
         / max(1, test.n - 1)
     )
-    detectable = max(
-        smallest_detectable(deviation, test.n), (_NORMAL_975 + _NORMAL_80) * spread, key=_nan_first
-    )
+    varied = deviation > _ROUNDING or spread > _ROUNDING
+    detectable = math.nan
     verdict: Verdict = "undecided"
-    if test.n > 1:
+    if test.n > 1 and varied:
+        over_seeds = smallest_detectable(deviation, test.n, alpha=alpha if kind == "better" else ALPHA)
+        detectable = max(over_seeds, (_NORMAL_975 + _NORMAL_80) * spread)
         verdict = (
             _better(test, p_holm, (low, high), ceiling, margin)
             if kind == "better"
@@ -115,10 +122,6 @@ def _trial(
         detectable=detectable,
         verdict=verdict,
     )
-
-
-def _nan_first(value: float) -> float:
-    return math.inf if math.isnan(value) else value
 
 
 def _better(

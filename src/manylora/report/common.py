@@ -130,6 +130,14 @@ def interval(value: float, standard_error: float | None) -> Point:
     return Point(value=value, low=max(0.0, value - half), high=min(100.0, value + half))
 
 
+def point_of(row: Mapping[str, Any], value: str = "mean") -> Point | None:
+    """A row of the study as a drawn value with its interval; `None` where it has no number."""
+    middle = number(row.get(value))
+    if middle is None:
+        return None
+    return Point(value=middle, low=number(row.get("low")), high=number(row.get("high")))
+
+
 def read_scores(saved: Mapping[str, Any]) -> list[Score]:
     """The tasks of a `Scores` as it stands in scores.json; those without a number are left out."""
     found = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from manylora.report.files import clean
-from manylora.report.plots import few_ticks
+from manylora.report.legends import few_ticks
 from manylora.report.style import (
     NARROW,
     ON_CELL,

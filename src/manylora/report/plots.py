@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from manylora.report.files import clean
+from manylora.report.legends import LEGEND_ROW, draw_legend, few_ticks, legend_lines
 from manylora.report.style import (
     BAND,
-    INK,
     NARROW,
     PAPER,
     SOFT,
     WIDE,
-    label,
     mark,
     new_figure,
     short_names,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 300
 """Points of a drawn curve; more are averaged in equal runs."""
-_LEGEND_ROW = 19.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +68,10 @@ class Intervals:
     def draw(self, *, narrow: bool) -> Figure:
         """See `Plot.draw`."""
         several = len(self.series) > 1
-        lines = _legend_lines([one.name for one in self.series], narrow) if several else 0
+        lines = legend_lines([one.name for one in self.series], narrow) if several else 0
         above = [wrap(row, 46 if narrow else 100) if self.sentences else [] for row in self.rows]
         each = self._height() + (15.0 * max(map(len, above)) + 4.0 if self.sentences else 0.0)
-        figure = new_figure(NARROW if narrow else WIDE, each * len(self.rows) + 58.0 + _LEGEND_ROW * lines)
+        figure = new_figure(NARROW if narrow else WIDE, each * len(self.rows) + 58.0 + LEGEND_ROW * lines)
         axes = figure.add_subplot()
         self._background(axes)
         sink = 0.5 - 0.5 * self._height() / each  # from the middle of a row to where its values stand
@@ -103,7 +101,7 @@ class Intervals:
                     bbox=behind,
                 )
         if several:
-            _legend(figure, [(one.name, index) for index, one in enumerate(self.series)], narrow=narrow)
+            draw_legend(figure, [(one.name, index) for index, one in enumerate(self.series)], narrow=narrow)
         else:
             for row, point in enumerate(self.series[0].points):
                 if point is not None:
@@ -209,10 +207,10 @@ class Lines:
         shown = [*names, *([aside[0]] if len(set(aside)) == 1 else [])]
         columns = 1 if narrow else min(len(self.panels), 3)
         down = -(-len(self.panels) // columns)
-        lines = _legend_lines(shown, narrow) if len(shown) > 1 else 0
+        lines = legend_lines(shown, narrow) if len(shown) > 1 else 0
         figure = new_figure(
             NARROW if narrow else WIDE,
-            (200.0 if narrow or columns > 1 else 270.0) * down + 22 + _LEGEND_ROW * lines,
+            (200.0 if narrow or columns > 1 else 270.0) * down + 22 + LEGEND_ROW * lines,
         )
         grid = figure.subplots(down, columns, squeeze=False, sharex=True)
         for axes in grid.flat[len(self.panels) :]:
@@ -231,7 +229,7 @@ class Lines:
             axes.xaxis.set_major_locator(few_ticks(narrow or columns > 1, whole=self.whole))
         if len(shown) > 1:
             entries = [(name, index if index < len(names) else None) for index, name in enumerate(shown)]
-            _legend(figure, entries, narrow=narrow, curves=True)
+            draw_legend(figure, entries, narrow=narrow, curves=True)
         return figure
 
 
@@ -296,7 +294,7 @@ class Scatter:
     def draw(self, *, narrow: bool) -> Figure:
         """See `Plot.draw`."""
         names = [spot.name for spot in self.spots]
-        figure = new_figure(NARROW if narrow else WIDE, 290.0 + _LEGEND_ROW * _legend_lines(names, narrow))
+        figure = new_figure(NARROW if narrow else WIDE, 290.0 + LEGEND_ROW * legend_lines(names, narrow))
         axes = figure.add_subplot()
         for index, spot in enumerate(self.spots):
             look = mark(index)
@@ -315,7 +313,7 @@ class Scatter:
         axes.tick_params(length=0)
         axes.set_xlabel(clean(self.xlabel))
         axes.set_ylabel(clean(self.ylabel))
-        _legend(figure, [(name, index) for index, name in enumerate(names)], narrow=narrow)
+        draw_legend(figure, [(name, index) for index, name in enumerate(names)], narrow=narrow)
         return figure
 
 
@@ -331,8 +329,8 @@ class Shares:
 
     def draw(self, *, narrow: bool) -> Figure:
         """See `Plot.draw`."""
-        lines = _legend_lines(list(self.parts), narrow)
-        figure = new_figure(NARROW if narrow else WIDE, 25.0 * len(self.rows) + 58.0 + _LEGEND_ROW * lines)
+        lines = legend_lines(list(self.parts), narrow)
+        figure = new_figure(NARROW if narrow else WIDE, 25.0 * len(self.rows) + 58.0 + LEGEND_ROW * lines)
         axes = figure.add_subplot()
         for row, values in enumerate(self.values):
             left = 0.0
@@ -347,77 +345,7 @@ class Shares:
         axes.tick_params(length=0)
         axes.set_xlabel(clean(self.xlabel))
         axes.spines[["left", "bottom"]].set_visible(False)
-        _legend(figure, [(part, index) for index, part in enumerate(self.parts)], narrow=narrow, bars=True)
+        draw_legend(
+            figure, [(part, index) for index, part in enumerate(self.parts)], narrow=narrow, bars=True
+        )
         return figure
-
-
-# ---- ticks and legends
-
-
-def few_ticks(narrow: bool, *, whole: bool = False) -> Any:
-    """As many ticks as their numbers have room for."""
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=5 if narrow else 9, integer=whole, steps=[1, 2, 2.5, 5, 10])
-
-
-def _columns(names: Sequence[str], narrow: bool) -> int:
-    """Entries beside each other: as many as the longest name leaves room for."""
-    longest = max((min(len(name), _name_limit(narrow)) for name in names), default=1)
-    return max(1, min(len(names), int((NARROW if narrow else WIDE) // (longest * 6.6 + 46))))
-
-
-def _legend_lines(names: Sequence[str], narrow: bool) -> int:
-    return -(-len(names) // _columns(names, narrow))
-
-
-def _name_limit(narrow: bool) -> int:
-    return 38 if narrow else 44
-
-
-def _legend(
-    figure: Figure,
-    entries: Sequence[tuple[str, int | None]],
-    *,
-    narrow: bool,
-    curves: bool = False,
-    bars: bool = False,
-) -> None:
-    """Names above the drawing; `entries` are (name, series), series `None` for what stands aside."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = []
-    for _, index in entries:
-        if index is None:
-            handles.append(Line2D([], [], color=SOFT, linewidth=1.1, linestyle=(0, (3, 2))))
-            continue
-        look = mark(index)
-        if bars:
-            handles.append(Patch(facecolor=look.light, hatch=look.hatch, edgecolor=PAPER))
-        else:
-            handles.append(
-                Line2D(
-                    [],
-                    [],
-                    color=look.light,
-                    marker=look.marker,
-                    linestyle=look.dash if curves else "none",
-                    markersize=7,
-                    markeredgecolor=PAPER,
-                    markeredgewidth=0.6,
-                )
-            )
-    names = list(map(label, short_names([name for name, _ in entries], _name_limit(narrow))))
-    figure.legend(
-        handles,
-        names,
-        loc="outside upper left",
-        ncols=_columns(names, narrow),
-        borderaxespad=0.1,
-        borderpad=0.1,
-        columnspacing=1.4,
-        handlelength=2.6 if curves or bars else 1.0,
-        handletextpad=0.6,
-        labelcolor=INK,
-    )

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from manylora.errors import ConfigError, RunError
 from manylora.studies.config import Study
@@ -26,6 +27,8 @@ from manylora.studies.kinds import Job, held, kind_of
 from manylora.training.runs import write_json, write_text
 
 Stage: TypeAlias = Literal["screen", "final"]
+_MEASURED = ("parameters", "seconds", "peak_bytes")
+"""What every cell has beside its scores."""
 WORKERS = "MANYLORA_STUDY_WORKERS"
 """Environment variable in which the runner tells a cell how many ran side by side."""
 
@@ -300,9 +303,37 @@ def read_cells(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a study's cells.jsonl.") from error
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); give a study's cells.jsonl.") from error
-    if not rows or not isinstance(rows[0], dict) or rows[0].get("kind") != "cells":
+    head = rows[0] if rows and isinstance(rows[0], dict) else {}
+    if head.get("kind") != "cells" or not isinstance(head.get("study"), dict):
         raise ConfigError(f"{path} is no cells file; give a cells.jsonl that manylora compare wrote.")
-    return rows[0], rows[1:]
+    for line, row in enumerate(rows[1:], start=2):
+        if wrong := _wrong_in(row):
+            raise ConfigError(f"{path} is damaged (cell {line - 1}: {wrong}); give a study's cells.jsonl.")
+    return head, rows[1:]
+
+
+def _wrong_in(row: Any) -> str:
+    """What a table could not be made from, in words; "" where all is there."""
+    if not isinstance(row, dict):
+        return f"{row!r:.40} is no cell"
+    if row.get("stage") not in get_args(Stage) or not isinstance(row.get("method"), str):
+        return "no stage or method"
+    rate, scores = row.get("learning_rate"), row.get("scores")
+    if type(row.get("seed")) is not int or not (rate is None or _finite(rate)):
+        return "no seed or learning rate"
+    if not isinstance(scores, dict) or not scores:
+        return "no scores"
+    for name, value in [*scores.items(), *((name, row.get(name)) for name in _MEASURED)]:
+        if not _finite(value):
+            return f"{name} is {value!r}"
+    examples = row.get("examples", {})
+    if not isinstance(examples, dict) or not all(isinstance(packed, str) for packed in examples.values()):
+        return "examples are not packed scores"
+    return ""
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _mean(values: Any) -> float:

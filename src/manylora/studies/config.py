@@ -197,6 +197,21 @@ def parse_study(values: object) -> Study:
     return study
 
 
+def check_tasks(study: Study) -> None:
+    """Refuse claims and groups about tasks that the study does not have, before it runs.
+
+    Raises:
+        ConfigError: naming the task.
+        DataError: the tasks' rows cannot be read.
+    """
+    from manylora.studies.kinds import kind_of
+
+    first = study.methods[0]
+    tasks = kind_of(first.kind).tasks(first.settings)
+    for on in dict.fromkeys([*study.groups, *(contrast.task for contrast in study.claims)]):
+        study.tasks_of(on, tasks)
+
+
 def _named(study: Study) -> list[tuple[str, str]]:
     """Every place that names a method, and the name."""
     named = [("reference", study.reference)]

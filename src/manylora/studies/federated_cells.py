@@ -45,6 +45,14 @@ def _config(settings: Mapping[str, Any], **more: Any) -> FederateConfig:
     return FederateConfig(**{**own, **more})
 
 
+def tasks(settings: Mapping[str, Any]) -> list[str]:
+    """Names of a cell's scores: the tasks of all clients."""
+    from manylora.federated import client_data
+
+    clients = client_data(_config(settings).resolved()).values()
+    return list(dict.fromkeys(task for client in clients for task in client.train))
+
+
 def work(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Optimizer steps and answers of a cell."""
     from manylora.federated import client_data

@@ -4,6 +4,7 @@ A kind's module has
 
     SETTINGS: frozenset[str]                      the settings it knows
     check(settings) -> None                       refuse values that cannot be (ConfigError), without loading torch
+    tasks(settings) -> list[str]                  what its scores are called
     work(settings) -> tuple[int, int]             optimizer steps and answers of a cell, for an estimate of its time
     run(job: Job) -> Measured                     train and score; called again after a kill, it goes on or begins anew
 """
@@ -92,6 +93,9 @@ class Kind(Protocol):
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse values that cannot be."""
+
+    def tasks(self, settings: Mapping[str, Any]) -> list[str]:
+        """Names of a cell's scores."""
 
     def work(self, settings: Mapping[str, Any]) -> tuple[int, int]:
         """Optimizer steps and answers of a cell."""

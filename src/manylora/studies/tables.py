@@ -277,6 +277,11 @@ def _reading(contrast: Contrast, trial: Trial, study: Study) -> str:
     test = trial.test
     if test.n < 2:
         return f"The difference is {test.difference:+.2f} points with one seed, which cannot tell chance from effect."
+    if not math.isfinite(trial.detectable):
+        return (
+            f"The difference is {test.difference:+.2f} points in each of {test.n} seeds, without any spread; "
+            "nothing is known of chance."
+        )
     seen = (
         f"The difference is {test.difference:+.2f} points (95 % over {test.n} seeds {test.low:+.2f} to "
         f"{test.high:+.2f}"

@@ -65,6 +65,13 @@ def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
     return TrainConfig(**{key: value for key, value in settings.items() if key not in _OWN}, **more)
 
 
+def tasks(settings: Mapping[str, Any]) -> list[str]:
+    """Names of a cell's scores: the tasks that have training rows."""
+    from manylora.training.job import all_rows
+
+    return list(all_rows(train_config(settings).resolved()).train)
+
+
 def work(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Optimizer steps and answers of a cell."""
     from manylora.training.job import all_rows

@@ -74,6 +74,15 @@ def _config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
     return TrainConfig(**{**{k: v for k, v in settings.items() if k not in _OWN}, **more})
 
 
+def tasks(settings: Mapping[str, Any]) -> list[str]:
+    """Names of a cell's scores: "TASK@EXAMPLES"."""
+    from manylora.training.job import all_rows
+
+    own = {**DEFAULTS, **settings}
+    left_out = own["left_out"] or list(all_rows(_config(settings).resolved()).train)
+    return [f"{task}@{shots}" for task in left_out for shots in own["shots"]]
+
+
 def work(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Optimizer steps and answers of a cell, the donors included."""
     from manylora.training.job import all_rows
