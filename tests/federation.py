@@ -23,7 +23,7 @@ def settings(base: Path, data: Path, **more: Any) -> FederateConfig:
     values: dict[str, Any] = {
         "model": str(base), "data": str(data), "device": "cpu", "batch_size": 8, "learning_rate": 0.02,
         "target_modules": ["q_proj", "down_proj"], "rounds": 1, "lora_dropout": 0.0, "warmup": 0.0, "r": 4,
-        "scheduler": "constant_with_warmup", "lora_alpha": 8.0, "scored_clients": 3, **more,
+        "scheduler": "constant_with_warmup", "lora_alpha": 8.0, "scored_clients": 3, "wire": "fp32", **more,
     }  # fmt: skip
     return FederateConfig(**values).resolved()
 

@@ -308,6 +308,11 @@ def notes(study: Study, grid: Grid, rates: Mapping[str, float | None]) -> list[s
         found.append(
             f"The best learning rate of {', '.join(edge)} is at the edge of the grid; a better one may lie outside."
         )
+    singles = {single for name in grid.cells if (single := study.single_of(name)) and single in grid.cells}
+    if singles and not _delta_rows(grid):
+        found.append(
+            f"No Δm%: {', '.join(sorted(singles))} scored 0 on a task, and nothing is relative to that."
+        )
     cells = [cell for own in grid.cells.values() for cell in own.values()]
     workers = max(cell.get("workers", 1) for cell in cells)
     threads = sorted({cell.get("threads", 1) for cell in cells})
