@@ -111,6 +111,8 @@ def cell(out: Path, words: Sequence[str], seed: int, limit: int | None) -> dict[
     if not (out / "scores.json").is_file():
         rest = ["--limit", str(limit)] if limit else []
         fresh = [*words, *rest, "--seed", str(seed), "--reference", "none", "--out", str(out)]
+        if "--wire" not in words:  # strategies are compared without rounding
+            fresh += ["--wire", "fp32"]
         command = ["--resume", str(out)] if (out / "config.yaml").is_file() else fresh
         subprocess.run([sys.executable, "-m", "manylora.cli", "federate", *command], check=True)
     clients = json.loads((out / "scores.json").read_text(encoding="utf-8"))["clients"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ needs_flower = pytest.mark.skipif(
 
 NAMES = ("first_word", "last_word", "swap")
 HERE = Path(sys.executable).parent
-PATIENCE = 900.0
+PATIENCE = 400.0
 """Seconds; a machine under load takes ten times what an idle one does."""
 
 
@@ -49,7 +50,7 @@ class Processes:
             self.running[name] = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=self.folder,
-                env={**os.environ, **quiet, "PATH": path, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **quiet, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -65,9 +66,17 @@ class Processes:
         while not what():
             for name in needed:
                 assert self.running[name].poll() is None, f"{name} ended:\n{self.log(name)[-3000:]}"
-            logs = "\n".join(f"--- {name}\n{self.log(name)[-1500:]}" for name in self.running)
-            assert time.monotonic() < end, logs
+            assert time.monotonic() < end, self.where_all_stand()
             time.sleep(0.05)
+
+    def where_all_stand(self) -> str:
+        """The last lines of every log, after the processes have written into it where each of their threads is."""
+        for process in self.running.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGABRT)
+                process.wait()
+        last = {name: self.log(name)[-3000:].splitlines()[-25:] for name in reversed(self.running)}
+        return "\n".join(f"--- {name}\n" + "\n".join(lines) for name, lines in last.items())
 
     def kill(self, name: str) -> None:
         self.running[name].send_signal(signal.SIGKILL)
@@ -296,6 +305,35 @@ def test_a_straggler_is_left_behind_and_comes_back_and_a_client_that_is_gone_is_
     (line,) = [line for line in federation.log("server-gone").splitlines() if line.startswith("manylora:")]
     assert "only 2 of 3 clients came" in line
     assert "(first_word, last_word)" in line
+
+
+@needs_flower
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.timeout(2 * PATIENCE)
+def test_a_run_that_the_superlink_has_ended_says_so_and_goes_on_with_resume(federation: Federation) -> None:
+    """As when the server's machine slept for a minute: Flower takes the run for dead."""
+    from flwr.proto.control_pb2 import StopRunRequest
+
+    from manylora.federated.engines.flower_link import FlowerLink
+
+    run = federation.folder / "ended"
+    plain = [*SETTINGS, "--reference", "none", "--scored-clients", "0", "--rounds", "2", "--clients", "2"]
+    server = federation.server(*plain, out="ended")
+    federation.until((run / "rounds" / "round-0001.safetensors").exists, "server-ended", "superlink")
+    number = int(re.findall(r"Created run (\d+)", federation.log("superlink"))[-1])
+    own = FlowerLink(federation.superlink, certificate=federation.folder / "ca.crt")
+    with own._control() as control:
+        assert control.StopRun(StopRunRequest(run_id=number)).success
+    own.close()
+    assert server.wait(timeout=PATIENCE) == 2, federation.log("server-ended")
+    (line,) = [line for line in federation.log("server-ended").splitlines() if line.startswith("manylora:")]
+    assert "has ended the run" in line
+    assert "--resume" in line
+
+    server = federation.start("server-ended", *MANYLORA, "--resume", run)
+    federation.until(lambda: server.poll() is not None, "superlink", "worker-first_word")
+    assert server.returncode == 0, federation.log("server-ended")
+    assert (run / "rounds" / "round-0002.safetensors").exists()
 
 
 def test_the_recipe_names_the_superlink(capsys: pytest.CaptureFixture[str]) -> None:

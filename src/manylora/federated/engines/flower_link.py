@@ -50,6 +50,8 @@ clientapp = "manylora.federated.engines.flower_bundle:client"
 """
 _TASK_SECONDS = 20.0
 """How long the SuperLink may take to give this process the run's task; it does so at once or never."""
+_AWAY_SECONDS = 120.0
+"""How long a SuperLink may not answer, and how long the next part of a message may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,9 @@ class FlowerLink:
         with self._reached():
             token, self.run_id = self._acquire(self._submit())
             self._grid = HttpGrid(address, self._insecure, self._root, token=token)
+            self._grid._retry_invoker = _retries()
+            self._grid._connect()
+            self._grid._client = PatientRuntime(self._grid._client)
             self._begin()
 
     # ---- before the first message
@@ -147,6 +152,7 @@ class FlowerLink:
         )
 
     def _begin(self) -> None:
+        import httpx
         from flwr.common.serde import run_from_proto
         from flwr.proto.runtime_pb2 import PullTaskInputRequest, SendTaskHeartbeatRequest
         from flwr.supercore.heartbeat import HeartbeatSender
@@ -157,6 +163,8 @@ class FlowerLink:
         def beat() -> bool:
             try:
                 alive = bool(runtime.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+            except httpx.HTTPStatusError as error:
+                alive = error.response.status_code not in _OVER
             except Exception:  # no answer now; it is tried again
                 return False
             if not alive:
@@ -265,19 +273,71 @@ class FlowerLink:
         """What goes wrong with the SuperLink, in a line."""
         import httpx
 
+        over = RunError(
+            f"the SuperLink at {self.address} has ended the run, as it does when this process does not answer for a "
+            "minute (a machine that slept) or when someone stops it; continue with --resume."
+        )
         if self._lost.is_set():
-            raise RunError(
-                f"the SuperLink at {self.address} has ended the run; see its log, then continue with --resume."
-            )
+            raise over
         try:
             yield
         except httpx.HTTPStatusError as error:
+            if error.response.status_code in _OVER and hasattr(self, "run_id"):
+                raise over from error
             raise RunError(f"the SuperLink at {self.address} refused: {_words(error)}.") from error
         except (httpx.HTTPError, OSError) as error:
             raise RunError(
                 f"no SuperLink answers at {self.address} ({error}); start it, compare the port and the certificate "
                 "(manylora federate --engine flower --recipe shows how), then continue with --resume."
             ) from error
+
+
+class PatientRuntime:
+    """A runtime that gives up a message of which nothing more comes: Flower would wait two hours for the parts of one
+    whose sender or run ended on the way.
+    """
+
+    def __init__(self, runtime: Any, *, patience: float = _AWAY_SECONDS) -> None:
+        self._runtime, self._patience = runtime, patience
+        self._asked: dict[str, float] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        """A part of a message; one that does not come counts as lost."""
+        answer = self._runtime.PullObject(request)
+        now = time.monotonic()
+        if answer.object_available:
+            self._asked.clear()  # something came
+        elif now - self._asked.setdefault(request.object_id, now) > self._patience:
+            del self._asked[request.object_id]
+            answer.object_found = False
+        return answer
+
+
+_OVER = (401, 403)
+"""HTTP's answers to whoever speaks for a run that has ended."""
+
+
+def _retries() -> Any:
+    """Repeat what a SuperLink that is away did not answer.
+
+    Flower's own would do so for ever, and would end this process by a signal where the run has ended.
+    """
+    import httpx
+    from flwr.supercore.retry import RetryInvoker, exponential
+
+    away = (502, 503, 504)
+    return RetryInvoker(
+        lambda: exponential(max_delay=20),
+        (httpx.TransportError, httpx.HTTPStatusError),
+        max_tries=None,
+        max_time=_AWAY_SECONDS,
+        should_giveup=lambda error: (
+            isinstance(error, httpx.HTTPStatusError) and error.response.status_code not in away
+        ),
+    )
 
 
 def require_flower() -> None:

@@ -26,7 +26,7 @@ from manylora._version import __version__
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ManyLoraError
 from manylora.federated.config import FederateConfig
-from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
+from manylora.federated.engines.flower_link import QUIET, PatientRuntime, envelope, opened, require_flower
 
 if TYPE_CHECKING:
     from manylora.federated.client import ClientData
@@ -170,13 +170,18 @@ def _one(supernode: str, token: str, client: NodeClient, say: Callable[[str], No
     from flwr.app.error import Error
     from flwr.common.constant import ErrorCode, SubStatus
     from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
     with contextlib.closing(_runtime(supernode, token)) as runtime:
         heart = HeartbeatSender(make_task_heartbeat_fn_http(_Beating(runtime)))
         heart.start()
         try:
-            message, context, _, _ = pull_task_input(_Pulling(runtime))
+            try:
+                message, context, _, _ = pull_task_input(PatientRuntime(runtime))
+            except (ObjectPullError, RuntimeError) as error:
+                say(f"a message did not come whole: {error}")
+                return
             status, began = SubStatus.COMPLETED, time.monotonic()
             try:
                 reply = Message(client.answer(message.content, context.node_config), reply_to=message)
@@ -195,28 +200,8 @@ def _one(supernode: str, token: str, client: NodeClient, say: Callable[[str], No
             push_task_output(runtime, context, status, "")
             say(f"answered a message in {time.monotonic() - began:.1f} s")
         finally:
-            heart.stop()
-
-
-class _Pulling:
-    """A runtime that gives up a message of which nothing more comes: Flower would wait two hours for the parts of one
-    whose run ended on the way, as when the server is killed.
-    """
-
-    def __init__(self, runtime: Any, *, patience: float = 120.0) -> None:
-        self._runtime, self._patience = runtime, patience
-        self._last = time.monotonic()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
-
-    def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
-        answer = self._runtime.PullObject(request)
-        if answer.object_available:
-            self._last = time.monotonic()
-        elif time.monotonic() - self._last > self._patience:
-            raise TimeoutError(f"nothing more of a message came for {self._patience:g} s")
-        return answer
+            with contextlib.suppress(RuntimeError):  # it ends by itself where the SuperNode forgot the task
+                heart.stop()
 
 
 class _Beating:
