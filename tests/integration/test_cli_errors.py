@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str | None, list[str], list[str]]] = {
     "wrong choice": (GOOD, ["--share", "C"], ["--share", "C"]),
     "not a number": (GOOD, ["--r", "eight"], ["--r", "eight"]),
     "negative rank": (GOOD, ["--r", "-1"], ["r is -1"]),
+    "more than all memory": (GOOD, ["--r", "100000000"], ["needs about", "MiB", "lower --r"]),
     "micro batch": (GOOD, ["--batch-size", "16", "--micro-batch-size", "5"], ["5", "16"]),
     "missing config file": (GOOD, ["--config", "absent.yaml"], ["absent.yaml"]),
     "experts against tasks": (GOOD, ["--router", "task", "--num-experts", "4"], ["4", "task"]),

@@ -45,7 +45,8 @@ def test_a_negative_number_is_a_value_and_then_refused() -> None:
     [
         (["--lerning-rate", "1"], "did you mean --learning-rate"),
         (["--share", "C"], "--share"),
-        (["--r", "eight"], "eight"),
+        (["--r", "eight"], r"--r eight: expected int\.$"),
+        (["--limit", "some"], r"--limit some: expected int\.$"),
         (["stray"], "stray"),
     ],
 )

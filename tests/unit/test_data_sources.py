@@ -299,7 +299,16 @@ def test_missing_task_column_names_the_fields(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"split": "eval"}, {"limit": 0}, {"tasks": []}, {"tasks": ["a", "a"]}, {"tasks": "a"}]
+    "setting",
+    [
+        {"split": "eval"},
+        {"limit": 0},
+        {"tasks": []},
+        {"tasks": ["a", "a"]},
+        {"tasks": "a"},
+        {"tasks": 3},
+        {"tasks": [3]},
+    ],
 )
 def test_impossible_setting(tmp_path: Path, setting: dict[str, Any]) -> None:
     path = write(tmp_path / "x.jsonl", [ROW])

@@ -161,5 +161,8 @@ def _reason(error: Exception, verb: str, names: Sequence[str]) -> str:
         wanted = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", wanted).replace(
             "Expected a one of", "Expected one of"
         )
+        classes = [name for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", wanted) if name != "NoneType"]
+        if classes:
+            wanted = f"expected {' or '.join(dict.fromkeys(classes))}"
         return f"--{option}{' ' + got[1] if got else ''}: {wanted.rstrip('.')}."
     return f"{text} (see manylora {verb} --help)"

@@ -50,12 +50,15 @@ def _run(arguments: Sequence[str], launch: Launch) -> int:
     from manylora.cli.scoring import check_test
     from manylora.cli.tables import print_plan
     from manylora.training import RunFolder, prepare
+    from manylora.training.memory import check_memory
+    from manylora.training.models import pick_device
 
     prepared = prepare(config)
     print_plan(prepared.plan, prepared.config)
     check_test(prepared)
     if options.dry_run:
         return 0
+    check_memory(prepared.plan.memory, device=pick_device(config.device))
     with contextlib.ExitStack() as stack:
 
         def create() -> str:

@@ -169,7 +169,8 @@ def _check_settings(*, split: str | None, limit: int | None, tasks: Sequence[str
         raise ConfigError(f"split {split!r} is unknown. Choose from {', '.join(SPLITS)}.")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit {limit} keeps no row. Take 1 or more, or leave it out.")
-    if tasks is not None and (isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks)):
+    listed = isinstance(tasks, list | tuple) and all(isinstance(task, str) for task in tasks)
+    if tasks is not None and (not listed or not tasks or len(set(tasks)) != len(tasks)):
         raise ConfigError(f"tasks {tasks!r} must be a list of one or more different names.")
 
 

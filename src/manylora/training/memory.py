@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manylora.adapters import load_balance
+from manylora.errors import ConfigError
 
 _ADAM_BYTES = 12
 """Per trainable float32 parameter: the weight and Adam's two moments; its gradient belongs to the step."""
@@ -25,6 +26,8 @@ _HOLES = 0.07
 glibc keeps freed blocks of up to 32 MiB and cuts them up for smaller ones, so each pass through a layer leaves holes
 that the next does not fit into. Measured in `benchmarks/memory.py` (docs/log.md): 0.055 to 0.085; with an allocator
 told to give blocks back at once (MALLOC_TOP_PAD_=0) there is no such excess."""
+_TOO_MUCH = 1.25
+"""A plan of so many times all memory is refused; the plan itself is good to 15 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +150,22 @@ def estimate_memory(
         slack=round(_HOLES * max(step.allocated, validation.allocated)) if on_cpu else 0,
         process=psutil.Process().memory_info().rss,
     )
+
+
+def check_memory(plan: MemoryPlan, *, device: torch.device) -> None:
+    """Refuse what cannot fit, rather than be ended by the system half-way.
+
+    Raises:
+        ConfigError: the plan is more than 1.25 times all memory of the machine or of the GPU.
+    """
+    needed, there = plan.total, psutil.virtual_memory().total
+    if device.type == "cuda":
+        needed, there = plan.total - plan.process, torch.cuda.get_device_properties(device).total_memory
+    if needed > _TOO_MUCH * there:
+        raise ConfigError(
+            f"the training needs about {needed / 2**20:,.0f} MiB, and there are {there / 2**20:,.0f}; lower --r, "
+            "--batch-size or --max-length, or take --micro-batch-size or --gradient-checkpointing."
+        )
 
 
 def training_loss(model: PeftModel, *, rows: int, length: int, answer: int) -> torch.Tensor:
