@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -18,6 +19,7 @@ from manylora.cli import main
 from manylora.errors import ConfigError, DataError
 from manylora.evaluation import Scores, classify
 from manylora.training import TrainConfig, build_model, prepare
+from processes import cli_process
 from tiny_models import bert
 
 WORDS = {"colour": ("red", "green", "blue"), "kind": ("cat", "dog")}
@@ -197,6 +199,28 @@ def test_the_command_line_trains_evaluates_and_refuses(
         assert len(err.strip().splitlines()) == 1, err
         assert message in err, err
     assert {path.name for path in in_empty_folder.iterdir()} == {"run", "again"}
+
+
+def test_a_study_of_classifiers_tells_its_time_and_runs(
+    encoder: Path, data: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"task_type": "SEQ_CLS", "data": str(data), "tasks": list(WORDS), "epochs": 1, "device": "cpu"}
+    study = {
+        "name": "s",
+        "model": str(encoder),
+        "settings": settings,
+        "methods": ["alora", "lora"],
+        "seeds": 1,
+    }
+    Path("s.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    assert main(["compare", "s.yaml", "--out", "out", "--dry-run"]) == 0
+    assert "from two timed steps" in " ".join(capsys.readouterr().out.split())
+    process = cli_process(["compare", "s.yaml", "--out", "out"], in_empty_folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    _, *cells = map(json.loads, Path("out/cells.jsonl").read_text(encoding="utf-8").splitlines())
+    assert {cell["method"] for cell in cells} == {"alora", "lora"}
+    assert all(set(cell["scores"]) == set(WORDS) for cell in cells)
 
 
 @pytest.mark.skipif(not os.environ.get("MANYLORA_DATA"), reason="MANYLORA_DATA is not set")
