@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ _MIB = 2**20
 _NONE = "–"
 _COLUMN = 10
 """Characters of a method's column: "± 100.00" and the room beside it."""
+_NAMED = 8
+"""How many missing cells are named."""
 
 
 class CellProgress:
@@ -74,7 +77,11 @@ def print_study(summary: Mapping[str, Any]) -> None:
     for note in summary["notes"]:
         out.print(f"note: {note}", soft_wrap=True)
     if summary["missing"]:
-        out.print(f"missing: {', '.join(summary['missing'])}", soft_wrap=True)
+        first, more = summary["missing"][:_NAMED], len(summary["missing"]) - _NAMED
+        out.print(
+            f"missing: {', '.join(first)}{f' and {more} more' if more > 0 else ''}",
+            soft_wrap=True,
+        )
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -85,30 +92,40 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _scores(summary: Mapping[str, Any], width: int) -> list[Table]:
-    """A row per task, a column per method; as many methods beside each other as fit, the others in tables below."""
-    cells = {(row["method"], row["task"]): row for row in summary["table"]}
+    """Methods × tasks, the more of them as rows; as many columns beside each other as fit, the others below."""
+    cells = {(row["method"], row["task"]): _estimate(row) for row in summary["table"]}
+    cells |= {(row["method"], "Δm%"): _estimate(row) for row in summary["delta_m"]}
+    methods = list(summary["methods"])
     tasks = list(dict.fromkeys(row["task"] for row in summary["table"]))
-    deltas = {row["method"]: row for row in summary["delta_m"]}
+    tasks += ["Δm%"] if summary["delta_m"] else []
     n = max(row["n"] for row in summary["table"])
     title = "test score, mean ± 95 % interval over " + ("1 seed" if n == 1 else f"{n} seeds")
-    if deltas:
+    if summary["delta_m"]:
         title += "; Δm%: mean relative loss against single-task training, lower is better"
-    first = min(max(map(len, tasks)), width // 3)
-    beside = max(1, (width - first - 2) // _COLUMN)
-    methods: Sequence[str] = summary["methods"]
+    if len(methods) > len(tasks):
+        corner, rows, columns = "method", methods, tasks
+    else:
+        corner, rows, columns = "task", tasks, methods
+        cells = {(task, method): shown for (method, task), shown in cells.items()}
+    beside = max(1, (width - max(map(len, (corner, *rows))) - 2) // _COLUMN)
     tables = []
-    for start in range(0, len(methods), beside):
-        shown = methods[start : start + beside]
-        table = _table(title if start == 0 else "", "task", *shown)
-        for task in tasks:
-            last = task == tasks[-1]
-            table.add_row(
-                task, *(_estimate(cells[m, task]) for m in shown), end_section=last and bool(deltas)
-            )
-        if deltas:
-            table.add_row("Δm%", *(_estimate(deltas[m]) if m in deltas else _NONE for m in shown))
+    for start in range(0, len(columns), beside):
+        shown = columns[start : start + beside]
+        table = _table(title if start == 0 else "", corner, *map(_heading, shown))
+        for row in rows:
+            table.add_row(row, *(cells.get((row, column), _NONE) for column in shown))
         tables.append(table)
     return tables
+
+
+def _heading(name: str) -> str:
+    """A name broken after its hyphens and underscores, to fit a column."""
+    lines = [""]
+    for part in re.findall(r"[^-_]*[-_]?", name):
+        if lines[-1] and len(lines[-1] + part) > _COLUMN - 1:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _estimate(row: Mapping[str, Any]) -> str:
