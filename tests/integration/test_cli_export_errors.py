@@ -33,6 +33,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["'poems'", "first_word, last_word, swap"],
     ),
     "tasks of one LoRA": (["{uniform}", "--to", "out", "--tasks", "swap"], ["--tasks swap", "every task"]),
+    "rows for an exact export": (
+        ["{task}", "--to", "out", "--data", "{data}"],
+        ["exported exactly", "leave out --data"],
+    ),
+    "a loss for an exact export": (["{uniform}", "--to", "out", "--max-loss", "2"], ["leave out --max-loss"]),
     "existing folder": (["{task}", "--to", "{base}"], ["exists already", "--to"]),
     "token router without data": (["{token}", "--to", "out"], ["token router", "--data"]),
     "unknown task of the data": (

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,14 +34,16 @@ What is written depends on the adapter's router:
 
 Nothing is left behind half-written: the folder appears when it is whole."""
 
+_FOR_TOKEN_ROUTERS = ("data", "task_column", "collapse", "limit", "max_loss", "force")
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
-    options, _ = parse(
+    options, given = parse(
         ExportOptions, arguments, verb="export", description=DESCRIPTION, positional=("adapter",)
     )
     with _placed(str(options.to)) as folder:
-        return _import(options, folder) if options.from_loras is not None else _export(options, folder)
+        return _import(options, folder) if options.from_loras is not None else _export(options, given, folder)
 
 
 @contextlib.contextmanager
@@ -77,7 +79,7 @@ def _placed(to: str) -> Iterator[Path]:
         raise
 
 
-def _export(options: ExportOptions, folder: Path) -> int:
+def _export(options: ExportOptions, given: Collection[str], folder: Path) -> int:
     from manylora.adapters import expert_names, export_lora, read_adapter
     from manylora.training import adapter_base_name, adapter_folder, adapter_task_type
     from manylora.training.config import as_list
@@ -91,6 +93,12 @@ def _export(options: ExportOptions, folder: Path) -> int:
     base = options.model or adapter_base_name(source)
     config.base_model_name_or_path = _outside_name(base)
     tasks = as_list(options.tasks)
+    exact = config.num_experts == 1 or config.router != "token"
+    if exact and (unused := [name for name in _FOR_TOKEN_ROUTERS if name in given]):
+        raise ConfigError(
+            f"{options.adapter} is exported exactly, so nothing is fitted or scored; leave out "
+            f"--{unused[0].replace('_', '-')}."
+        )
     if config.num_experts == 1 or config.router == "uniform":
         if tasks:
             raise ConfigError(
