@@ -123,7 +123,7 @@ def _limits(
     if sizes:
         span = f"{min(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
         found.append(
-            f"n is {span} seeds a method"
+            f"n is {span} {'seed' if span == '1' else 'seeds'} a method"
             + (f" (seeds {', '.join(_distinct(cells, 'seed')[:12])})" if cells else "")
             + ". Intervals over so few seeds are wide, and intervals of two methods that overlap are no test: "
             "the claims are tested on paired differences."
