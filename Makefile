@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := src tests recipes benchmarks
 
-.PHONY: demo test browser flower lint types base clean
+.PHONY: demo test browser flower lint types studies base clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -63,6 +63,11 @@ lint: $(VENV)/installed-test
 
 types: $(VENV)/installed-test
 	$(BIN)/mypy
+
+studies: $(VENV)/installed  ## The tables and verdicts of the committed studies again, from their cells.
+	@for cells in docs/studies/*.cells.jsonl; do \
+	  $(BIN)/manylora compare --from-cells $$cells || exit $$?; \
+	done
 
 base: $(VENV)/installed  ## Pretrain the embedded base model anew (see recipes/base).
 	$(BIN)/python -m recipes.base.pretrain --out build/base

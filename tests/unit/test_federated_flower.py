@@ -12,8 +12,8 @@ import pytest
 
 from manylora.errors import ConfigError, RunError
 from manylora.federated.engines.flower import FlowerClients
-from manylora.federated.engines.flower_link import Answer, Node
-from manylora.federated.engines.flower_node import _Pulling, forget_old_runs, settings_of
+from manylora.federated.engines.flower_link import Answer, Node, PatientRuntime
+from manylora.federated.engines.flower_node import forget_old_runs, settings_of
 
 
 class Hub:
@@ -154,15 +154,19 @@ def test_a_message_whose_run_ended_on_the_way_is_given_up() -> None:
     class Runtime:
         there = True
 
-        def PullObject(self, request: str) -> SimpleNamespace:  # noqa: N802 - Flower's name
+        def PullObject(self, request: SimpleNamespace) -> SimpleNamespace:  # noqa: N802 - Flower's name
             return SimpleNamespace(object_found=True, object_available=self.there)
 
-    runtime = Runtime()
-    pulling = _Pulling(runtime, patience=0.05)
+    runtime, whole, part = Runtime(), SimpleNamespace(object_id="a"), SimpleNamespace(object_id="b")
+    patient = PatientRuntime(runtime, patience=0.05)
     time.sleep(0.1)
-    assert pulling.PullObject("a").object_available
+    assert patient.PullObject(whole).object_available
     runtime.there = False
-    assert not pulling.PullObject("b").object_available  # something came just now
+    assert patient.PullObject(part).object_found  # something came just now
     time.sleep(0.1)
-    with pytest.raises(TimeoutError, match="nothing more"):
-        pulling.PullObject("b")
+    runtime.there = True
+    assert patient.PullObject(whole).object_available
+    runtime.there = False
+    assert patient.PullObject(part).object_found  # something else came meanwhile
+    time.sleep(0.1)
+    assert not patient.PullObject(part).object_found
