@@ -214,7 +214,7 @@ def test_a_study_of_classifiers_tells_its_time_and_runs(
     }
     Path("s.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     assert main(["compare", "s.yaml", "--out", "out", "--dry-run"]) == 0
-    assert "from two timed steps" in " ".join(capsys.readouterr().out.split())
+    assert "from three timed steps" in " ".join(capsys.readouterr().out.split())
     process = cli_process(["compare", "s.yaml", "--out", "out"], in_empty_folder)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err

@@ -38,6 +38,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["exported exactly", "leave out --data"],
     ),
     "a loss for an exact export": (["{uniform}", "--to", "out", "--max-loss", "2"], ["leave out --max-loss"]),
+    "rows for an import": (
+        ["--from-loras", "{plain}", "--to", "out", "--limit", "3"],
+        ["leave it out", "--limit"],
+    ),
     "existing folder": (["{task}", "--to", "{base}"], ["exists already", "--to"]),
     "token router without data": (["{token}", "--to", "out"], ["token router", "--data"]),
     "unknown task of the data": (

@@ -44,7 +44,7 @@ def test_a_negative_number_is_a_value_and_then_refused() -> None:
     ("words", "message"),
     [
         (["--lerning-rate", "1"], "did you mean --learning-rate"),
-        (["--share", "C"], "--share"),
+        (["--share", "C"], "--share C: expected one of 'A', 'B', 'none'"),
         (["--r", "eight"], r"--r eight: expected int\.$"),
         (["--limit", "some"], r"--limit some: expected int\.$"),
         (["stray"], "stray"),

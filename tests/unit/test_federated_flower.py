@@ -168,5 +168,8 @@ def test_a_message_whose_run_ended_on_the_way_is_given_up() -> None:
     assert patient.PullObject(whole).object_available
     runtime.there = False
     assert patient.PullObject(part).object_found  # something else came meanwhile
+    late = SimpleNamespace(object_id="c")
+    assert patient.PullObject(late).object_found
     time.sleep(0.1)
     assert not patient.PullObject(part).object_found
+    assert patient.PullObject(late).object_found  # of a message that is sent again

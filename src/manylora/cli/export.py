@@ -34,7 +34,7 @@ What is written depends on the adapter's router:
 
 Nothing is left behind half-written: the folder appears when it is whole."""
 
-_FOR_TOKEN_ROUTERS = ("data", "task_column", "collapse", "limit", "max_loss", "force")
+_FOR_TOKEN_ROUTERS = ("data", "task_column", "collapse", "limit", "max_loss", "force", "batch_size")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,6 +42,9 @@ def run(arguments: Sequence[str]) -> int:
     options, given = parse(
         ExportOptions, arguments, verb="export", description=DESCRIPTION, positional=("adapter",)
     )
+    unused = [name for name in _FOR_TOKEN_ROUTERS if name in given]
+    if options.from_loras is not None and unused:
+        raise ConfigError(f"--from-loras does nothing with --{unused[0].replace('_', '-')}; leave it out.")
     with _placed(str(options.to)) as folder:
         return _import(options, folder) if options.from_loras is not None else _export(options, given, folder)
 

@@ -158,11 +158,9 @@ def _reason(error: Exception, verb: str, names: Sequence[str]) -> str:
             r"[Gg]iven value type.*?Got value: (\S+)", value[2]
         )
         wanted = re.sub(r"\s*(?:Got value|Given value).*", "", value[2])
-        wanted = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", wanted).replace(
-            "Expected a one of", "Expected one of"
-        )
-        classes = [name for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", wanted) if name != "NoneType"]
-        if classes:
-            wanted = f"expected {' or '.join(dict.fromkeys(classes))}"
+        kinds = [f"one of {choices}" for choices in re.findall(r"typing\.Literal\[(.*?)\]", wanted)]
+        kinds += [name for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", wanted) if name != "NoneType"]
+        if kinds:
+            wanted = f"expected {' or '.join(dict.fromkeys(kinds))}"
         return f"--{option}{' ' + got[1] if got else ''}: {wanted.rstrip('.')}."
     return f"{text} (see manylora {verb} --help)"

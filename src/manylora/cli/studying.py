@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _NONE = "–"
 _COLUMN = 10
-"""Characters of a method's column: "± 100.00" and the room beside it."""
+"""Characters of a column: "± 100.00" and the room beside it."""
 _NAMED = 8
 """How many missing cells are named."""
 
@@ -107,7 +107,8 @@ def _scores(summary: Mapping[str, Any], width: int) -> list[Table]:
     else:
         corner, rows, columns = "task", tasks, methods
         cells = {(task, method): shown for (method, task), shown in cells.items()}
-    beside = max(1, (width - max(map(len, (corner, *rows))) - 2) // _COLUMN)
+    first = min(max(map(len, (corner, *rows))), width // 3)
+    beside = max(1, (width - first - 2) // _COLUMN)
     tables = []
     for start in range(0, len(columns), beside):
         shown = columns[start : start + beside]

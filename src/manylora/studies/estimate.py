@@ -19,7 +19,7 @@ _STARTING = 8.0
 def estimate_seconds(study: Study, out: Path) -> tuple[dict[str, float], str]:
     """Seconds of one cell of each method on one core, and where the figures come from.
 
-    What is done tells about its method, and about the others on average; with nothing done, two steps
+    What is done tells about its method, and about the others on average; with nothing done, three steps
     are timed and each method's steps and answers counted.
     """
     found: dict[str, list[float]] = {}
@@ -35,7 +35,7 @@ def estimate_seconds(study: Study, out: Path) -> tuple[dict[str, float], str]:
     for method in study.methods:
         steps, answers = kind_of(method.kind).work(method.settings)
         estimates[method.name] = _STARTING + (steps + answers / _ANSWERS_PER_STEP) * step
-    return estimates, "from two timed steps; other programs on the machine come on top"
+    return estimates, "from three timed steps; other programs on the machine come on top"
 
 
 def _step_seconds(study: Study) -> float:
@@ -58,8 +58,7 @@ def _step_seconds(study: Study) -> float:
         inputs = collate([rows[index] for index in range(size)])
         began = time.process_time()
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        torch.autograd.backward(
-            logits.float().logsumexp(-1).mean()
-        )  # as much work as any loss, labels or text
+        # as much work as any loss, of labels or of text
+        torch.autograd.backward(logits.float().logsumexp(-1).mean())
         times.append(time.process_time() - began)
     return 1.5 * min(times)  # the optimizer and what is between steps

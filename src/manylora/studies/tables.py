@@ -309,7 +309,8 @@ def notes(study: Study, grid: Grid, rates: Mapping[str, float | None]) -> list[s
             f"The best learning rate of {', '.join(edge)} is at the edge of the grid; a better one may lie outside."
         )
     singles = {single for name in grid.cells if (single := study.single_of(name)) and single in grid.cells}
-    if singles and not _delta_rows(grid):
+    nothing = any(not all(cell["scores"].values()) for one in singles for cell in grid.cells[one].values())
+    if nothing and not _delta_rows(grid):
         found.append(
             f"No Δm%: {', '.join(sorted(singles))} scored 0 on a task, and nothing is relative to that."
         )

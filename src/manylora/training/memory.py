@@ -158,13 +158,14 @@ def check_memory(plan: MemoryPlan, *, device: torch.device) -> None:
     Raises:
         ConfigError: the plan is more than 1.25 times all memory of the machine or of the GPU.
     """
-    needed, there = plan.total, psutil.virtual_memory().total
+    needed, there = plan.total, psutil.virtual_memory().total + psutil.swap_memory().total
     if device.type == "cuda":
         needed, there = plan.total - plan.process, torch.cuda.get_device_properties(device).total_memory
     if needed > _TOO_MUCH * there:
         raise ConfigError(
-            f"the training needs about {needed / 2**20:,.0f} MiB, and there are {there / 2**20:,.0f}; lower --r, "
-            "--batch-size or --max-length, or take --micro-batch-size or --gradient-checkpointing."
+            f"the training needs about {needed / 2**20:,.0f} MiB, {plan.base / 2**20:,.0f} of them for the base, and "
+            f"there are {there / 2**20:,.0f}; take a smaller --model, lower --r, --batch-size, --eval-batch-size or "
+            "--max-length, or take --micro-batch-size or --gradient-checkpointing."
         )
 
 

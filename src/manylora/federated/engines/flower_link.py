@@ -51,7 +51,9 @@ clientapp = "manylora.federated.engines.flower_bundle:client"
 _TASK_SECONDS = 20.0
 """How long the SuperLink may take to give this process the run's task; it does so at once or never."""
 _AWAY_SECONDS = 120.0
-"""How long a SuperLink may not answer, and how long the next part of a message may take."""
+"""How long a SuperLink may not answer."""
+_PART_SECONDS = 240.0
+"""How long the next part of a message may take; longer than the 180 s after which a SuperLink forgets an upload."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,7 @@ class FlowerLink:
         self._root = None if certificate is None else _read(certificate, "certificate")
         self._secret = None if secret is None else _read(secret, "secret")
         self._lost = threading.Event()
+        self.run_id: int | None = None
         with self._reached():
             token, self.run_id = self._acquire(self._submit())
             self._grid = HttpGrid(address, self._insecure, self._root, token=token)
@@ -164,7 +167,9 @@ class FlowerLink:
             try:
                 alive = bool(runtime.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
             except httpx.HTTPStatusError as error:
-                alive = error.response.status_code not in _OVER
+                if error.response.status_code not in _OVER:
+                    return False
+                alive = False
             except Exception:  # no answer now; it is tried again
                 return False
             if not alive:
@@ -240,7 +245,7 @@ class FlowerLink:
         from flwr.proto.runtime_pb2 import PushTaskOutputRequest
 
         status = SubStatus.FAILED if failed else SubStatus.COMPLETED
-        self._grid._retry_invoker.max_tries = 1
+        self._grid._retry_invoker.max_time = 0.0  # of a heartbeat that is being repeated, too
         with contextlib.suppress(Exception):  # a SuperLink that is gone has ended the run
             self._grid._runtime_client.PushTaskOutput(
                 PushTaskOutputRequest(sub_status=status, details=failed)
@@ -275,14 +280,15 @@ class FlowerLink:
 
         over = RunError(
             f"the SuperLink at {self.address} has ended the run, as it does when this process does not answer for a "
-            "minute (a machine that slept) or when someone stops it; continue with --resume."
+            "minute (a machine that slept), when someone stops it, or when it is itself started anew; continue with "
+            "--resume."
         )
         if self._lost.is_set():
             raise over
         try:
             yield
         except httpx.HTTPStatusError as error:
-            if error.response.status_code in _OVER and hasattr(self, "run_id"):
+            if error.response.status_code in _OVER and self.run_id is not None:
                 raise over from error
             raise RunError(f"the SuperLink at {self.address} refused: {_words(error)}.") from error
         except (httpx.HTTPError, OSError) as error:
@@ -293,11 +299,11 @@ class FlowerLink:
 
 
 class PatientRuntime:
-    """A runtime that gives up a message of which nothing more comes: Flower would wait two hours for the parts of one
-    whose sender or run ended on the way.
+    """A runtime that gives up a message of which nothing more comes: Flower's own would be asked for over an hour for
+    the parts of one whose sender or run ended on the way.
     """
 
-    def __init__(self, runtime: Any, *, patience: float = _AWAY_SECONDS) -> None:
+    def __init__(self, runtime: Any, *, patience: float = _PART_SECONDS) -> None:
         self._runtime, self._patience = runtime, patience
         self._asked: dict[str, float] = {}
 
@@ -311,7 +317,7 @@ class PatientRuntime:
         if answer.object_available:
             self._asked.clear()  # something came
         elif now - self._asked.setdefault(request.object_id, now) > self._patience:
-            del self._asked[request.object_id]
+            self._asked.clear()  # it may be sent again, and its parts have the same ids
             answer.object_found = False
         return answer
 

@@ -157,7 +157,7 @@ def work(supernode: str, *, say: Callable[[str], None]) -> None:
                     _one(supernode, got.token, client, say)
                     there = True
                     continue
-            except (httpx.HTTPError, TimeoutError) as error:
+            except httpx.HTTPError as error:
                 if there:
                     say(f"SuperNode {supernode} does not answer ({error}); waiting for it")
                 there = False
