@@ -74,7 +74,8 @@ class Processes:
         for process in self.running.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGABRT)
-                process.wait()
+                process.send_signal(signal.SIGCONT)  # one that was stopped would wait for ever
+                process.wait(timeout=30)
         last = {name: self.log(name)[-3000:].splitlines()[-25:] for name in reversed(self.running)}
         return "\n".join(f"--- {name}\n" + "\n".join(lines) for name, lines in last.items())
 

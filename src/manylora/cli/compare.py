@@ -42,9 +42,10 @@ def run(arguments: Sequence[str]) -> int:
     out = Path(options.out or f"runs/compare-{study.name}").expanduser()
     if options.cell is not None:
         return _cell(study, out, options.cell)
+    from manylora.studies.config import check_tasks
+
     if options.dry_run:
         from manylora.cli.studying import print_cells_plan
-        from manylora.studies.config import check_tasks
 
         check_tasks(study)
         print_cells_plan(study, out, workers=_workers(options, study))
@@ -52,7 +53,6 @@ def run(arguments: Sequence[str]) -> int:
     if options.tables:
         return _finish(study, out)
     from manylora.studies.cells import check_folder
-    from manylora.studies.config import check_tasks
     from manylora.studies.runner import launched
     from manylora.training import write_text
 

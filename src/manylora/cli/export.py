@@ -42,11 +42,20 @@ def run(arguments: Sequence[str]) -> int:
     options, given = parse(
         ExportOptions, arguments, verb="export", description=DESCRIPTION, positional=("adapter",)
     )
-    unused = [name for name in _FOR_TOKEN_ROUTERS if name in given]
-    if options.from_loras is not None and unused:
-        raise ConfigError(f"--from-loras does nothing with --{unused[0].replace('_', '-')}; leave it out.")
+    for_scoring = _first_of(given, _FOR_TOKEN_ROUTERS)
+    if options.from_loras is not None and (unused := _first_of(given, ("tasks", "merge")) or for_scoring):
+        raise ConfigError(f"--from-loras does nothing with {unused}; leave it out.")
     with _placed(str(options.to)) as folder:
-        return _import(options, folder) if options.from_loras is not None else _export(options, given, folder)
+        return (
+            _import(options, folder)
+            if options.from_loras is not None
+            else _export(options, for_scoring, folder)
+        )
+
+
+def _first_of(given: Collection[str], names: Sequence[str]) -> str:
+    """The first of these options that was given, as it is typed; "" where none was."""
+    return next((f"--{name.replace('_', '-')}" for name in names if name in given), "")
 
 
 @contextlib.contextmanager
@@ -82,7 +91,7 @@ def _placed(to: str) -> Iterator[Path]:
         raise
 
 
-def _export(options: ExportOptions, given: Collection[str], folder: Path) -> int:
+def _export(options: ExportOptions, for_scoring: str, folder: Path) -> int:
     from manylora.adapters import expert_names, export_lora, read_adapter
     from manylora.training import adapter_base_name, adapter_folder, adapter_task_type
     from manylora.training.config import as_list
@@ -96,11 +105,9 @@ def _export(options: ExportOptions, given: Collection[str], folder: Path) -> int
     base = options.model or adapter_base_name(source)
     config.base_model_name_or_path = _outside_name(base)
     tasks = as_list(options.tasks)
-    exact = config.num_experts == 1 or config.router != "token"
-    if exact and (unused := [name for name in _FOR_TOKEN_ROUTERS if name in given]):
+    if for_scoring and (config.num_experts == 1 or config.router != "token"):
         raise ConfigError(
-            f"{options.adapter} is exported exactly, so nothing is fitted or scored; leave out "
-            f"--{unused[0].replace('_', '-')}."
+            f"{options.adapter} is exported exactly, so nothing is fitted or scored; leave out {for_scoring}."
         )
     if config.num_experts == 1 or config.router == "uniform":
         if tasks:

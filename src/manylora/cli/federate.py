@@ -27,7 +27,7 @@ Without options: the 8 tasks of the embedded suite as 8 clients, Fed-ALoRA (only
 epoch, in one process; then the same training without any exchange, to compare with. A few minutes on two CPU cores.
 
   manylora federate --dry-run                                 what would travel, counted
-  manylora federate --strategy fedit --wire fp32              another strategy, fewer bytes
+  manylora federate --strategy fedit --wire fp32              another strategy, nothing rounded
   manylora federate --ranks 16,16,8,8,4,4,2,2                 clients of unequal ranks
   manylora federate --partition dirichlet --clients 20 --participation 0.3
   manylora federate --data flan8/train --test flan8/test      your own rows (JSON, JSONL, CSV, Parquet, Hub id)

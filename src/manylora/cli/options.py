@@ -162,9 +162,6 @@ class ExportOptions:
                 "Give either an adapter to export (manylora export runs/train-001 --to exported) or LoRA folders to "
                 "put into one adapter (--from-loras)."
             )
-        unused = [name for name in ("tasks", "merge") if getattr(self, name)]
-        if self.from_loras is not None and unused:
-            raise ConfigError(f"--from-loras does nothing with --{unused[0]}; leave it out.")
         for name in ("limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

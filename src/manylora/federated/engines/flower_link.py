@@ -52,6 +52,8 @@ _TASK_SECONDS = 20.0
 """How long the SuperLink may take to give this process the run's task; it does so at once or never."""
 _AWAY_SECONDS = 120.0
 """How long a SuperLink may not answer."""
+_OVER = (401, 403)
+"""HTTP's answers to whoever speaks for a run that has ended."""
 _PART_SECONDS = 240.0
 """How long the next part of a message may take; longer than the 180 s after which a SuperLink forgets an upload."""
 
@@ -255,6 +257,13 @@ class FlowerLink:
 
     # ---- within
 
+    def _ended(self) -> RunError:
+        return RunError(
+            f"the SuperLink at {self.address} has ended the run, as it does when this process does not answer for a "
+            "minute (a machine that slept), when someone stops it, or when it is itself started anew; continue with "
+            "--resume."
+        )
+
     @contextlib.contextmanager
     def _control(self) -> Iterator[Any]:
         from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
@@ -278,18 +287,13 @@ class FlowerLink:
         """What goes wrong with the SuperLink, in a line."""
         import httpx
 
-        over = RunError(
-            f"the SuperLink at {self.address} has ended the run, as it does when this process does not answer for a "
-            "minute (a machine that slept), when someone stops it, or when it is itself started anew; continue with "
-            "--resume."
-        )
         if self._lost.is_set():
-            raise over
+            raise self._ended()
         try:
             yield
         except httpx.HTTPStatusError as error:
             if error.response.status_code in _OVER and self.run_id is not None:
-                raise over from error
+                raise self._ended() from error
             raise RunError(f"the SuperLink at {self.address} refused: {_words(error)}.") from error
         except (httpx.HTTPError, OSError) as error:
             raise RunError(
@@ -320,10 +324,6 @@ class PatientRuntime:
             self._asked.clear()  # it may be sent again, and its parts have the same ids
             answer.object_found = False
         return answer
-
-
-_OVER = (401, 403)
-"""HTTP's answers to whoever speaks for a run that has ended."""
 
 
 def _retries() -> Any:
