@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -76,8 +77,8 @@ class Processes:
                 process.send_signal(signal.SIGABRT)
                 process.send_signal(signal.SIGCONT)  # one that was stopped would wait for ever
                 process.wait(timeout=30)
-        last = {name: self.log(name)[-3000:].splitlines()[-25:] for name in reversed(self.running)}
-        return "\n".join(f"--- {name}\n" + "\n".join(lines) for name, lines in last.items())
+        last = {name: self.log(name).partition("Extension modules:")[0] for name in reversed(self.running)}
+        return "\n".join(f"--- {name}\n{text[-2500:]}" for name, text in last.items())
 
     def kill(self, name: str) -> None:
         self.running[name].send_signal(signal.SIGKILL)
@@ -112,6 +113,16 @@ def certificates(folder: Path) -> None:
         subprocess.run(key, cwd=folder, check=True, capture_output=True)
         (folder / f"{name}.pub").rename(folder / "keys" / f"{name}.pub")
 
+
+SLOW_NODE = """
+import sys, time
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supernode.cli import flower_supernode
+once = InMemoryObjectStore.preregister
+InMemoryObjectStore.preregister = lambda *args: time.sleep(0.5) or once(*args)
+sys.exit(flower_supernode())
+"""
+"""A SuperNode on a slow machine: it offers the task of a message half a second before it has stored the message."""
 
 MANYLORA = [sys.executable, "-m", "manylora.cli", "federate"]
 SETTINGS = [
@@ -153,8 +164,9 @@ class Federation(Processes):
     def node(self, name: str) -> None:
         rows = f'data="{self.data / "train" / name}.jsonl" test="{self.data / "test" / name}.jsonl"'
         own = f'client="{name}" {rows} model="{self.base}" device="cpu" home="{self.folder / "homes" / name}"'
+        command = [sys.executable, "-c", SLOW_NODE] if name == NAMES[0] else [HERE / "flower-supernode"]
         self.start(
-            f"node-{name}", HERE / "flower-supernode", "--isolation", "process", "--root-certificates", "ca.crt",
+            f"node-{name}", *command, "--isolation", "process", "--root-certificates", "ca.crt",
             "--superlink", self.superlink, "--auth-supernode-private-key", name, "--port", self.ports[name],
             "--node-config", own,
         )  # fmt: skip
@@ -190,6 +202,19 @@ class Federation(Processes):
                 assert sizes == pytest.approx(own_sizes, abs=8), file
             else:
                 assert ours.read_bytes() == theirs.read_bytes(), file
+
+    def link(self) -> Any:
+        """To the SuperLink, in this process."""
+        from manylora.federated.engines.flower_link import FlowerLink
+
+        return FlowerLink(self.superlink, certificate=self.folder / "ca.crt")
+
+    def stop(self, run: int) -> None:
+        """End a run at the SuperLink, as when the server's machine slept for a minute."""
+        from flwr.proto.control_pb2 import StopRunRequest
+
+        with contextlib.closing(self.link()) as link, link._control() as control:
+            assert control.StopRun(StopRunRequest(run_id=run)).success
 
     def home(self, out: str, name: str, inside: str = "") -> Path:
         """Where a client keeps what is its own in a run."""
@@ -279,6 +304,31 @@ def test_missed_stacks_scores_and_the_local_reference_are_those_of_one_process(
 
 
 @needs_flower
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.timeout(2 * PATIENCE)
+def test_a_message_whose_run_ends_on_its_way_does_not_hold_up_the_next_run(federation: Federation) -> None:
+    """Its SuperNode drops it without a word to the worker, which has taken it by then."""
+    name = NAMES[0]  # the slow one
+    with contextlib.closing(federation.link()) as link:
+        key = link.register({name: (federation.folder / "keys" / f"{name}.pub").read_bytes()})[name]
+        (node,) = [node for node in link.nodes() if node.key == key]
+        assert link.push(node.number, {"run": "short"}, None, seconds=60)
+        run = link.run_id
+        federation.until(
+            lambda: f"Requesting `Run` for run_id={run}" in federation.log("superlink"), "superlink"
+        )
+        federation.stop(run)
+    plain = [*SETTINGS, "--reference", "none", "--scored-clients", "0"]
+    server = federation.server(*plain, "--rounds", "2", "--deadline", "90", out="next")
+    federation.until(lambda: server.poll() is not None, "superlink", f"worker-{name}")
+    assert server.returncode == 0, federation.log("server-next")
+    rows = (federation.folder / "next" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [set(json.loads(row)["losses"]) for row in rows] == [set(NAMES)] * 2
+    assert f"Run ID {run} is not in `RUNNING` status" in federation.log(f"node-{name}")
+    assert "did not come whole" in federation.log(f"worker-{name}")
+
+
+@needs_flower
 @pytest.mark.timeout(2 * PATIENCE)
 def test_a_straggler_is_left_behind_and_comes_back_and_a_client_that_is_gone_is_named(
     federation: Federation,
@@ -312,20 +362,11 @@ def test_a_straggler_is_left_behind_and_comes_back_and_a_client_that_is_gone_is_
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.timeout(4 * PATIENCE)
 def test_a_run_that_the_superlink_has_ended_says_so_and_goes_on_with_resume(federation: Federation) -> None:
-    """As when the server's machine slept for a minute: Flower takes the run for dead."""
-    from flwr.proto.control_pb2 import StopRunRequest
-
-    from manylora.federated.engines.flower_link import FlowerLink
-
     run = federation.folder / "ended"
     plain = [*SETTINGS, "--reference", "none", "--scored-clients", "0", "--rounds", "2", "--clients", "2"]
     server = federation.server(*plain, out="ended")
     federation.until((run / "rounds" / "round-0001.safetensors").exists, "server-ended", "superlink")
-    number = int(re.findall(r"Created run (\d+)", federation.log("superlink"))[-1])
-    own = FlowerLink(federation.superlink, certificate=federation.folder / "ca.crt")
-    with own._control() as control:
-        assert control.StopRun(StopRunRequest(run_id=number)).success
-    own.close()
+    federation.stop(int(re.findall(r"Created run (\d+)", federation.log("superlink"))[-1]))
     assert server.wait(timeout=PATIENCE) == 2, federation.log("server-ended")
     (line,) = [line for line in federation.log("server-ended").splitlines() if line.startswith("manylora:")]
     assert "has ended the run" in line

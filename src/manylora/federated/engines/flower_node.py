@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -150,13 +151,18 @@ def work(supernode: str, *, say: Callable[[str], None]) -> None:
 
     client, there = NodeClient(), True  # the latter is told once until the next message
     with contextlib.closing(_runtime(supernode)) as runtime:
+
+        def offered() -> str:
+            """The token of a message that waits, or nothing."""
+            got = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+            return str(got.token) if got.HasField("task") else ""
+
         while True:
             try:
-                got = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-                if got.HasField("task") and got.token:
-                    _one(supernode, got.token, client, say)
+                token = offered()
+                while token:
+                    token = _one(supernode, token, client, offered, say)
                     there = True
-                    continue
             except httpx.HTTPError as error:
                 if there:
                     say(f"SuperNode {supernode} does not answer ({error}); waiting for it")
@@ -164,8 +170,15 @@ def work(supernode: str, *, say: Callable[[str], None]) -> None:
             time.sleep(_INTERVAL)
 
 
-def _one(supernode: str, token: str, client: NodeClient, say: Callable[[str], None]) -> None:
-    """Take one message from the SuperNode and give it the answer."""
+def _one(
+    supernode: str, token: str, client: NodeClient, offered: Callable[[], str], say: Callable[[str], None]
+) -> str:
+    """Take one message from the SuperNode and give it the answer.
+
+    Returns:
+        The token of the next message, where that came before this one was whole.
+    """
+    import httpx
     from flwr.app import Message
     from flwr.app.error import Error
     from flwr.common.constant import ErrorCode, SubStatus
@@ -173,15 +186,20 @@ def _one(supernode: str, token: str, client: NodeClient, say: Callable[[str], No
     from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-    with contextlib.closing(_runtime(supernode, token)) as runtime:
-        heart = HeartbeatSender(make_task_heartbeat_fn_http(_Beating(runtime)))
+    with contextlib.closing(_runtime(supernode, token)) as connection:
+        runtime = _TaskRuntime(connection, offered)
+        heart = HeartbeatSender(make_task_heartbeat_fn_http(runtime))
         heart.start()
         try:
             try:
-                message, context, _, _ = pull_task_input(PatientRuntime(runtime))
-            except (ObjectPullError, RuntimeError) as error:
+                message, context, _, _ = pull_task_input(runtime)
+            except (ObjectPullError, RuntimeError, httpx.HTTPError) as error:
+                if isinstance(error, httpx.HTTPError) and not runtime.next:
+                    raise  # the SuperNode does not answer, and sees to the message by itself if it is there
                 say(f"a message did not come whole: {error}")
-                return
+                # Otherwise the SuperNode would answer it itself, a minute later and in place of another message.
+                push_task_output(runtime, None, SubStatus.FAILED, str(error))
+                return runtime.next
             status, began = SubStatus.COMPLETED, time.monotonic()
             try:
                 reply = Message(client.answer(message.content, context.node_config), reply_to=message)
@@ -199,21 +217,53 @@ def _one(supernode: str, token: str, client: NodeClient, say: Callable[[str], No
             push_message(runtime, reply, context)
             push_task_output(runtime, context, status, "")
             say(f"answered a message in {time.monotonic() - began:.1f} s")
+            return ""
         finally:
             with contextlib.suppress(RuntimeError):  # it ends by itself where the SuperNode forgot the task
                 heart.stop()
 
 
-class _Beating:
-    """A runtime whose task is never called off: Flower would interrupt this whole process for that."""
+class _TaskRuntime(PatientRuntime):
+    """A SuperNode as the worker of one task sees it.
 
-    def __init__(self, runtime: Any) -> None:
-        self._runtime = runtime
+    A SuperNode offers a task a moment before it has stored the task's message and while it still fetches the parts, and
+    goes on to the next message without a word where the run ends meanwhile. So the worker waits for message and parts,
+    until the next task is offered.
+    """
+
+    def __init__(self, runtime: Any, offered: Callable[[], str]) -> None:
+        super().__init__(runtime)
+        self._offered, self._lock = offered, threading.Lock()
+        self.next = ""
+        """Token of the next task."""
 
     def SendTaskHeartbeat(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        """Say that the task goes on; it is never called off, for which Flower would interrupt this process."""
         answer = self._runtime.SendTaskHeartbeat(request)
         answer.success = True
         return answer
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        """The task's message; none where it does not come."""
+        end = time.monotonic() + self._patience
+        while not (answer := self._runtime.PullMessages(request)).messages_list:
+            if time.monotonic() > end or self._given_up():
+                break
+            time.sleep(_INTERVAL / 4)
+        return answer
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        """A part of the message."""
+        answer = super().PullObject(request)
+        if not answer.object_available and self._given_up():
+            answer.object_found = False
+        return answer
+
+    def _given_up(self) -> bool:
+        """Whether the SuperNode has gone on. Parts are asked for in several threads."""
+        with self._lock:
+            self.next = self.next or self._offered()
+        return bool(self.next)
 
 
 def _runtime(supernode: str, token: str | None = None) -> Any:
