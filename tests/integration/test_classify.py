@@ -169,6 +169,12 @@ def test_the_command_line_trains_evaluates_and_refuses(
         return code, said.out, said.err
 
     train = ["train", "--task-type", "SEQ_CLS", "--model", encoder, "--data", data]
+    foreign = in_empty_folder / "foreign.jsonl"
+    more = [
+        {"task": task, "instruction": "?", "output": word}
+        for task, word in (("kind", "pig"), ("colour", "red"))
+    ]
+    foreign.write_text("".join(json.dumps(row) + "\n" for row in more), encoding="utf-8")
     code, out, err = cli(*train, "--tasks", "kind,colour", "--epochs", 1, "--router", "task", "--out", "run")
     assert (code, "majority" in out) == (0, True), err
     code, out, err = cli("evaluate", "--adapter", "run", "--out", "again")
@@ -177,6 +183,12 @@ def test_the_command_line_trains_evaluates_and_refuses(
         assert (in_empty_folder / "again" / name).read_bytes() == (
             in_empty_folder / "run" / name
         ).read_bytes()
+
+    code, out, err = cli("analyze", "run", "--limit", 7, "--measure", "gradients", "--out", "looked")
+    assert (code, "cosine between tasks' gradients on B" in " ".join(out.split())) == (0, True), err
+    found = json.loads(Path("looked/analysis.json").read_text(encoding="utf-8"))["gradients"]
+    assert found["sources"][0]["rows"] == {"kind": 7, "colour": 7}
+    assert all(norm["norm"] > 0 for norm in found["norms"])
 
     for words, message in (
         ([*train, "--tasks", "kind", "--loss-on", "all"], "loss_on all is about written answers"),
@@ -193,12 +205,14 @@ def test_the_command_line_trains_evaluates_and_refuses(
         ),
         (["evaluate", "--adapter", "run/adapter", "--data", "embedded"], "have no labels"),
         (["export", "--adapter", "run", "--to", "plain"], "classifies"),
+        (["analyze", "run", "--data", data / "test"], "given tasks free have no labels"),
+        (["analyze", "run/adapter", "--data", foreign], "has the label 'pig', which the head does not know"),
     ):
         code, _, err = cli(*words)
         assert code == 2, (words, err)
         assert len(err.strip().splitlines()) == 1, err
         assert message in err, err
-    assert {path.name for path in in_empty_folder.iterdir()} == {"run", "again"}
+    assert {path.name for path in in_empty_folder.iterdir()} == {"run", "again", "looked", foreign.name}
 
 
 def test_a_study_of_classifiers_tells_its_time_and_runs(

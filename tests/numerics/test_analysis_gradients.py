@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from manylora.analysis import Reader, measure_gates, measure_gradients
+from manylora.analysis import LabelReader, Reader, measure_gates, measure_gradients
 from manylora.analysis.routers import ALL, differences, overall
 from manylora.data import Encoded
 from manylora.errors import ConfigError, RoutingError
-from tiny_models import adapted, llama
+from manylora.training import LabelSets
+from tiny_models import adapted, bert, llama
 
 TASKS = ("a", "b", "c")
 
@@ -83,6 +84,45 @@ def test_gradients_on_the_shared_matrix_are_autograds(share: str, suffix: str, r
     flat = [torch.cat(list(parts.values())) for parts in half]
     (within,) = [c.cosine for c in found.overall_within if c.left == "b"]
     assert within == pytest.approx(float(F.cosine_similarity(*flat, dim=0)), abs=1e-6)
+
+
+@pytest.mark.parametrize("router", ["token", "task"])
+def test_a_classifiers_gradients_are_those_of_the_mean_loss_among_the_tasks_own_labels(router: str) -> None:
+    labels = LabelSets(tasks={"a": ["x", "y"], "b": ["u", "v", "w"]}, majority={"a": "x", "b": "u"})
+    base = bert()
+    base.classifier = torch.nn.Linear(32, labels.count)
+    model = adapted(base, router=router, target_modules=["query", "value"], task_type="SEQ_CLS").double()
+    given = {task: rows for task, rows in task_rows().items() if task in labels.tasks}
+    rows = {
+        task: [
+            Encoded(
+                input_ids=row.input_ids, labels=[labels.first(task) + n % 2], prompt_length=1, truncated=False
+            )
+            for n, row in enumerate(found)
+        ]
+        for task, found in given.items()
+    }
+    experts = {"a": 0, "b": 1} if router == "task" else None
+    reader = LabelReader(pad_token_id=0, experts=experts, batch_size=3, labels=labels)
+    found = measure_gradients(model, rows, reader, source="run")
+
+    named = {n: p for n, p in model.named_parameters() if n.endswith("manylora_experts.default.lora_B")}
+    for number, (task, own) in enumerate(rows.items()):
+        routing = {"expert_ids": torch.tensor([number])} if experts else {}
+        first, total = labels.first(task), torch.zeros(())
+        for row in own:
+            logits = model(input_ids=torch.tensor([row.input_ids]), **routing).logits
+            logits = logits[:, first : first + len(labels.tasks[task])]
+            total = total + F.cross_entropy(logits, torch.tensor([row.labels[0] - first]))
+        wanted = torch.autograd.grad(total / len(own), list(named.values()))
+        norms = {norm.name: norm.norm for norm in found.norms if norm.task == task}
+        assert len(norms) == len(named) == 4
+        for name, gradient in zip(named, wanted, strict=True):
+            short = name.removeprefix("base_model.model.").removesuffix(".manylora_experts.default.lora_B")
+            assert norms[short] == pytest.approx(float(gradient.norm()), rel=1e-6)
+
+    gates = measure_gates(model, rows, reader, source="run")
+    assert {gate.task for gate in gates} == ({"a", "b", ALL} if router == "token" else set())
 
 
 def test_the_batch_size_changes_nothing_and_the_model_is_left_as_it_was() -> None:

@@ -81,7 +81,7 @@ def test_encoded_rows_carry_the_heads_output_and_lose_their_end(tiny_base: Path)
     assert task.truncated == 1.0
     [task] = encode_labelled(data, tokenizer, LABELS, max_length=99, context_length=4)
     assert len(task.rows[0].input_ids) == 4
-    with pytest.raises(DataError, match="validation tasks x"):
+    with pytest.raises(DataError, match="given tasks x"):
         encode_labelled({"x": rows("a")}, tokenizer, LABELS, max_length=9, context_length=None)
 
 

@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from manylora.analysis.batches import Reader, TaskRows
+    from manylora.analysis.batches import LabelReader, Reader, TaskRows
     from manylora.analysis.change import Change, Movement, changes, movement
     from manylora.analysis.gradients import Conflict, GradientNorm, Gradients, measure_gradients
     from manylora.analysis.pairs import PairSimilarity, similarities, with_labels
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "batches": ("Reader", "TaskRows"),
+    "batches": ("LabelReader", "Reader", "TaskRows"),
     "change": ("Change", "Movement", "changes", "movement"),
     "gradients": ("Conflict", "GradientNorm", "Gradients", "measure_gradients"),
     "pairs": ("PairSimilarity", "similarities", "with_labels"),
@@ -76,6 +76,7 @@ __all__ = [
     "Gates",
     "GradientNorm",
     "Gradients",
+    "LabelReader",
     "Layer",
     "Movement",
     "PairSimilarity",

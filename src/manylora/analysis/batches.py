@@ -15,6 +15,7 @@ from torch import Tensor
 from manylora.data import Encoded
 from manylora.errors import RoutingError
 from manylora.training.batches import Collator
+from manylora.training.labels import LabelCollator, LabelSets, among
 
 TaskRows = Mapping[str, Sequence[Encoded]]
 """Task to its encoded rows."""
@@ -22,33 +23,38 @@ TaskRows = Mapping[str, Sequence[Encoded]]
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """How a model is given a task's rows.
-
-    Another kind of model (a classifier) is measured by another reader with these two methods.
-    """
+    """How a language model is given a task's rows."""
 
     pad_token_id: int
     experts: Mapping[str, int] | None = None
     """Task to expert under a task router, else None."""
     batch_size: int = 16
 
+    def collator(self) -> Collator:
+        """What makes a batch of rows."""
+        return Collator(pad_token_id=self.pad_token_id)
+
     def batches(self, rows: Sequence[Encoded]) -> Iterator[dict[str, Tensor]]:
         """The rows in batches, those of like length together."""
         ordered = sorted(rows, key=lambda row: len(row.input_ids))
-        collate = Collator(pad_token_id=self.pad_token_id)
+        collate = self.collator()
         for start in range(0, len(ordered), self.batch_size):
             batch = ordered[start : start + self.batch_size]
             yield collate([{"input_ids": row.input_ids, "labels": row.labels, "task": 0} for row in batch])
 
     def logits(self, model: PeftModel, batch: Mapping[str, Tensor], task: str) -> Tensor:
-        """The model's output, (B, T, V)."""
+        """The model's output, (B, T, V); a classifier's, (B, C)."""
         ids = batch["input_ids"].to(model.device)
         routing: dict[str, Any] = {}
         if self.experts is not None:
             routing["expert_ids"] = torch.full((ids.shape[0],), self.expert(task))
         mask = batch["attention_mask"].to(model.device)
-        output: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **routing).logits
+        output: Tensor = model(input_ids=ids, attention_mask=mask, **self.options(), **routing).logits
         return output
+
+    def options(self) -> dict[str, Any]:
+        """What else the model is told."""
+        return {"use_cache": False}
 
     def loss(self, model: PeftModel, batch: Mapping[str, Tensor], task: str) -> tuple[Tensor, int]:
         """Summed loss of the answer tokens, and their number."""
@@ -71,6 +77,28 @@ class Reader:
                 f"The adapter has no expert for the task {task!r}; it knows {', '.join(self.experts)}."
             )
         return self.experts[task]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelReader(Reader):
+    """How a classifier is given a task's rows (see `manylora.training.encode_labelled`)."""
+
+    labels: LabelSets
+
+    def collator(self) -> Collator:
+        """See `Reader`."""
+        return LabelCollator(pad_token_id=self.pad_token_id)
+
+    def options(self) -> dict[str, Any]:
+        """An encoder has no cache."""
+        return {}
+
+    def loss(self, model: PeftModel, batch: Mapping[str, Tensor], task: str) -> tuple[Tensor, int]:
+        """Summed loss of the rows among the task's own labels, and their number."""
+        number = list(self.labels.tasks).index(task)
+        logits = self.logits(model, batch, task)
+        own = among(logits, torch.full((len(logits),), number, device=logits.device), self.labels.allowed())
+        return F.cross_entropy(own, batch["labels"].to(own.device), reduction="sum"), len(logits)
 
 
 @contextmanager

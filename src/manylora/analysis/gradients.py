@@ -1,9 +1,9 @@
 """Gradient norms and gradient conflict between tasks on the shared matrix, measured on given rows.
 
-A task's gradient is that of its mean loss over answer tokens. Two tasks conflict in a module where the cosine of their
-gradients on its shared matrix is negative: a step that helps one costs the other. At a minimum of the sum of all losses
-the gradients add up to zero, so that after training conflict is what one must expect (two tasks: cosine −1); compare
-earlier steps, or two adapters at the same step.
+A task's gradient is that of its mean loss over answer tokens (a classifier's: over rows). Two tasks conflict in a
+module where the cosine of their gradients on its shared matrix is negative: a step that helps one costs the other.
+At a minimum of the sum of all losses the gradients add up to zero, so that after training conflict is what one must
+expect (two tasks: cosine −1); compare earlier steps, or two adapters at the same step.
 
 The rows are a sample. Beside the cosine between tasks stands that between the two halves of each task's own rows: where
 that is low, the rows are too few to say anything.
@@ -154,7 +154,7 @@ def measure_gradients(
 def _summed(
     model: PeftModel, rows: Sequence, reader: Reader, task: str, shared: Sequence[_Shared]
 ) -> tuple[list[Tensor], int]:
-    """Gradient of the summed loss on every shared matrix, flat and in float64, and the number of answer tokens."""
+    """Gradient of the summed loss on every shared matrix, flat and in float64, and how many losses were summed."""
     count = 0
     for one in shared:
         one.parameter.grad = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,11 @@ from manylora.training import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
     from manylora.cli.options import EvaluateOptions
     from manylora.data import TaskData
-    from manylora.training import Prepared, RunFolder
+    from manylora.training import LabelSets, Prepared, RunFolder
 
 
 def is_classifier(adapter: str | None) -> bool:
@@ -41,11 +43,59 @@ def score_run_of_classes(prepared: Prepared, folder: RunFolder, model: PeftModel
     print_scores(scores, folder.read_json("scores.json")["baselines"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """What an adapter's folder says of its head."""
+
+    labels: LabelSets
+    max_length: int
+    """Tokens a row may have, as in training."""
+
+    @classmethod
+    def of(cls, adapter: str) -> Labelled:
+        """Read it.
+
+        Raises:
+            ModelError: the adapter stands alone, so that nothing says which output of its head is which label.
+            DataError: the file lacks them.
+        """
+        facts = adapter_folder(adapter).parent / "tasks.json"
+        if not facts.is_file():
+            raise ModelError(
+                f"{adapter} has no tasks.json beside it, so its head's labels are unknown; give the run folder."
+            )
+        try:
+            known = json.loads(facts.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{facts} is damaged ({error}); train the classifier again.") from error
+        return cls(labels=read_labels(known, source=facts), max_length=int(known["max_length"]))
+
+    def load(
+        self, adapter: str, *, model: str | None, dtype: str, device: str
+    ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """The base with the adapter and its head, and the tokenizer.
+
+        Raises:
+            ModelError: unknown model, or one that the adapter does not belong to.
+        """
+        name = model or adapter_base_name(adapter_folder(adapter))
+        tokenizer = load_tokenizer(name, task_type="SEQ_CLS")
+        base = load_classifier(
+            name,
+            labels=self.labels.count,
+            pad_token_id=tokenizer.pad_token_id,
+            seed=0,  # of a head that the adapter's replaces
+            dtype=dtype,
+            device=device,
+        )
+        return load_adapter(base, adapter), tokenizer
+
+
 def evaluate_classifier(options: EvaluateOptions, test: TaskData) -> int:
     """Score a trained classifier on `test`; print, and write where `--out` says.
 
     Raises:
-        ModelError: the adapter stands alone, so that nothing says which output of its head is which label.
+        ModelError: see `Labelled`.
         ConfigError: an option that is about generated text.
         DataError: a test task that the head does not know.
     """
@@ -54,35 +104,14 @@ def evaluate_classifier(options: EvaluateOptions, test: TaskData) -> int:
         raise ConfigError(
             f"--max-new-tokens is about written answers, but {options.adapter} classifies; leave it out."
         )
-    folder = adapter_folder(options.adapter)
-    facts = folder.parent / "tasks.json"
-    if not facts.is_file():
-        raise ModelError(
-            f"{options.adapter} has no tasks.json beside it, so its head's labels are unknown; give the run folder."
-        )
-    try:
-        known = json.loads(facts.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{facts} is damaged ({error}); train the classifier again.") from error
-    labels = read_labels(known, source=facts)
+    head = Labelled.of(options.adapter)
+    labels = head.labels
     labels.check(test, what="test")
-    name = options.model or adapter_base_name(folder)
-    tokenizer = load_tokenizer(name, task_type="SEQ_CLS")
-    base = load_classifier(
-        name,
-        labels=labels.count,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=0,  # of a head that the adapter's replaces
-        dtype=options.dtype,
-        device=options.device,
+    model, tokenizer = head.load(
+        options.adapter, model=options.model, dtype=options.dtype, device=options.device
     )
     predictions = predict_labels(
-        load_adapter(base, folder),
-        tokenizer,
-        test,
-        labels,
-        max_length=int(known["max_length"]),
-        batch_size=options.batch_size,
+        model, tokenizer, test, labels, max_length=head.max_length, batch_size=options.batch_size
     )
     scores, baselines = score_labels(test, predictions), {"majority": majority_scores(labels, test)}
     print_scores(scores, baselines)

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from manylora.analysis import Gates, Gradients, Reader, Source, measure_gates, measure_gradients
+from manylora.analysis import Gates, Gradients, LabelReader, Reader, Source, measure_gates, measure_gradients
+from manylora.cli.classifying import Labelled, is_classifier
 from manylora.cli.console import CountProgress
 from manylora.cli.options import AnalyzeOptions
-from manylora.cli.subjects import Subject, load_subject, run_settings
-from manylora.data import EMBEDDED, TaskData, available_splits, encode, load_examples, load_splits
+from manylora.cli.subjects import load_subject, run_settings
+from manylora.data import EMBEDDED, TaskData, available_splits, encode, evenly, load_examples, load_splits
 from manylora.errors import ConfigError, ManyLoraError
-from manylora.training import adapter_base_name
+from manylora.training import adapter_base_name, encode_labelled
 from manylora.training.config import as_list
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from manylora.data import Encoded
 
 
@@ -80,28 +83,65 @@ def _measure_one(
         with_gradients = False
     if not with_gates and not with_gradients:
         return [], [], notes if wanted.asked else []
+    read = _choosing if is_classifier(str(source.folder)) else _writing
+    model, rows, reader = read(source, options, examples)
+    if options.step is not None:
+        _put_snapshot(model, source, options.step)
+    count = sum(map(len, rows.values()))
+    gradients, gates = [], []
+    if with_gradients:
+        progress = CountProgress(f"{source.name}: gradients of rows", count)
+        gradients.append(measure_gradients(model, rows, reader, source=source.name, on_progress=progress))
+    if with_gates:
+        progress = CountProgress(f"{source.name}: gates of rows", count)
+        gates += measure_gates(model, rows, reader, source=source.name, on_progress=progress)
+    return gradients, gates, notes if wanted.asked else []
+
+
+def _writing(
+    source: Source, options: AnalyzeOptions, examples: TaskData
+) -> tuple[PeftModel, dict[str, list[Encoded]], Reader]:
+    """A language model, the rows as it reads them, and how."""
     subject = load_subject(
         str(source.folder), model=options.model, dtype=options.dtype, device=options.device
     )
-    if options.step is not None:
-        _put_snapshot(subject, source, options.step)
-    rows = _encoded(subject, examples)
+    context = getattr(subject.model.config, "max_position_embeddings", None)
+    rows = {
+        task: [
+            encode(row, subject.tokenizer, max_length=subject.max_length, context_length=context)
+            for row in given
+        ]
+        for task, given in examples.items()
+    }
     reader = Reader(
         pad_token_id=subject.tokenizer.pad_token_id or 0,
         experts=subject.experts,
         batch_size=options.batch_size,
     )
-    count = sum(map(len, rows.values()))
-    gradients, gates = [], []
-    if with_gradients:
-        progress = CountProgress(f"{source.name}: gradients of rows", count)
-        gradients.append(
-            measure_gradients(subject.model, rows, reader, source=source.name, on_progress=progress)
-        )
-    if with_gates:
-        progress = CountProgress(f"{source.name}: gates of rows", count)
-        gates += measure_gates(subject.model, rows, reader, source=source.name, on_progress=progress)
-    return gradients, gates, notes if wanted.asked else []
+    return subject.model, rows, reader
+
+
+def _choosing(
+    source: Source, options: AnalyzeOptions, examples: TaskData
+) -> tuple[PeftModel, dict[str, list[Encoded]], Reader]:
+    """The same of a classifier."""
+    head = Labelled.of(str(source.folder))
+    model, tokenizer = head.load(
+        str(source.folder), model=options.model, dtype=options.dtype, device=options.device
+    )
+    context = getattr(model.config, "max_position_embeddings", None)
+    tasks = encode_labelled(
+        examples, tokenizer, head.labels, max_length=head.max_length, context_length=context
+    )
+    reader = LabelReader(
+        pad_token_id=tokenizer.pad_token_id,
+        experts={task: number for number, task in enumerate(head.labels.tasks)}
+        if source.router == "task"
+        else None,
+        batch_size=options.batch_size,
+        labels=head.labels,
+    )
+    return model, {task.name: task.rows for task in tasks}, reader
 
 
 def _rows(source: Source, options: AnalyzeOptions) -> TaskData:
@@ -111,28 +151,32 @@ def _rows(source: Source, options: AnalyzeOptions) -> TaskData:
         ConfigError: there are none to take.
     """
     tasks, limit = as_list(options.tasks), options.limit
+    spread = is_classifier(str(source.folder))  # as in training
     if options.data is not None:
         splits = available_splits(options.data)
-        return load_examples(
+        found = load_examples(
             options.data,
             task_column=options.task_column,
             tasks=tasks,
             split="train" if "train" in splits else None,
-            limit=limit,
+            limit=None if spread else limit,
         )
+        return {task: evenly(rows, limit) for task, rows in found.items()} if spread else found
     run = run_settings(str(source.folder))
     if run.get("data"):
         names = ("data", "test", "validation", "tasks", "task_column", "seed", "validation_fraction", "limit")
-        train = load_splits(**{name: run[name] for name in names if name in run}).train
+        train = load_splits(**{name: run[name] for name in names if name in run}, spread=spread).train
         if unknown := [task for task in tasks or () if task not in train]:
             raise ConfigError(f"The run has no task {unknown[0]!r}; its tasks: {', '.join(train)}.")
-        return {task: train[task][:limit] for task in tasks or train}
+        return {
+            task: evenly(train[task], limit) if spread else train[task][:limit] for task in tasks or train
+        }
     if (options.model or adapter_base_name(source.folder)) == EMBEDDED:
         return load_examples(EMBEDDED, tasks=tasks, split="train", limit=limit)
     raise ConfigError(f"{source.name} comes from no run; give rows of its tasks with --data.")
 
 
-def _put_snapshot(subject: Subject, source: Source, step: int) -> None:
+def _put_snapshot(model: PeftModel, source: Source, step: int) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -141,15 +185,4 @@ def _put_snapshot(subject: Subject, source: Source, step: int) -> None:
             f"{source.name} kept no weights of step {step}; it kept "
             f"{', '.join(map(str, source.snapshots)) or 'none (train with --keep-adapters 4)'}."
         )
-    set_peft_model_state_dict(subject.model, load_file(source.snapshots[step]))
-
-
-def _encoded(subject: Subject, examples: TaskData) -> dict[str, list[Encoded]]:
-    context = getattr(subject.model.config, "max_position_embeddings", None)
-    return {
-        task: [
-            encode(row, subject.tokenizer, max_length=subject.max_length, context_length=context)
-            for row in rows
-        ]
-        for task, rows in examples.items()
-    }
+    set_peft_model_state_dict(model, load_file(source.snapshots[step]))

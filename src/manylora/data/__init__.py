@@ -22,7 +22,7 @@ from manylora.data.prompts import (
 )
 from manylora.data.readers import SUPPORTED_SUFFIXES, Row
 from manylora.data.sources import EMBEDDED, SPLITS, available_splits, data_root, load_examples
-from manylora.data.splits import Splits, cut_validation, load_splits
+from manylora.data.splits import Splits, cut_validation, evenly, load_splits
 
 __all__ = [
     "ACCEPTED_FORMS",
@@ -48,6 +48,7 @@ __all__ = [
     "data_root",
     "encode",
     "encode_prompt",
+    "evenly",
     "load_examples",
     "load_splits",
     "mixture_schedule",

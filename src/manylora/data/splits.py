@@ -62,7 +62,7 @@ def load_splits(
     def load(source: str | Path, split: str, only: Sequence[str] | None = None) -> dict[str, list[Example]]:
         first = None if spread else limit
         found = load_examples(source, task_column=task_column, tasks=only, split=split, limit=first)
-        return {task: _spread(rows, limit) for task, rows in found.items()} if spread and limit else found
+        return {task: evenly(rows, limit) for task, rows in found.items()} if spread and limit else found
 
     def load_side(source: str | Path, split: str) -> dict[str, list[Example]]:
         found = load(source, split)
@@ -96,7 +96,8 @@ def load_splits(
     )
 
 
-def _spread(rows: list[Example], limit: int) -> list[Example]:
+def evenly(rows: list[Example], limit: int) -> list[Example]:
+    """At most `limit` of the rows, at even distances and in order; of rows sorted by label some of each."""
     if limit >= len(rows):
         return rows
     return [rows[place * len(rows) // limit] for place in range(limit)]

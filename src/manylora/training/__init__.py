@@ -13,7 +13,7 @@ from manylora.training.config import METHODS, RECIPES, TrainConfig
 if TYPE_CHECKING:
     from manylora.training.batches import ExpertCollator
     from manylora.training.job import Prepared, build_model, finetune, prepare
-    from manylora.training.labels import LabelSets, label_of, predict_labels
+    from manylora.training.labels import LabelSets, encode_labelled, label_of, predict_labels
     from manylora.training.memory import MemoryPlan
     from manylora.training.merge import check_mergeable, write_merged
     from manylora.training.models import (
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "batches": ("ExpertCollator",),
     "job": ("Prepared", "build_model", "finetune", "prepare"),
-    "labels": ("LabelSets", "label_of", "predict_labels"),
+    "labels": ("LabelSets", "encode_labelled", "label_of", "predict_labels"),
     "memory": ("MemoryPlan",),
     "merge": ("check_mergeable", "write_merged"),
     "models": (
@@ -76,6 +76,7 @@ __all__ = [
     "base_location",
     "build_model",
     "check_mergeable",
+    "encode_labelled",
     "environment",
     "find_snapshots",
     "finetune",

@@ -132,13 +132,18 @@ def encode_labelled(
         context_length: tokens that the model can read, where it has such a limit.
 
     Raises:
-        DataError: a task is not among `labels`.
+        DataError: a task, or a row's label, is not among `labels`.
     """
-    labels.check(data, what="validation")
+    labels.check(data, what="given")
     length = min(max_length, context_length or max_length)
     tasks = []
     for task, examples in data.items():
         place = {label: labels.first(task) + number for number, label in enumerate(labels.tasks[task])}
+        if unknown := sorted({label_of(row) for row in examples} - set(place)):
+            raise DataError(
+                f"A row of task {task!r} has the label {unknown[0][:40]!r}, which the head does not know; it knows "
+                f"{', '.join(place)}."
+            )
         coded = encode_questions(examples, tokenizer, max_length=length)
         rows = [
             Encoded(input_ids=ids, labels=[place[label_of(row)]], truncated=cut, prompt_length=len(ids))
