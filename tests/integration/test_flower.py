@@ -119,10 +119,10 @@ import sys, time
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supernode.cli import flower_supernode
 once = InMemoryObjectStore.preregister
-InMemoryObjectStore.preregister = lambda *args: time.sleep(0.5) or once(*args)
+InMemoryObjectStore.preregister = lambda *args: time.sleep(1) or once(*args)
 sys.exit(flower_supernode())
 """
-"""A SuperNode on a slow machine: it offers the task of a message half a second before it has stored the message."""
+"""A SuperNode on a slow machine: it offers the task of a message a second before it has stored the message."""
 
 MANYLORA = [sys.executable, "-m", "manylora.cli", "federate"]
 SETTINGS = [
@@ -209,11 +209,11 @@ class Federation(Processes):
 
         return FlowerLink(self.superlink, certificate=self.folder / "ca.crt")
 
-    def stop(self, run: int) -> None:
+    def stop(self, link: Any, run: int) -> None:
         """End a run at the SuperLink, as when the server's machine slept for a minute."""
         from flwr.proto.control_pb2 import StopRunRequest
 
-        with contextlib.closing(self.link()) as link, link._control() as control:
+        with link._control() as control:
             assert control.StopRun(StopRunRequest(run_id=run)).success
 
     def home(self, out: str, name: str, inside: str = "") -> Path:
@@ -314,10 +314,11 @@ def test_a_message_whose_run_ends_on_its_way_does_not_hold_up_the_next_run(feder
         (node,) = [node for node in link.nodes() if node.key == key]
         assert link.push(node.number, {"run": "short"}, None, seconds=60)
         run = link.run_id
+        asked = f"Requesting `Run` for run_id={run}"  # and then for the bundle; for the message's parts a second later
         federation.until(
-            lambda: f"Requesting `Run` for run_id={run}" in federation.log("superlink"), "superlink"
+            lambda: "Requesting FAB" in federation.log("superlink").partition(asked)[2], "superlink"
         )
-        federation.stop(run)
+        federation.stop(link, run)
     plain = [*SETTINGS, "--reference", "none", "--scored-clients", "0"]
     server = federation.server(*plain, "--rounds", "2", "--deadline", "90", out="next")
     federation.until(lambda: server.poll() is not None, "superlink", f"worker-{name}")
@@ -366,7 +367,9 @@ def test_a_run_that_the_superlink_has_ended_says_so_and_goes_on_with_resume(fede
     plain = [*SETTINGS, "--reference", "none", "--scored-clients", "0", "--rounds", "2", "--clients", "2"]
     server = federation.server(*plain, out="ended")
     federation.until((run / "rounds" / "round-0001.safetensors").exists, "server-ended", "superlink")
-    federation.stop(int(re.findall(r"Created run (\d+)", federation.log("superlink"))[-1]))
+    number = int(re.findall(r"Created run (\d+)", federation.log("superlink"))[-1])
+    with contextlib.closing(federation.link()) as link:
+        federation.stop(link, number)
     assert server.wait(timeout=PATIENCE) == 2, federation.log("server-ended")
     (line,) = [line for line in federation.log("server-ended").splitlines() if line.startswith("manylora:")]
     assert "has ended the run" in line

@@ -120,6 +120,65 @@ def test_a_client_that_stays_away_is_given_up_where_no_deadline_rules() -> None:
     assert "away for 0.3 s" in replies["bob"].reason
 
 
+class OutOfStep(Hub):
+    """A node of it passes an answer on only when the next message comes."""
+
+    def pull(self, messages: Sequence[str]) -> list[Answer]:
+        last = {node: message for message, node in self.waiting.items()}
+        return super().pull(
+            [message for message in messages if last.get(self.waiting.get(message)) != message]
+        )
+
+
+class Forgetful(Hub):
+    """Loses each node's first messages, without a word."""
+
+    def __init__(self, lost: int, **names: str) -> None:
+        super().__init__(**names)
+        self.left = dict.fromkeys(self.online, lost)
+
+    def push(self, node: int, labels: Mapping[str, str], data: bytes | None, *, seconds: float) -> str:
+        message = super().push(node, labels, data, seconds=seconds)
+        if data is not None and self.left[node]:
+            self.left[node] -= 1
+            del self.waiting[message]
+        return message
+
+
+@pytest.mark.parametrize("seconds", [None, 60.0])
+def test_a_node_that_is_out_of_step_is_nudged(seconds: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manylora.federated.engines.flower._SILENT", 0.02)
+    hub = OutOfStep(_1="ada", _5="bob")
+    engine = clients(hub, 2)
+    assert engine.names() == ["ada", "bob"]
+    for _ in range(3):
+        replies = [reply.data for reply in engine.ask(["ada", "bob"], str.encode, seconds=seconds)]
+        assert sorted(replies) == [b"ada", b"bob"]
+    assert sum(data is not None for _, data, _ in hub.sent) == 6  # nothing is sent again
+
+
+def test_a_node_that_works_is_nudged_but_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manylora.federated.engines.flower._SILENT", 0.01)
+    hub = Hub(_1="ada")
+    engine = clients(hub, 1)
+    engine.names()
+    hub.pull = lambda messages: []  # type: ignore[method-assign]
+    assert list(engine.ask(["ada"], str.encode, seconds=0.3)) == []
+    assert [data for _, data, _ in hub.sent] == [None, b"ada", None, None]
+
+
+def test_a_message_that_a_node_has_lost_is_sent_again_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manylora.federated.engines.flower._SILENT", 0.02)
+    for lost, data in ((1, b"ada"), (3, None)):
+        hub = Forgetful(lost, _1="ada")
+        engine = clients(hub, 1)
+        engine.names()
+        (reply,) = engine.ask(["ada"], str.encode, seconds=None)
+        assert reply.data == data
+        assert sum(data is not None for _, data, _ in hub.sent) == min(lost + 1, 3)
+    assert reply.reason == "its node lost the message"
+
+
 def test_a_node_may_set_what_is_its_own_and_nothing_else() -> None:
     own = settings_of({"client": "ada", "home": "/x", "data": "rows.jsonl", "micro-batch-size": 2})
     assert (own.data, own.micro_batch_size) == ("rows.jsonl", 2)

@@ -20,6 +20,9 @@ _ASK_NODES = 1.0
 _TRIES = 3
 """How often one message is sent to a node that is there but does not answer it."""
 _WHO_SECONDS = 600.0
+_SILENT = 60.0
+"""Seconds after which a node that has not answered is asked (again) who it is. A SuperNode that is out of step with its
+worker passes an answer on only with the next message; one that answers this before an older message has lost that."""
 _NO_DEADLINE = 30 * 86_400.0
 """Time to live of a message without a deadline: Flower wants a number."""
 
@@ -48,6 +51,8 @@ class _Order:
 
     node: Node | None = None
     """To which it was sent; None while no node of the client is there."""
+    sent: float = 0.0
+    """When."""
     messages: tuple[str, ...] = ()
     failed: Node | None = None
     """The node that lost the message last,"""
@@ -87,7 +92,9 @@ class FlowerClients:
         self._introduced: dict[
             tuple[int, str], str
         ] = {}  # node to client name, "" while it is asked or if refused
-        self._questions: dict[str, Node] = {}  # message to the node that is asked who it is
+        # Message to the node that is asked who it is, and when.
+        self._questions: dict[str, tuple[Node, float]] = {}
+        self._told: dict[Node, float] = {}  # when a node was last sent anything
         self._looked = -1e9
 
     def names(self) -> Sequence[str]:
@@ -125,14 +132,21 @@ class FlowerClients:
             self._look()
             for name, order in orders.items():
                 self._send(name, order, message, left)
+                if order.node is not None and order.node == self._nodes.get(name):
+                    self._nudge(order.node)
             waiting = {sent: name for name, order in orders.items() for sent in order.messages}
             answers = self.link.pull([*waiting, *self._questions])
+            passed = self._passed(answers)
             self._hear(answers)
             for answer in answers:
                 name = waiting.get(answer.message, "")
                 if name in orders and (reply := self._reply(name, orders[name], answer)) is not None:
                     del orders[name]
                     yield reply
+            for name in [name for name, order in orders.items() if order.sent < passed.get(order.node, 0.0)]:
+                if (lost := self._again(name, orders[name], "its node lost the message")) is not None:
+                    del orders[name]
+                    yield lost
             for name in [name for name, order in orders.items() if seconds is None and self._away(order)]:
                 del orders[name]
                 yield Reply(client=name, reason=f"its node has been away for {self.patience:g} s")
@@ -151,6 +165,7 @@ class FlowerClients:
             if order.messages:
                 self.say(f"{name} is back at another node; its message is sent again")
             order.node, order.messages = node, (*order.messages, sent)
+            order.sent = self._told[node] = time.monotonic()
 
     def _reply(self, name: str, order: _Order, answer: Answer) -> Reply | None:
         """The client's reply; None where its message has to be sent again."""
@@ -161,16 +176,22 @@ class FlowerClients:
             return Reply(client=name, reason=answer.error)
         if order.messages:  # an older one of several: the newest is still under way
             return None
+        node = order.node
+        reply = self._again(name, order, answer.error)
+        if reply is None and node is not None and self._nodes.get(name) == node:
+            # It has to say again who it is: the list of nodes that are online may be older than this answer.
+            del self._nodes[name]
+            self._introduced.pop((node.number, node.since), None)
+        return reply
+
+    def _again(self, name: str, order: _Order, reason: str) -> Reply | None:
+        """Have the message sent again; a reply instead where that was tried often enough."""
         node, order.node, order.missed = order.node, None, time.monotonic()
         order.tries = order.tries + 1 if node == order.failed else 1
         order.failed = node
         if order.tries >= _TRIES:
-            return Reply(client=name, reason=answer.error)
-        self.say(f"{name} did not get its message ({answer.error}); it is sent again once its node is there")
-        if node is not None and self._nodes.get(name) == node:
-            # It has to say again who it is: the list of nodes that are online may be older than this answer.
-            del self._nodes[name]
-            self._introduced.pop((node.number, node.since), None)
+            return Reply(client=name, reason=reason)
+        self.say(f"{name} did not get its message ({reason}); it is sent again once its node is there")
         return None
 
     def _away(self, order: _Order) -> bool:
@@ -191,16 +212,40 @@ class FlowerClients:
                 self.say(f"the node of {name} has left")
                 del self._nodes[name]
         for node in online:
-            if (node.number, node.since) in self._introduced:
-                continue
-            self._introduced[node.number, node.since] = ""
-            if sent := self.link.push(node.number, {"run": self.run}, None, seconds=_WHO_SECONDS):
-                self._questions[sent] = node
+            if (node.number, node.since) not in self._introduced:
+                self._introduced[node.number, node.since] = ""
+                self._question(node)
+            elif self._open(node) and not self._introduced[node.number, node.since]:
+                self._nudge(node)
+
+    def _question(self, node: Node) -> None:
+        """Ask a node who it is."""
+        self._told[node] = time.monotonic()
+        if sent := self.link.push(node.number, {"run": self.run}, None, seconds=_WHO_SECONDS):
+            self._questions[sent] = node, self._told[node]
+
+    def _nudge(self, node: Node) -> None:
+        """The same to a node that has been silent; one that works has two such questions waiting at most."""
+        if time.monotonic() - self._told[node] > _SILENT and self._open(node) < 2:
+            self._question(node)
+
+    def _open(self, node: Node) -> int:
+        """How many questions a node has not answered."""
+        return sum(node == asked for asked, _ in self._questions.values())
+
+    def _passed(self, answers: Sequence[Answer]) -> dict[Node | None, float]:
+        """Nodes that say who they are, and when they were asked: what they were sent before that is done, or lost."""
+        found = [
+            self._questions[answer.message]
+            for answer in answers
+            if answer.message in self._questions and answer.error is None
+        ]
+        return dict(sorted(found, key=lambda one: one[1]))
 
     def _hear(self, answers: Sequence[Answer]) -> None:
         """Take in who new nodes say they are."""
         for answer in answers:
-            node = self._questions.pop(answer.message, None)
+            node, _ = self._questions.pop(answer.message, (None, 0.0))
             if node is None:
                 continue
             name = str(answer.labels.get("client", ""))
@@ -209,7 +254,7 @@ class FlowerClients:
                 reason = f"its key is not that of {name!r} in --node-keys"
             if reason is not None:
                 if answer.gone:
-                    del self._introduced[node.number, node.since]  # it is asked again if it is there
+                    self._introduced.pop((node.number, node.since), None)  # it is asked again if it is there
                 else:
                     self.say(f"node {node.number} does not count: {reason}")
                 continue

@@ -27,7 +27,7 @@ from manylora._version import __version__
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ManyLoraError
 from manylora.federated.config import FederateConfig
-from manylora.federated.engines.flower_link import QUIET, PatientRuntime, envelope, opened, require_flower
+from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
 
 if TYPE_CHECKING:
     from manylora.federated.client import ClientData
@@ -163,6 +163,8 @@ def work(supernode: str, *, say: Callable[[str], None]) -> None:
                 while token:
                     token = _one(supernode, token, client, offered, say)
                     there = True
+            except httpx.HTTPStatusError as error:
+                say(f"SuperNode {supernode} has given a message up ({error.response.status_code})")
             except httpx.HTTPError as error:
                 if there:
                     say(f"SuperNode {supernode} does not answer ({error}); waiting for it")
@@ -183,7 +185,7 @@ def _one(
     from flwr.app.error import Error
     from flwr.common.constant import ErrorCode, SubStatus
     from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
     with contextlib.closing(_runtime(supernode, token)) as connection:
@@ -197,8 +199,9 @@ def _one(
                 if isinstance(error, httpx.HTTPError) and not runtime.next:
                     raise  # the SuperNode does not answer, and sees to the message by itself if it is there
                 say(f"a message did not come whole: {error}")
-                # Otherwise the SuperNode would answer it itself, a minute later and in place of another message.
-                push_task_output(runtime, None, SubStatus.FAILED, str(error))
+                if runtime.next:
+                    # Otherwise the SuperNode would answer it itself, a minute later and in place of the next one.
+                    push_task_output(runtime, None, SubStatus.FAILED, str(error))
                 return runtime.next
             status, began = SubStatus.COMPLETED, time.monotonic()
             try:
@@ -214,7 +217,11 @@ def _one(
                     ),
                 )
                 say(f"a message could not be answered: {reason}")
-            push_message(runtime, reply, context)
+            try:
+                push_message(runtime, reply, context)
+            except ObjectPushError as error:
+                say(f"an answer did not get to the SuperNode: {error}; restart it")
+                return ""
             push_task_output(runtime, context, status, "")
             say(f"answered a message in {time.monotonic() - began:.1f} s")
             return ""
@@ -223,7 +230,7 @@ def _one(
                 heart.stop()
 
 
-class _TaskRuntime(PatientRuntime):
+class _TaskRuntime:
     """A SuperNode as the worker of one task sees it.
 
     A SuperNode offers a task a moment before it has stored the task's message and while it still fetches the parts, and
@@ -232,10 +239,12 @@ class _TaskRuntime(PatientRuntime):
     """
 
     def __init__(self, runtime: Any, offered: Callable[[], str]) -> None:
-        super().__init__(runtime)
-        self._offered, self._lock = offered, threading.Lock()
+        self._runtime, self._offered, self._lock = runtime, offered, threading.Lock()
         self.next = ""
         """Token of the next task."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
 
     def SendTaskHeartbeat(self, request: Any) -> Any:  # noqa: N802 - Flower's name
         """Say that the task goes on; it is never called off, for which Flower would interrupt this process."""
@@ -244,23 +253,22 @@ class _TaskRuntime(PatientRuntime):
         return answer
 
     def PullMessages(self, request: Any) -> Any:  # noqa: N802 - Flower's name
-        """The task's message; none where it does not come."""
-        end = time.monotonic() + self._patience
-        while not (answer := self._runtime.PullMessages(request)).messages_list:
-            if time.monotonic() > end or self._given_up():
-                break
-            time.sleep(_INTERVAL / 4)
+        """The task's message; none where the SuperNode goes on without it."""
+        while not (answer := self._runtime.PullMessages(request)).messages_list and not self._goes_on():
+            time.sleep(_INTERVAL)
         return answer
 
     def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
-        """A part of the message."""
-        answer = super().PullObject(request)
-        if not answer.object_available and self._given_up():
-            answer.object_found = False
+        """A part of the message; not found where the SuperNode goes on without it."""
+        while (answer := self._runtime.PullObject(request)).object_found and not answer.object_available:
+            if self._goes_on():
+                answer.object_found = False
+                break
+            time.sleep(_INTERVAL)
         return answer
 
-    def _given_up(self) -> bool:
-        """Whether the SuperNode has gone on. Parts are asked for in several threads."""
+    def _goes_on(self) -> bool:
+        """Whether the SuperNode has offered the next task. Parts are asked for in several threads."""
         with self._lock:
             self.next = self.next or self._offered()
         return bool(self.next)
