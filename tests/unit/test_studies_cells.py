@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from manylora.errors import ConfigError, RunError
-from manylora.studies import Job, Measured
+from manylora.studies import Job, Measured, parse_study
+from manylora.studies.cells import cell_settings, final_cells, screening_cells
 from manylora.studies.kinds import kind_of
+from manylora.studies.runner import pending
 
 LAYERS = 2
 SHAPES = [(32, 32)] * 4 + [(64, 32)] * 2 + [(32, 64)]
@@ -173,3 +175,30 @@ def test_a_federated_cell_scores_every_client(
 def test_rows_that_are_not_there_are_named(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="tasks swap, first_word have no test rows"):
         run(tmp_path / "cell", tiny_base, small_data / "train", method="lora")
+
+
+def test_a_final_cell_of_another_grid_is_not_taken_for_one_at_the_rate_chosen_now(tmp_path: Path) -> None:
+    grid = parse_study({"name": "s", "methods": ["lora", "alora"], "learning_rates": [0.1, 0.01], "seeds": 2})
+    screening, finals = screening_cells(grid), final_cells(grid, {"lora": 0.1, "alora": 0.01})
+
+    def done(cell: Any, **more: Any) -> None:
+        folder = cell.folder(tmp_path)
+        folder.mkdir(parents=True)
+        (folder / "cell.json").write_text(json.dumps({**cell_settings(grid, cell), **more}), encoding="utf-8")
+        scores = {"a": 2.0 if (cell.method, cell.learning_rate) in (("lora", 0.1), ("alora", 0.01)) else 1.0}
+        row = {
+            "stage": cell.stage,
+            "method": cell.method,
+            "learning_rate": cell.learning_rate,
+            "scores": scores,
+        }
+        (folder / "result.json").write_text(json.dumps(row), encoding="utf-8")
+
+    for cell in screening:
+        done(cell)
+    assert pending(grid, tmp_path) == finals
+    done(finals[0])
+    assert pending(grid, tmp_path) == finals[1:]
+    done(finals[1], learning_rate=0.1)  # before the grid had 0.01
+    with pytest.raises(RunError, match=r"final/alora/seed0 was run with learning_rate 0\.1, now it is 0\.01"):
+        pending(grid, tmp_path)

@@ -145,7 +145,7 @@ def test_the_default_study_and_all_committed_ones_are_sound() -> None:
     assert len(studies) >= 5
     assert all(study.question and study.contrasts for study in studies)
     # What two seeds screened is named here; everything else is confirmed with five.
-    assert {s.name for s in studies if len(s.seeds) < 5} == {"families", "what-to-share-encoder"}
+    assert {s.name for s in studies if len(s.seeds) < 5} == {"what-to-share-encoder"}
     assert all("screening" in study.caveat for study in studies if len(study.seeds) < 5)
     for study in studies:
         ran = [read_cells(path)[0]["study"] for path in STUDIES.glob(f"{study.name}*.cells.jsonl")]
@@ -160,6 +160,8 @@ def test_the_tables_of_a_committed_study_come_again_from_its_cells(path: Path) -
     summary = summarise(parse_study(head["study"]), rows, {})
     assert summary["missing"] == []
     assert summary["claims"]
+    finals = {(row["method"], row["learning_rate"]) for row in rows if row["stage"] == "final"}
+    assert len(finals) == len({method for method, _ in finals})
     read = [float(x) for x in re.findall(r"\d+\.\d", (STUDIES / "README.md").read_text(encoding="utf-8"))]
     for row in summary["table"]:
         if row["task"] == "mean":

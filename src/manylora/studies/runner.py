@@ -18,6 +18,8 @@ from manylora.errors import ConfigError
 from manylora.studies.cells import (
     WORKERS,
     Cell,
+    cell_settings,
+    check_same,
     choose_rates,
     final_cells,
     results_of,
@@ -91,12 +93,21 @@ def launched(command: Sequence[str], launcher: str | None) -> list[str]:
 
 
 def pending(study: Study, out: Path) -> list[Cell]:
-    """Cells that are not done and can run now: the screening, then, when that is done, the final ones."""
+    """Cells that are not done and can run now: the screening, then, when that is done, the final ones.
+
+    Raises:
+        RunError: a final cell was run with another learning rate than the one that is chosen now.
+    """
     screening = [cell for cell in screening_cells(study) if cell.result(out) is None]
-    if screening:
-        return screening
-    rates = choose_rates(study, results_of(study, out))
-    return [cell for cell in final_cells(study, rates) if cell.result(out) is None]
+    return screening or [cell for cell in _chosen_cells(study, out) if cell.result(out) is None]
+
+
+def _chosen_cells(study: Study, out: Path) -> list[Cell]:
+    """The final cells at the rates that the screening chose; one that was run at another rate is an error."""
+    cells = final_cells(study, choose_rates(study, results_of(study, out)))
+    for cell in cells:
+        check_same(cell.folder(out), cell_settings(study, cell))
+    return cells
 
 
 def find_cell(study: Study, out: Path, cell_id: str) -> Cell:
@@ -129,14 +140,13 @@ def run_study(
 
     A cell that fails is reported and left; the others run on. A method whose screening failed wholly has no final
     cells.
+
+    Raises:
+        RunError: see `pending`.
     """
     progress, outcome = progress or Progress(), Outcome()
     for stage in ("screen", "final"):
-        if stage == "screen":
-            cells = screening_cells(study)
-        else:
-            study_left = _with_rates(study, out)
-            cells = final_cells(study_left, choose_rates(study_left, results_of(study_left, out)))
+        cells = screening_cells(study) if stage == "screen" else _chosen_cells(_with_rates(study, out), out)
         todo = [cell for cell in cells if cell.result(out) is None]
         _Pool(out, study_file, workers, launcher, progress, outcome).run(todo)
     return outcome
