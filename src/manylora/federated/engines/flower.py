@@ -162,7 +162,7 @@ class FlowerClients:
         ttl = _NO_DEADLINE if left is None else left
         labels = {"run": self.run, "client": name}
         if sent := self.link.push(node.number, labels, message(name), seconds=ttl):
-            if order.messages:
+            if order.messages and node != order.failed:
                 self.say(f"{name} is back at another node; its message is sent again")
             order.node, order.messages = node, (*order.messages, sent)
             order.sent = self._told[node] = time.monotonic()
