@@ -214,6 +214,12 @@ def test_the_command_line_trains_evaluates_and_refuses(
         assert message in err, err
     assert {path.name for path in in_empty_folder.iterdir()} == {"run", "again", "looked", foreign.name}
 
+    facts = Path("run/tasks.json")
+    whole = json.loads(facts.read_text(encoding="utf-8"))
+    facts.write_text(json.dumps({"tasks": whole["tasks"]}), encoding="utf-8")
+    code, _, err = cli("evaluate", "--adapter", "run")
+    assert (code, "is damaged (KeyError('max_length'))" in err) == (2, True), err
+
 
 def test_a_study_of_classifiers_tells_its_time_and_runs(
     encoder: Path, data: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]

@@ -68,7 +68,11 @@ class Labelled:
             known = json.loads(facts.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelError(f"{facts} is damaged ({error}); train the classifier again.") from error
-        return cls(labels=read_labels(known, source=facts), max_length=int(known["max_length"]))
+        labels = read_labels(known, source=facts)
+        try:
+            return cls(labels=labels, max_length=int(known["max_length"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{facts} is damaged ({error!r}); train the classifier again.") from error
 
     def load(
         self, adapter: str, *, model: str | None, dtype: str, device: str

@@ -161,10 +161,12 @@ def work(supernode: str, *, say: Callable[[str], None]) -> None:
             try:
                 token = offered()
                 while token:
-                    token = _one(supernode, token, client, offered, say)
                     there = True
-            except httpx.HTTPStatusError as error:
-                say(f"SuperNode {supernode} has given a message up ({error.response.status_code})")
+                    try:
+                        token = _one(supernode, token, client, offered, say)
+                    except httpx.HTTPStatusError as error:
+                        say(f"SuperNode {supernode} has given a message up ({error.response.status_code})")
+                        token = ""
             except httpx.HTTPError as error:
                 if there:
                     say(f"SuperNode {supernode} does not answer ({error}); waiting for it")
