@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from manylora import errors
-from manylora.data import Message, available_splits, data_root, load_examples
+from manylora.data import DataNotes, Message, available_splits, data_root, load_examples
 from manylora.errors import ConfigError, DataError
 
 ROW = {"instruction": "Say hi.", "output": "hi"}
@@ -138,10 +140,9 @@ def test_task_column_before_task_field_before_file_name(tmp_path: Path) -> None:
 def test_tasks_are_picked_in_the_order_named_and_limited_each(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{**ROW, "task": t, "output": str(i)} for i, t in enumerate("abcabc")])
     data = load_examples(path, tasks=["c", "a"], limit=1)
-    assert [(task, [row.output for row in rows]) for task, rows in data.items()] == [
-        ("c", ["2"]),
-        ("a", ["0"]),
-    ]
+    assert list(data) == ["c", "a"]
+    assert [len(rows) for rows in data.values()] == [1, 1]
+    assert data["c"][0].output in ("2", "5")
 
 
 def test_folder_reads_its_own_files_sorted(tmp_path: Path) -> None:
@@ -264,13 +265,128 @@ def test_mistyped_path_below_an_existing_folder_never_asks_the_hub(
         load_examples("data/trian")
 
 
-def test_folder_without_data_names_what_is_read_and_its_subfolders(tmp_path: Path) -> None:
+def test_folder_without_data_names_what_is_read(tmp_path: Path) -> None:
     write(tmp_path / "notes.txt", "a")
-    with pytest.raises(DataError, match=r"no data files\. Supported: \.json, \.jsonl, \.csv, \.parquet\.$"):
+    (tmp_path / "math").mkdir()
+    with pytest.raises(
+        DataError, match=r"no data files\. Supported: \.json, \.jsonl, \.csv, \.parquet, .* as \.gz too\.$"
+    ):
         load_examples(tmp_path)
-    write(tmp_path / "math" / "a.jsonl", [ROW])
-    with pytest.raises(DataError, match="Or name one of its subfolders: math"):
-        load_examples(tmp_path)
+
+
+# ---------------------------------------------------------------- nothing is left out in silence
+
+
+def notes_on(source: Path, **more: Any) -> list[str]:
+    notes = DataNotes()
+    load_examples(source, notes=notes, **more)
+    return notes.lines()
+
+
+def test_zipped_files_and_other_spellings_hold_the_same_rows(tmp_path: Path) -> None:
+    lines = json.dumps(ROW) + "\n" + json.dumps({**ROW, "output": "ho"})
+    table = 'instruction\toutput\n"Say\thi."\thi\nSay ho.\tho\n'
+    write(tmp_path / "a.ndjson", lines)
+    write(tmp_path / "b.tsv", table)
+    for name, text in (
+        ("c.jsonl.gz", lines),
+        ("d.json.gz", json.dumps([ROW, {**ROW, "output": "ho"}])),
+        ("e.csv.gz", "instruction,output\nSay hi.,hi\nSay ho.,ho\n"),
+        ("f.test.tsv.GZ", table),
+    ):
+        write(tmp_path / "zipped" / name, gzip.compress(text.encode()))
+    plain, zipped = load_examples(tmp_path), load_examples(tmp_path / "zipped", split="train")
+    assert (list(plain), list(zipped)) == (["a", "b"], ["c", "d", "e"])
+    assert list(load_examples(tmp_path / "zipped", split="test")) == ["f"]
+    assert plain["b"][0].instruction == "Say\thi."
+    for rows in (*plain.values(), *zipped.values()):
+        assert [row.output for row in rows] == ["hi", "ho"]
+    assert zipped["c"][1].origin == f"{tmp_path / 'zipped' / 'c.jsonl.gz'}:2"
+
+
+def test_what_a_folder_holds_besides_is_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "deeper/c.jsonl", "empty/notes.txt", ".hidden/d.jsonl"):
+        write(tmp_path / name, [ROW])
+    for name in ("b.jsonl.zst", "table.xlsx", "README.md", "LICENSE"):
+        write(tmp_path / name, "x")
+    assert list(load_examples(tmp_path)) == ["a"]
+    assert notes_on(tmp_path) == ["left out: b.jsonl.zst, table.xlsx, deeper/"]
+
+
+def test_a_folder_of_folders_is_a_task_each(tmp_path: Path) -> None:
+    for name in ("sums/part-0.jsonl", "sums/part-1.jsonl", "tales/train.jsonl", "tales/test.jsonl"):
+        write(tmp_path / name, [{**ROW, "output": name}])
+    write(tmp_path / "more" / "hard" / "train" / "x.jsonl", [ROW])
+    train = load_examples(tmp_path, split="train")
+    assert {task: len(rows) for task, rows in train.items()} == {"more/hard": 1, "tales": 1}
+    assert list(load_examples(tmp_path, split="test")) == ["tales"]
+    assert {task: len(rows) for task, rows in load_examples(tmp_path / "sums").items()} == {
+        "part-0": 1,
+        "part-1": 1,
+    }
+    (tmp_path / "tales" / "test.jsonl").unlink()
+    (tmp_path / "tales" / "train.jsonl").rename(tmp_path / "tales" / "part.jsonl")
+    (tmp_path / "more" / "hard" / "train" / "x.jsonl").unlink()
+    assert {task: len(rows) for task, rows in load_examples(tmp_path).items()} == {"sums": 2, "tales": 1}
+
+
+def test_folders_within_a_split_are_tasks_too(tmp_path: Path) -> None:
+    for name in ("train/sums/a.jsonl", "train/tales/a.jsonl", "test/sums/a.jsonl"):
+        write(tmp_path / name, [ROW])
+    assert list(load_examples(tmp_path, split="train")) == ["sums", "tales"]
+    assert list(load_examples(tmp_path, split="test")) == ["sums"]
+
+
+def test_a_link_back_is_not_followed_for_ever(tmp_path: Path) -> None:
+    write(tmp_path / "sums" / "a.jsonl", [ROW])
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert list(load_examples(tmp_path)) == ["sums"]
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{**ROW, "id": 3, "source": "cola", "task": "t", "empty": None}])
+    assert notes_on(path) == ["columns not used: id, source"]
+    assert notes_on(path, task_column="source") == ["columns not used: id, task"]
+
+
+def test_broken_and_oversized_zips_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gzip.compress(json.dumps(ROW).encode())
+    for name, data in (
+        ("half.jsonl.gz", whole[:-9]),
+        ("text.jsonl.gz", b"{}"),
+        ("bits.jsonl.gz", whole[:12] + b"\xff" * 9),
+    ):
+        with pytest.raises(DataError, match=rf"{name} is not a whole gzip file \(.*\)\. Write it again\.$"):
+            load_examples(write(tmp_path / name, data))
+    free = SimpleNamespace(available=4 * 2**20)  # stands for a small machine
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    bomb = write(tmp_path / "bomb.jsonl.gz", gzip.compress(b"\n" * 2**23))
+    assert bomb.stat().st_size < 2**14
+    with pytest.raises(DataError, match=r"bomb\.jsonl\.gz holds more than 0\.0 GiB .*quarter of the free"):
+        load_examples(bomb)
+
+
+def test_a_cell_of_any_length_is_read(tmp_path: Path) -> None:
+    long = "so it goes on " * 10_000
+    before = csv.field_size_limit()
+    path = write_csv(
+        tmp_path / "x.csv", [{"instruction": long, "output": "a"}, {"instruction": "b", "output": "c"}]
+    )
+    assert [row.instruction for row in load_examples(path)["x"]] == [long, "b"]
+    assert csv.field_size_limit() == before
+
+
+def test_blank_cells_are_missing_fields(tmp_path: Path) -> None:
+    table = write(
+        tmp_path / "x.csv",
+        "instruction,output,prompt,completion\nName a fruit,pear,,\n,,Name a tree:, elm\n",
+    )
+    assert [(row.form, row.instruction, row.output) for row in load_examples(table)["x"]] == [
+        ("alpaca", "Name a fruit", "pear"),
+        ("prompt", "Name a tree:", " elm"),
+    ]
+    with pytest.raises(DataError, match=r"x\.csv:2: field 'instruction' is empty"):
+        load_examples(write(tmp_path / "x.csv", "instruction,output\n,pear\n"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -109,6 +109,15 @@ def test_leaks_count_test_rows_with_a_training_prompt(tmp_path: Path) -> None:
     assert load_splits(data=train, test=test).leaks == 4  # b's prompts are its own
 
 
+def test_tasks_without_test_rows_are_named(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", ["a", "b", "c"])
+    test = write(tmp_path / "test.jsonl", ["b"], tag="test")
+    notes = load_splits(data=train, test=test).notes
+    assert "no test rows for the tasks a, c" in notes
+    assert not any("no test rows" in note for note in load_splits(data=train).notes)
+    assert not any("no test rows" in note for note in load_splits(data=train, test=test, tasks=["b"]).notes)
+
+
 def test_tasks_restrict_all_parts_and_test_may_lack_some(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", ["a", "b", "c"])
     test = write(tmp_path / "test.jsonl", ["b", "d"], tag="test")

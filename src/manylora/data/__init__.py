@@ -6,8 +6,10 @@ needs them.
 """
 
 from manylora.data.examples import Example, Form, Message, TaskData
-from manylora.data.formats import ACCEPTED_FORMS, parse_row
+from manylora.data.fields import ACCEPTED_FORMS
+from manylora.data.formats import parse_row
 from manylora.data.mixing import STRATEGIES, Strategy, mixture_schedule, mixture_shares
+from manylora.data.notes import DataNotes, listed
 from manylora.data.options import options_of, without_options
 from manylora.data.partition import PARTITIONS, Partition, partition
 from manylora.data.prompts import (
@@ -15,14 +17,21 @@ from manylora.data.prompts import (
     MIN_PROMPT_TOKENS,
     Encoded,
     LossOn,
+    answer_text,
+    check_token_rows,
+    closing_text,
     encode,
     encode_prompt,
     prompt_text,
     render_prompt,
+    without_closing,
 )
 from manylora.data.readers import SUPPORTED_SUFFIXES, Row
+from manylora.data.record import PROMPTS_FILE, PromptRecord, TaskPrompts, find_prompts, question
+from manylora.data.sampling import sample_rows, sample_tasks, single_answers
 from manylora.data.sources import EMBEDDED, SPLITS, available_splits, data_root, load_examples
-from manylora.data.splits import Splits, cut_validation, evenly, load_splits
+from manylora.data.splits import Splits, cut_validation, load_splits
+from manylora.data.templates import asks_date, check_date, fix_date, today, unread_fields, unread_note
 
 __all__ = [
     "ACCEPTED_FORMS",
@@ -30,25 +39,36 @@ __all__ = [
     "IGNORED_LABEL",
     "MIN_PROMPT_TOKENS",
     "PARTITIONS",
+    "PROMPTS_FILE",
     "SPLITS",
     "STRATEGIES",
     "SUPPORTED_SUFFIXES",
+    "DataNotes",
     "Encoded",
     "Example",
     "Form",
     "LossOn",
     "Message",
     "Partition",
+    "PromptRecord",
     "Row",
     "Splits",
     "Strategy",
     "TaskData",
+    "TaskPrompts",
+    "answer_text",
+    "asks_date",
     "available_splits",
+    "check_date",
+    "check_token_rows",
+    "closing_text",
     "cut_validation",
     "data_root",
     "encode",
     "encode_prompt",
-    "evenly",
+    "find_prompts",
+    "fix_date",
+    "listed",
     "load_examples",
     "load_splits",
     "mixture_schedule",
@@ -57,6 +77,14 @@ __all__ = [
     "parse_row",
     "partition",
     "prompt_text",
+    "question",
     "render_prompt",
+    "sample_rows",
+    "sample_tasks",
+    "single_answers",
+    "today",
+    "unread_fields",
+    "unread_note",
+    "without_closing",
     "without_options",
 ]

@@ -1,24 +1,34 @@
-"""Rows to examples: Alpaca fields, prompt and completion, or chat messages; and the task a row belongs to."""
+"""Rows to examples: Alpaca fields, prompt and completion, or chat turns; and the task a row belongs to."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from manylora.data.examples import Example, Form, Message
-from manylora.data.readers import Row, short
+from manylora.data.examples import Example, Form
+from manylora.data.fields import (
+    ACCEPTED_FORMS,
+    check_unused,
+    checked_text,
+    is_blank,
+    kind_name,
+    parsed_json,
+    refuse_empty,
+    seen_fields,
+    text_field,
+)
+from manylora.data.readers import Row, short, stem_of
+from manylora.data.turns import TURN_FIELDS, parse_chat
 from manylora.errors import DataError
 
-ACCEPTED_FORMS = (
-    "Accepted: instruction, output (and input, answer); prompt, completion; or messages, a list of "
-    "{role, content} that ends with the assistant's."
-)
-"""The sentence that every error about a row's fields ends with."""
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Who may speak in a chat row."""
+_USED: dict[Form, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output", "answer", "system", "history"),
+    "prompt": ("prompt", "completion", "answer"),
+    "chat": (*TURN_FIELDS, "answer", "system", "tools"),
+}
+"""The fields that each form reads."""
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -44,7 +54,7 @@ def task_and_split(path: Path) -> tuple[str, str | None]:
     A file called just "train.jsonl" takes its task from the nearest folder that is not itself named as a
     split.
     """
-    stem = _SHARD.sub("", path.stem)
+    stem = _SHARD.sub("", stem_of(path))
     if match := _SPLIT_SUFFIX.match(stem):
         return match["task"], split_name(match["split"])
     split = split_name(stem)
@@ -55,55 +65,77 @@ def task_and_split(path: Path) -> tuple[str, str | None]:
 
 
 def parse_rows(
-    rows: Sequence[Row], *, default_task: str, task_column: str | None = None, require_output: bool = True
+    rows: Sequence[Row],
+    *,
+    default_task: str,
+    task_column: str | None = None,
+    require_output: bool = True,
+    unused: set[str] | None = None,
 ) -> list[Example]:
     """Every row as an `Example`.
 
     The task is the `task_column`'s text; without one the `task` field's, where any row has it; else
-    `default_task`.
+    `default_task`. `unused` takes the names of the fields that nothing reads.
 
     Raises:
-        DataError: a field is missing, of the wrong type or empty (naming the row, the value and the remedy).
+        DataError: a field is missing, of the wrong type or empty, or changes the row's meaning and is not used
+            (naming the row, the value and the remedy).
     """
     column = task_column
     if column is None and any("task" in row.fields for row in rows):
         column = "task"
-    return [
+    found = [
         parse_row(
-            row, task=default_task if column is None else _task(row, column), require_output=require_output
+            row,
+            task=default_task if column is None else _task(row, column),
+            require_output=require_output,
+            unused=unused,
         )
         for row in rows
     ]
+    if unused is not None:
+        unused.discard(column or "task")
+    return found
 
 
-def parse_row(row: Row, *, task: str, require_output: bool = True) -> Example:
+def parse_row(row: Row, *, task: str, require_output: bool = True, unused: set[str] | None = None) -> Example:
     """One row as an `Example` of `task`; its form follows from its fields (see `ACCEPTED_FORMS`).
 
     `require_output=False` also takes rows that hold a prompt alone, for prediction. An empty answer text
     passes where a gold `answer` label stands beside it: such a row can be scored, though not trained on.
 
     Raises:
-        DataError: a field is missing, of the wrong type or empty.
+        DataError: a field is missing, of the wrong type or empty, or changes the row's meaning and is not used.
     """
     form = _form(row)
     gold = _gold(row)
+    check_unused(row.fields, _USED[form], place=row.place, unused=unused)
     if form == "chat":
-        messages, output = _chat(row, require_output=require_output)
+        chat = parse_chat(row, require_output=require_output, unused=unused)
         return Example(
-            task=task, messages=messages, output=output, answer=gold, form="chat", origin=row.place
+            task=task,
+            messages=chat.messages,
+            output=chat.answer.content if chat.answer else "",
+            answer_fields=chat.answer.fields if chat.answer else {},
+            tools=chat.tools,
+            answer=gold,
+            form="chat",
+            origin=row.place,
         )
     prompt_field, output_field = ("prompt", "completion") if form == "prompt" else ("instruction", "output")
-    instruction = _text(row, prompt_field)
-    input_text = _text(row, "input", optional=True) if form == "alpaca" else ""
+    instruction = text_field(row, prompt_field)
+    input_text = text_field(row, "input", optional=True) if form == "alpaca" else ""
     if not (instruction.strip() or input_text.strip()):
         raise DataError(f"{row.place}: field {prompt_field!r} is empty. Give the prompt or remove the row.")
-    output = _text(row, output_field, optional=not require_output)
+    output = text_field(row, output_field, optional=not require_output)
     if require_output and gold is None:
-        _refuse_empty(output, field=output_field, place=row.place)
+        refuse_empty(output, field=output_field, place=row.place)
     return Example(
         task=task,
         instruction=instruction,
         input=input_text,
+        system=text_field(row, "system", optional=True) if form == "alpaca" else "",
+        history=_history(row) if form == "alpaca" else (),
         output=output,
         answer=gold,
         form=form,
@@ -113,64 +145,39 @@ def parse_row(row: Row, *, task: str, require_output: bool = True) -> Example:
 
 def _form(row: Row) -> Form:
     marks: tuple[tuple[str, Form], ...] = (
-        ("messages", "chat"),
+        *((name, "chat") for name in TURN_FIELDS),
         ("prompt", "prompt"),
         ("instruction", "alpaca"),
     )
+    # Tables with a column per form leave those of the others null or, in CSV, blank; a blank one alone is an error.
     for field, form in marks:
-        if row.fields.get(field) is not None:
+        if not is_blank(row.fields.get(field)):
             return form
-    for field, form in marks:  # tables with a column per form hold null in the others; else null is an error
+    for field, form in marks:
         if field in row.fields:
             return form
-    raise DataError(f"{row.place} has {_seen(row)} but no prompt field. {ACCEPTED_FORMS}")
+    raise DataError(f"{row.place} has {seen_fields(row)} but no prompt field. {ACCEPTED_FORMS}")
 
 
-def _seen(row: Row) -> str:
-    return "the fields " + ", ".join(map(repr, row.fields)) if row.fields else "no fields"
-
-
-def _text(row: Row, field: str, *, optional: bool = False) -> str:
-    if field not in row.fields and not optional:
-        raise DataError(f"{row.place} has {_seen(row)} but no {field!r}. {ACCEPTED_FORMS}")
-    value = row.fields.get(field)
-    if value is None and optional:
-        return ""
-    return _checked(value, field=field, place=row.place)
-
-
-def _checked(value: object, *, field: str, place: str) -> str:
-    if not isinstance(value, str):
-        remedy = (
-            f"Write it as text: {short(str(value))}."
-            if isinstance(value, (int, float))
-            else "Write text there."
-        )
-        raise DataError(f"{place}: field {field!r} is {short(value)} ({_kind(value)}), not text. {remedy}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
+def _history(row: Row) -> tuple[tuple[str, str], ...]:
+    """The earlier turns of an Alpaca row: a list of [instruction, response]."""
+    value = row.fields.get("history")
+    if is_blank(value):
+        return ()
+    if isinstance(value, str):
+        value = parsed_json(value, field="history", place=row.place)
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in value
+    ):
         raise DataError(
-            f"{place}: field {field!r} holds {value[error.start]!r}, half a character. Remove it."
-        ) from error
-    return value
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    return "an object" if isinstance(value, Mapping) else f"of type {type(value).__name__}"
-
-
-def _refuse_empty(output: str, *, field: str, place: str) -> None:
-    if not output.strip():
-        raise DataError(f"{place}: field {field!r} is empty. Give the answer or remove the row.")
+            f"{row.place}: field 'history' is {short(value)}. Write a list of [instruction, response], or the row as "
+            "messages."
+        )
+    turns = []
+    for turn in value:
+        asked, told = (checked_text(text, field="history", place=row.place) for text in turn)
+        turns.append((asked, told))
+    return tuple(turns)
 
 
 def _gold(row: Row) -> str | None:
@@ -182,50 +189,20 @@ def _gold(row: Row) -> str | None:
         return str(value)
     if value is None:
         return None
-    return _checked(value, field="answer", place=row.place) or None
+    return checked_text(value, field="answer", place=row.place) or None
 
 
 def _task(row: Row, column: str) -> str:
     if column not in row.fields:
         raise DataError(
-            f"{row.place} has {_seen(row)} but no task column {column!r}. Name the one that holds the task."
+            f"{row.place} has {seen_fields(row)} but no task column {column!r}. Name the one that holds the task."
         )
     value = row.fields[column]
     if not isinstance(value, str):
         raise DataError(
-            f"{row.place}: task column {column!r} is {short(value)} ({_kind(value)}), not text. "
+            f"{row.place}: task column {column!r} is {short(value)} ({kind_name(value)}), not text. "
             "Write the task's name there or name another column."
         )
     if not value.strip():
         raise DataError(f"{row.place}: task column {column!r} is empty. Write the task's name there.")
-    return _checked(value, field=column, place=row.place).strip()
-
-
-def _chat(row: Row, *, require_output: bool) -> tuple[tuple[Message, ...], str]:
-    turns = row.fields["messages"]
-    if not isinstance(turns, (list, tuple)) or not turns:
-        raise DataError(
-            f"{row.place}: field 'messages' is {short(turns)}, not a list of turns. {ACCEPTED_FORMS}"
-        )
-    messages = tuple(_message(turn, place=f"{row.place}, messages[{i}]") for i, turn in enumerate(turns))
-    if messages[-1].role != "assistant":
-        if not require_output:
-            return messages, ""
-        raise DataError(
-            f"{row.place}: the last message is the {messages[-1].role}'s. End with the assistant's, "
-            "which is the answer to learn."
-        )
-    if len(messages) == 1:
-        raise DataError(f"{row.place}: the answer is the only message. Put the user's message before it.")
-    if require_output:
-        _refuse_empty(messages[-1].content, field=f"messages[{len(messages) - 1}].content", place=row.place)
-    return messages[:-1], messages[-1].content
-
-
-def _message(turn: object, *, place: str) -> Message:
-    if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
-        raise DataError(f"{place} is {short(turn)}. Write {{role, content}}.")
-    role = turn["role"]
-    if role not in ROLES:
-        raise DataError(f"{place}: role {short(role)} is unknown. Known: {', '.join(ROLES)}.")
-    return Message(role=role, content=_checked(turn["content"], field="content", place=place))
+    return checked_text(value, field=column, place=row.place).strip()

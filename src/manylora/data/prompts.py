@@ -6,10 +6,12 @@ question's end and the cue for the answer stay.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from manylora.data.examples import Example
+from manylora.data.examples import Example, Message
+from manylora.data.templates import ChatText, chat_text, origin_of
 from manylora.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ MIN_PROMPT_TOKENS = 32
 """A prompt is not cut below this many tokens, unless it is shorter itself: less would ask nothing."""
 
 _HEADER = "### Instruction:\n"
+_CUE = "### Response:\n"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,26 +46,71 @@ class Encoded:
 def prompt_text(example: Example) -> str:
     """The prompt as plain text, the same for every model; a chat row's turns stand one after the other.
 
-    For the Alpaca form this is the short template (instruction, optional input, response). What a model
-    reads for a chat row depends on its chat template: see `render_prompt`.
+    For the Alpaca form this is the short template (instruction, optional input, response); a `system` text stands
+    before it, earlier turns as instruction and response between. What a model reads for a chat row depends on its
+    chat template: see `render_prompt`.
     """
     if example.form == "chat":
-        return "\n".join(f"{turn.role}: {turn.content}" for turn in example.messages)
+        tools = [f"tools: {json.dumps(list(example.tools))}"] if example.tools else []
+        return "\n".join([*tools, *map(_turn_text, example.messages)])
     if example.form == "prompt":
         return example.instruction
+    system = f"{example.system}\n\n" if example.system else ""
+    history = "".join(f"{_HEADER}{asked}\n\n{_CUE}{told}\n\n" for asked, told in example.history)
     middle = f"### Input:\n{example.input}\n\n" if example.input else ""
-    return f"{_HEADER}{example.instruction}\n\n{middle}### Response:\n"
+    return f"{system}{history}{_HEADER}{example.instruction}\n\n{middle}{_CUE}"
+
+
+def _turn_text(turn: Message) -> str:
+    calls = turn.fields.get("tool_calls")
+    return f"{turn.role}: {turn.content}" + (f" {json.dumps(calls)}" if calls else "")
 
 
 def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt as the model reads it, up to where the answer begins.
 
     Raises:
-        DataError: a chat row, and the tokenizer has no chat template or the template refuses the row.
+        DataError: a chat row, and the tokenizer has no chat template, or one that refuses the row or does not read
+            what changes its meaning.
     """
-    if example.form == "chat":
-        return str(_apply_template(example, tokenizer, with_answer=False, tokenize=False))
-    return prompt_text(example)
+    return chat_text(example, tokenizer).prompt if example.form == "chat" else prompt_text(example)
+
+
+def answer_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row's answer as a model without fault writes it: what generated text is compared with.
+
+    That is `output`, but for an answer that calls tools or thinks, which the chat template puts into words, and for
+    special tokens in the text, which are no part of what is read.
+
+    Raises:
+        DataError: see `encode`.
+    """
+    said = example.form == "chat" and example.answer_fields
+    if not said and not any(token in example.output for token in tokenizer.all_special_tokens):
+        return example.output.strip()
+    chat = chat_text(example, tokenizer) if example.form == "chat" else None
+    text = _read(_answer_ids(example, tokenizer, chat), tokenizer)
+    return without_closing(text, closing_text(example, tokenizer, chat))
+
+
+def closing_text(example: Example, tokenizer: PreTrainedTokenizerBase, chat: ChatText | None = None) -> str:
+    """What a chat template writes after an answer for people to read, special tokens apart; mostly nothing.
+
+    A model learns it, since that is how an answer ends, but it is no part of the answer.
+    """
+    if example.form != "chat":
+        return ""
+    chat = chat or chat_text(example, tokenizer)
+    return _read(_tokens(chat.closing, tokenizer, special=False), tokenizer)
+
+
+def without_closing(text: str, closing: str) -> str:
+    """A generated answer without what the template writes after one."""
+    return (text.removesuffix(closing) if closing else text).strip()
+
+
+def _read(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def encode(
@@ -72,6 +120,7 @@ def encode(
     max_length: int,
     context_length: int | None,
     loss_on: LossOn = "answer",
+    vocabulary: int | None = None,
 ) -> Encoded:
     """A training row: prompt, answer and end of sequence, with the labels that the loss counts.
 
@@ -82,24 +131,32 @@ def encode(
             a row whose answer is so long that this does not suffice is longer than `max_length`.
         context_length: tokens that the model can read, which no row exceeds; None where it has no such limit.
         loss_on: "answer" counts the answer and the end of sequence; "all" counts the prompt too.
+        vocabulary: rows of the model's embedding; ids beyond are refused. None: not looked at.
 
     Raises:
         DataError: the answer is empty, or does not fit `context_length` beside `MIN_PROMPT_TOKENS` of the
-            prompt.
+            prompt; a token has no row in the model; or see `render_prompt`.
         ModelError: the tokenizer has no end-of-sequence token.
         ConfigError: `max_length` or `loss_on` cannot be.
     """
     if loss_on not in ("answer", "all"):
         raise ConfigError(f"loss_on {loss_on!r} is unknown. Choose answer or all.")
     _check_length(max_length)
-    if not example.output.strip():
-        raise DataError(f"{_origin(example)} has no answer to train on. Give one or remove the row.")
-    prompt = _prompt_ids(example, tokenizer)
-    answer = _answer_ids(example, tokenizer, prompt)
+    if not example.has_answer:
+        raise DataError(f"{origin_of(example)} has no answer to train on. Give one or remove the row.")
+    if loss_on == "all" and not all(turn.learnt for turn in example.messages):
+        raise DataError(
+            f"{origin_of(example)} marks a turn as not to be learnt, but loss_on all learns every turn. Take loss_on "
+            "answer, or remove the row."
+        )
+    chat = chat_text(example, tokenizer) if example.form == "chat" else None
+    prompt = _prompt_ids(example, tokenizer, chat)
+    answer = _answer_ids(example, tokenizer, chat, prompt)
+    check_token_rows([*prompt, *answer], vocabulary, example, tokenizer)
     least = min(len(prompt), MIN_PROMPT_TOKENS)
     if context_length is not None and len(answer) + least > context_length:
         raise DataError(
-            f"{_origin(example)}: the answer's {len(answer)} tokens and {least} of the prompt exceed the "
+            f"{origin_of(example)}: the answer's {len(answer)} tokens and {least} of the prompt exceed the "
             f"model's context of {context_length}. Shorten the answer, remove the row or take a model that "
             "reads more."
         )
@@ -113,16 +170,22 @@ def encode(
 
 
 def encode_prompt(
-    example: Example, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    vocabulary: int | None = None,
 ) -> tuple[list[int], bool]:
     """The prompt's token ids for generation, at most `max_length`, and whether it lost any.
 
     Raises:
-        DataError: see `render_prompt`.
+        DataError: see `render_prompt`; or a token has no row in the model, whose embedding has `vocabulary`.
         ConfigError: `max_length` is below 1.
     """
     _check_length(max_length)
-    prompt = _prompt_ids(example, tokenizer)
+    chat = chat_text(example, tokenizer) if example.form == "chat" else None
+    prompt = _prompt_ids(example, tokenizer, chat)
+    check_token_rows(prompt, vocabulary, example, tokenizer)
     kept = _cut(prompt, max_length, example, tokenizer)
     return kept, len(kept) < len(prompt)
 
@@ -132,8 +195,22 @@ def _check_length(max_length: int) -> None:
         raise ConfigError(f"max_length {max_length} leaves no token. Take 1 or more.")
 
 
-def _origin(example: Example) -> str:
-    return example.origin or f"A row of task {example.task!r}"
+def check_token_rows(
+    ids: list[int], vocabulary: int | None, example: Example, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse token ids that the tokenizer knows and the model has no row for.
+
+    Raises:
+        DataError: naming the row and the token.
+    """
+    if vocabulary is None or max(ids, default=0) < vocabulary:
+        return
+    beyond = max(ids)
+    raise DataError(
+        f"{origin_of(example)} gives the token {tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}), but the "
+        f"model has rows for {vocabulary} tokens. Take the tokenizer and chat template of the model, or write the row "
+        "without it."
+    )
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:
@@ -141,62 +218,72 @@ def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> 
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if example.form == "chat":  # the template writes the special tokens itself
-        return list(_apply_template(example, tokenizer, with_answer=False, tokenize=True)["input_ids"])
-    ids = _tokens(prompt_text(example), tokenizer, special=True)
-    # Some tokenizers close every text with the end of sequence; the prompt goes on.
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def _prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, chat: ChatText | None) -> list[int]:
+    # a chat template writes the special tokens itself
+    text = prompt_text(example) if chat is None else chat.prompt
+    ids = _tokens(text, tokenizer, special=chat is None)
+    eos = tokenizer.eos_token_id
+    if chat is None and len(ids) > 1 and ids[-1] == eos:
+        # Some tokenizers close every text with the end of sequence; the prompt goes on. One that the text itself ends
+        # with stays.
+        bare = _tokens(text, tokenizer, special=False)
+        ids = ids[: len(ids) - _ends(ids, eos)] + bare[len(bare) - _ends(bare, eos) :]
+    return _begun_once(ids, tokenizer.bos_token_id)
 
 
-def _answer_ids(example: Example, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> list[int]:
+def _answer_ids(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatText | None,
+    prompt: list[int] | None = None,
+) -> list[int]:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError(
             "The tokenizer has no end-of-sequence token, so an answer could not end. Set tokenizer.eos_token."
         )
-    if example.form == "chat":
-        whole = list(_apply_template(example, tokenizer, with_answer=True, tokenize=True)["input_ids"])
-        if len(whole) > len(prompt) and whole[: len(prompt)] == prompt:
-            return _ended(whole[len(prompt) :], eos)
-        # Where a token spans the border of prompt and answer, the texts may still part there.
-        asked = render_prompt(example, tokenizer)
-        told = str(_apply_template(example, tokenizer, with_answer=True, tokenize=False))
-        if len(told) > len(asked) and told.startswith(asked):
-            return _ended(_tokens(told[len(asked) :], tokenizer, special=False), eos)
-    return [*_tokens(example.output, tokenizer, special=False), eos]
+    if chat is None or chat.answer is None:
+        if example.answer_fields.get("tool_calls"):
+            raise DataError(
+                f"{origin_of(example)}: field 'tool_calls' of the answer cannot be learnt, as the chat template writes "
+                "the conversation anew when an answer comes. Write the call into the answer's text."
+            )
+        return [*_without_ends(_tokens(example.output, tokenizer, special=False), tokenizer), eos]
+    prompt = _prompt_ids(example, tokenizer, chat) if prompt is None else prompt
+    whole = _begun_once(_tokens(chat.prompt + chat.answer, tokenizer, special=False), tokenizer.bos_token_id)
+    if len(whole) > len(prompt) and whole[: len(prompt)] == prompt:
+        ids = whole[len(prompt) :]
+    else:  # a token spans the border of prompt and answer; the texts may still part there
+        ids = _tokens(chat.answer, tokenizer, special=False)
+    if eos in ids:  # templates may write on behind it
+        ids = ids[: _behind_end(ids, eos)]
+    return [*_without_ends(ids, tokenizer), eos]
 
 
-def _ended(answer: list[int], eos: int) -> list[int]:
-    """The answer up to its last end of sequence (templates may write on behind it), or with one appended."""
-    if eos not in answer:
-        return [*answer, eos]
-    return answer[: len(answer) - answer[::-1].index(eos)]
+def _ends(ids: list[int], eos: int) -> int:
+    """How many ends of sequence stand at the end."""
+    return next((n for n, token in enumerate(reversed(ids)) if token != eos), len(ids))
 
 
-def _apply_template(
-    example: Example, tokenizer: PreTrainedTokenizerBase, *, with_answer: bool, tokenize: bool
-) -> Any:
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{_origin(example)} is a chat row, but the tokenizer has no chat template. Take a chat model, "
-            "set tokenizer.chat_template, or write the rows as prompt and completion."
-        )
-    turns = [{"role": turn.role, "content": turn.content} for turn in example.messages]
-    if with_answer:
-        turns.append({"role": "assistant", "content": example.output})
-    try:
-        return tokenizer.apply_chat_template(
-            turns,
-            add_generation_prompt=not with_answer,
-            tokenize=tokenize,
-            return_dict=tokenize,  # the default differs between versions of transformers
-        )
-    except Exception as error:  # a template is foreign code and refuses a row with whatever it likes
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(
-            f"{_origin(example)}: the tokenizer's chat template refuses the row ({reason}). Change its roles."
-        ) from error
+def _begun_once(ids: list[int], bos: int | None) -> list[int]:
+    """The ids with one beginning of sequence, where the text brought its own beside the tokenizer's or template's."""
+    while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
+        ids = ids[1:]
+    return ids
+
+
+def _behind_end(ids: list[int], eos: int) -> int:
+    """The place behind the last end of sequence."""
+    return len(ids) - ids[::-1].index(eos)
+
+
+def _without_ends(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids without ends of sequence, and white space around them, at their end: an answer ends once, also where its
+    text brings an end of its own."""
+    eos = tokenizer.eos_token_id
+    while eos in ids and not _read(ids[_behind_end(ids, eos) :], tokenizer):
+        ids = ids[: _behind_end(ids, eos) - 1]
+    return ids
 
 
 def _cut(prompt: list[int], room: int, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,4 +1,4 @@
-"""Files to rows: JSON, JSON lines, CSV and Parquet, with the place of every row kept for error messages.
+"""Files to rows: JSON, JSON lines, CSV, TSV and Parquet, with the place of every row kept for error messages.
 
 Nothing here knows what a row means; `formats` does.
 """
@@ -6,16 +6,27 @@ Nothing here knows what a row means; `formats` does.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import sys
+import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from manylora.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
+_CHUNK = 1 << 20
+_SHARE = 0.25
+"""Of the free memory that one file's text may take: rows of Python objects are some three times as large."""
+_CSV_LIMIT = threading.Lock()
+"""Held while the csv module's limit of a cell is lifted, which it has for the whole process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +46,29 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: the file cannot be read, is not UTF-8, is broken (naming the line) or holds no row.
     """
-    rows = list(_READERS[path.suffix.lower()](path))
+    rows = list(_READERS[_suffix(path)](path))
     if not rows:
         raise DataError(f"{path} holds no rows. Fill it or leave it out.")
     return rows
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the name is one of a file that `read_rows` reads."""
+    return _suffix(path) in _READERS and (not _is_zipped(path) or _suffix(path) != ".parquet")
+
+
+def stem_of(path: Path) -> str:
+    """The name without what tells the file's kind: "boolq.test" of "boolq.test.json.gz"."""
+    return Path(path.stem).stem if _is_zipped(path) else path.stem
+
+
+def _is_zipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that tells the kind: ".json" of "x.json.gz" too."""
+    return (Path(path.stem) if _is_zipped(path) else path).suffix.lower()
 
 
 def short(value: object, *, width: int = 60) -> str:
@@ -48,15 +78,35 @@ def short(value: object, *, width: int = 60) -> str:
 
 
 def _bytes(path: Path) -> bytes:
+    """The whole file, unzipped; read in pieces, so that neither a bomb nor a mistake fills the memory."""
+    raw, most = bytearray(), _room()
     try:
-        raw = path.read_bytes()
+        with (gzip.open if _is_zipped(path) else open)(path, "rb") as source:
+            while part := source.read(_CHUNK):
+                raw += part
+                _refuse_large(path, len(raw), most)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}). Write it again.") from error
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror or error}). Check its permissions."
         ) from error
     if not raw.strip():
         raise DataError(f"{path} is empty. Fill it or leave it out.")
-    return raw
+    return bytes(raw)
+
+
+def _room() -> int:
+    """Bytes that one file may hold."""
+    return int(_SHARE * psutil.virtual_memory().available)
+
+
+def _refuse_large(path: Path, size: int, most: int) -> None:
+    if size > most:
+        raise DataError(
+            f"{path} holds more than {most / 2**30:.1f} GiB (unzipped), a quarter of the free memory. Split it, or "
+            "take a machine with more."
+        )
 
 
 def _text(path: Path) -> str:
@@ -133,11 +183,13 @@ def _is_one_value_over_lines(text: str) -> bool:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    """A table with commas or, in a .tsv file, tabs; quoted alike."""
+    delimiter = "\t" if _suffix(path) == ".tsv" else ","
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
     header: list[str] | None = None
     start = 1
     try:
-        for cells in reader:
+        for cells in _without_limit(reader):
             place, start = f"{path}:{start}", reader.line_num + 1
             if not cells:
                 continue
@@ -147,11 +199,27 @@ def _read_csv(path: Path) -> Iterator[Row]:
             if len(cells) != len(header):
                 raise DataError(
                     f"{place} has {len(cells)} cells where the header has {len(header)}. "
-                    "Put text with commas, quotes or line breaks in double quotes."
+                    f"Put text with {'tabs' if delimiter != ',' else 'commas'}, quotes or line breaks in double quotes."
                 )
             yield Row(place=place, fields=dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise DataError(f"{path}:{start} is not valid CSV ({error}). Mend that line.") from error
+
+
+def _without_limit(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The reader's rows, of whatever length: the csv module takes a cell above 131,072 characters for a fault."""
+    while True:
+        with _CSV_LIMIT:
+            before = csv.field_size_limit(
+                min(sys.maxsize, 2**31 - 1)
+            )  # a C long, which Windows has of 32 bits
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            finally:
+                csv.field_size_limit(before)
+        yield cells
 
 
 def _header(cells: list[str], place: str) -> list[str]:
@@ -164,13 +232,21 @@ def _header(cells: list[str], place: str) -> list[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    _bytes(path)
     # Not at the top: pyarrow takes a third of a second, and most runs do not need it.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        values = pq.ParquetFile(path).read().to_pylist()
+        if not path.stat().st_size:
+            raise DataError(f"{path} is empty. Fill it or leave it out.")
+        file = pq.ParquetFile(path)
+        groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
+        _refuse_large(path, sum(group.total_byte_size for group in groups), _room())
+        values = file.read().to_pylist()
+    except DataError:
+        raise
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path} is not a readable Parquet file ({reason}). Write it again.") from error
@@ -183,7 +259,12 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_lines,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".ndjson": _read_lines,
+    ".tsv": _read_csv,
 }
 
 SUPPORTED_SUFFIXES = tuple(_READERS)
-"""The file kinds that `read_rows` reads."""
+"""The file kinds that `read_rows` reads; all but Parquet zipped too, as ".jsonl.gz"."""
+
+SUPPORTED = f"Supported: {', '.join(SUPPORTED_SUFFIXES)}, and all but .parquet as .gz too"
+"""The sentence that says so, without its full stop."""

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 from manylora.data.examples import Example
+from manylora.data.folders import list_folder
 from manylora.data.formats import parse_rows, split_name, task_and_split
-from manylora.data.readers import SUPPORTED_SUFFIXES, Row, read_rows
+from manylora.data.notes import DataNotes
+from manylora.data.readers import SUPPORTED, Row, is_readable, read_rows
+from manylora.data.sampling import sample_tasks
 from manylora.errors import ConfigError, DataError
 
 EMBEDDED = "embedded"
@@ -41,6 +44,8 @@ class _Source:
 
     name: str
     tables: Mapping[str | None, list[_Table]]
+    left_out: tuple[str, ...] = ()
+    """Files and folders of it that are not read."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -83,19 +88,22 @@ def load_examples(
     split: str | None = None,
     limit: int | None = None,
     require_output: bool = True,
+    notes: DataNotes | None = None,
 ) -> dict[str, list[Example]]:
     """Read a source into its tasks' examples.
 
     Args:
-        source: a `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder of such files (its own files, sorted
-            by name); "embedded"; or a Hub id "owner/name" or "owner/name:config" where no such path exists.
+        source: a file of JSON, JSON lines, CSV, TSV or Parquet (`SUPPORTED_SUFFIXES`); a folder of such files (see
+            `manylora.data.folders.list_folder`); "embedded"; or a Hub id "owner/name" or "owner/name:config" where no
+            such path exists.
         task_column: field that names each row's task. Default: the `task` field; without one, the file name
             less its split ("boolq.test.json" is boolq), or the Hub data set's name.
         tasks: keep these, in this order. Default: all, in the order they first appear.
         split: "train", "validation" or "test" where the source is divided: by subfolders or file names of
             that name, by the Hub, or by the suite. A source that is not divided is read whole.
-        limit: keep the first `limit` rows of each task. Default: all.
+        limit: keep at most so many rows of each task, a sample (`sample_rows`). Default: all.
         require_output: False also takes rows without an answer, for prediction.
+        notes: takes what is left out: files, and columns that nothing reads.
 
     Returns:
         Task name to its examples, each list non-empty.
@@ -109,6 +117,8 @@ def load_examples(
         data = _load_embedded(split, tasks)
     else:
         opened = open_source(source)
+        notes = notes or DataNotes()
+        notes.left_out |= dict.fromkeys(opened.left_out)
         data = {}
         for table in opened.pick(split):
             for example in parse_rows(
@@ -116,11 +126,12 @@ def load_examples(
                 default_task=table.default_task,
                 task_column=task_column,
                 require_output=require_output,
+                unused=notes.unused,
             ):
                 data.setdefault(example.task, []).append(example)
     if tasks is not None:
         data = pick_tasks(data, tasks, source=str(source))
-    return {task: rows[:limit] for task, rows in data.items()}
+    return sample_tasks(data, limit)
 
 
 def available_splits(source: str | Path) -> tuple[str, ...]:
@@ -159,7 +170,7 @@ def open_source(source: str | Path) -> _Source:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}). Check the path.") from error
     match = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
-    if match and path.suffix.lower() not in SUPPORTED_SUFFIXES and not path.parent.is_dir():
+    if match and not is_readable(path) and not path.parent.is_dir():
         return _open_hub(match["id"], name=match["name"], config=match["config"])
     raise DataError(f"{source} does not exist.{_near(path)} Give a file, a folder or a Hub id (owner/name).")
 
@@ -195,38 +206,24 @@ def _near(path: Path) -> str:
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _file_table(path: Path) -> _Table:
-    if path.suffix.lower() not in SUPPORTED_SUFFIXES:
-        raise DataError(
-            f"{path} is a {path.suffix or 'suffixless'} file. Supported: {', '.join(SUPPORTED_SUFFIXES)}."
-        )
-    task, _ = task_and_split(path)
-    return _Table(default_task=task, read=functools.partial(read_rows, path))
-
-
-def _data_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUPPORTED_SUFFIXES and path.is_file() and not path.name.startswith(".")
+def _file_table(path: Path, task: str | None = None) -> _Table:
+    if not is_readable(path):
+        raise DataError(f"{path} is a {path.suffix or 'suffixless'} file. {SUPPORTED}.")
+    return _Table(
+        default_task=task_and_split(path)[0] if task is None else task,
+        read=functools.partial(read_rows, path),
     )
 
 
 def _open_folder(folder: Path) -> _Source:
+    found = list_folder(folder)
     tables: dict[str | None, list[_Table]] = {}
-    for path in _data_files(folder):
-        tables.setdefault(task_and_split(path)[1], []).append(_file_table(path))
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    for subfolder in subfolders:
-        split = split_name(subfolder.name)
-        if split is not None and (files := _data_files(subfolder)):
-            tables.setdefault(split, []).extend(_file_table(path) for path in files)
+    for file in found.files:
+        tables.setdefault(file.split, []).append(_file_table(file.path, file.task))
     if not tables:
-        names = ", ".join(path.name for path in subfolders)
-        hint = f" Or name one of its subfolders: {names}." if subfolders else ""
-        raise DataError(f"{folder} holds no data files. Supported: {', '.join(SUPPORTED_SUFFIXES)}.{hint}")
+        raise DataError(f"{folder} holds no data files. {SUPPORTED}.")
     order = {split: tables[split] for split in (None, *SPLITS) if split in tables}
-    return _Source(name=str(folder), tables=order)
+    return _Source(name=str(folder), tables=order, left_out=tuple(found.left_out))
 
 
 def _open_hub(dataset_id: str, *, name: str, config: str | None) -> _Source:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from manylora.data.examples import Example, TaskData
+from manylora.data.notes import DataNotes, listed
 from manylora.data.prompts import prompt_text
+from manylora.data.sampling import single_answers
 from manylora.data.sources import available_splits, load_examples
 from manylora.errors import ConfigError, DataError
 
@@ -24,6 +26,15 @@ class Splits:
     """Test rows whose prompt also stands in `train` or `validation`."""
     dropped: int = 0
     """Training and validation rows left out: their answer text is empty, they have a gold label alone."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What a reader of the plan should know of the rows: files and columns that are not used, tasks without test rows,
+    splits with one answer."""
+
+    def rows(self) -> Iterator[Example]:
+        """All rows, one part after the other."""
+        for part in (self.train, self.validation, self.test):
+            for examples in part.values():
+                yield from examples
 
 
 def load_splits(
@@ -36,7 +47,6 @@ def load_splits(
     seed: int = 0,
     validation_fraction: float = 0.1,
     limit: int | None = None,
-    spread: bool = False,
 ) -> Splits:
     """Load all rows of a run.
 
@@ -51,18 +61,18 @@ def load_splits(
         task_column: see `load_examples`.
         seed: of the validation cut. It does not change the embedded suite.
         validation_fraction: share of each task's training rows that a cut takes; 0 cuts none.
-        limit: the most rows per task and source, taken before the cut. Default: all.
-        spread: take them at even distances over the task's rows, not the first ones; the choice is the same each time.
+        limit: the most rows per task and source, a sample (`sample_rows`) that is taken before the cut. Default: all.
 
     Raises:
         DataError: see `load_examples`; also where a task has no training row with an answer.
         ConfigError: a setting cannot be.
     """
+    notes = DataNotes()
 
     def load(source: str | Path, split: str, only: Sequence[str] | None = None) -> dict[str, list[Example]]:
-        first = None if spread else limit
-        found = load_examples(source, task_column=task_column, tasks=only, split=split, limit=first)
-        return {task: evenly(rows, limit) for task, rows in found.items()} if spread and limit else found
+        return load_examples(
+            source, task_column=task_column, tasks=only, split=split, limit=limit, notes=notes
+        )
 
     def load_side(source: str | Path, split: str) -> dict[str, list[Example]]:
         found = load(source, split)
@@ -93,14 +103,17 @@ def load_splits(
         test=tested,
         leaks=_count_leaks(tested, train, held_out),
         dropped=dropped,
+        notes=(*notes.lines(), *_gaps(train, held_out, tested)),
     )
 
 
-def evenly(rows: list[Example], limit: int) -> list[Example]:
-    """At most `limit` of the rows, at even distances and in order; of rows sorted by label some of each."""
-    if limit >= len(rows):
-        return rows
-    return [rows[place * len(rows) // limit] for place in range(limit)]
+def _gaps(train: TaskData, held_out: TaskData, tested: TaskData) -> list[str]:
+    """Sentences on tasks that are not tested while others are, and on splits with one answer."""
+    missing = [task for task in train if task not in tested] if tested else []
+    found = [f"no test rows for the tasks {listed(missing)}"] if missing else []
+    for what, rows in (("training", train), ("validation", held_out), ("test", tested)):
+        found += single_answers(rows, what=what)
+    return found
 
 
 def cut_validation(
@@ -157,7 +170,7 @@ def _choose(rows: Sequence[Example], wanted: int, generator: random.Random) -> s
 
 def _trainable(data: TaskData) -> tuple[dict[str, list[Example]], int]:
     """The rows that have an answer to learn, and how many have none."""
-    kept = {task: [row for row in rows if row.output.strip()] for task, rows in data.items()}
+    kept = {task: [row for row in rows if row.has_answer] for task, rows in data.items()}
     for task, rows in kept.items():
         if not rows:
             raise DataError(

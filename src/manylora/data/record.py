@@ -1,0 +1,250 @@
+"""Which form a run's prompts had, kept beside its adapter, so that whoever uses it asks as it was trained.
+
+ADAPTER/manylora_prompts.json    per task: form, system text, whether answers think; chat template, date, cut-off
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from manylora.data.examples import Example, Form, Message, TaskData
+from manylora.data.sampling import sample_rows
+from manylora.data.templates import chat_text, check_date, fix_date, plain_template
+from manylora.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPTS_FILE = "manylora_prompts.json"
+"""Name of the file in an adapter's folder."""
+
+_VERSION = 1
+_ASKED = 200
+"""Rows by which it is seen whether most answers think."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPrompts:
+    """How a task's rows asked."""
+
+    form: Form
+    """Of most of its rows."""
+    system: str = ""
+    """The system text that all its rows had in common."""
+    thinks: bool = False
+    """Chat: whether most answers began with a thought of their own (see `Example.thinks`)."""
+
+    @classmethod
+    def of(cls, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> TaskPrompts:
+        """What the rows of one task have in common."""
+        (form, _), *_ = Counter(row.form for row in rows).most_common(1)
+        own = [row for row in rows if row.form == form]
+        systems = {_system_of(row) for row in own}
+        asked = sample_rows(own, _ASKED, task="") if form == "chat" else []
+        thinking = sum(chat_text(row, tokenizer).thinks for row in asked)
+        return cls(
+            form=form, system=systems.pop() if len(systems) == 1 else "", thinks=2 * thinking > len(asked) > 0
+        )
+
+
+def _system_of(row: Example) -> str:
+    if row.form != "chat":
+        return row.system
+    return row.messages[0].content if row.messages and row.messages[0].role == "system" else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRecord:
+    """How the prompts of an adapter's training were made."""
+
+    tasks: Mapping[str, TaskPrompts]
+    """Empty where only `template` is known."""
+    template: str | Mapping[str, str] | None = None
+    """The chat template, or templates by name, as the tokenizer's authors wrote it; None where no row was a chat."""
+    date: str | None = None
+    """The day that the template was told, YYYY-MM-DD; None where it does not ask."""
+    max_length: int | None = None
+    """Tokens that a row might have."""
+
+    @classmethod
+    def of(
+        cls, data: TaskData, tokenizer: PreTrainedTokenizerBase, *, date: str | None, max_length: int
+    ) -> PromptRecord:
+        """The record of training rows as this tokenizer writes them."""
+        tasks = {task: TaskPrompts.of(rows, tokenizer) for task, rows in data.items()}
+        chat = any(row.form == "chat" for rows in data.values() for row in rows)
+        return cls(
+            tasks=tasks,
+            template=plain_template(tokenizer) if chat else None,
+            date=date if chat else None,
+            max_length=max_length,
+        )
+
+    def only(self, tasks: list[str]) -> PromptRecord:
+        """The same of these tasks alone; all, where none of them is known."""
+        kept = {task: self.tasks[task] for task in tasks if task in self.tasks}
+        return PromptRecord(
+            tasks=kept or self.tasks, template=self.template, date=self.date, max_length=self.max_length
+        )
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give a tokenizer the chat template and the date of the training."""
+        if self.template is not None:
+            template = self.template
+            tokenizer.chat_template = template if isinstance(template, str) else dict(template)
+        if self.date is not None:
+            fix_date(tokenizer, self.date)
+
+    def prompts_of(self, task: str | None) -> TaskPrompts | None:
+        """How to ask for `task`, or for any; None where nothing is known.
+
+        Raises:
+            ConfigError: the tasks were asked in different forms, and none of them is named.
+        """
+        if task is not None and task in self.tasks:
+            return self.tasks[task]
+        found = list(self.tasks.values())
+        if len({prompts.form for prompts in found}) > 1:
+            shown = ", ".join(f"{name} {prompts.form}" for name, prompts in self.tasks.items())
+            raise ConfigError(
+                f"The adapter's tasks were asked in different forms ({shown}); name one with --task, or give --form."
+            )
+        if not found:
+            return None
+        same = {prompts.system for prompts in found}
+        return TaskPrompts(
+            form=found[0].form,
+            system=same.pop() if len(same) == 1 else "",
+            thinks=self.thinks(""),
+        )
+
+    def thinks(self, task: str) -> bool:
+        """Whether most answers to chats of `task`, or of any where it is unknown, began with a thought."""
+        known = self.tasks.get(task)
+        found = [known] if known else [prompts for prompts in self.tasks.values() if prompts.form == "chat"]
+        return 2 * sum(prompts.thinks for prompts in found) > len(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return {
+            "version": _VERSION,
+            "tasks": {
+                name: {"form": task.form, "system": task.system, "thinks": task.thinks}
+                for name, task in self.tasks.items()
+            },
+            "template": dict(self.template) if isinstance(self.template, Mapping) else self.template,
+            "date": self.date,
+            "max_length": self.max_length,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Any) -> PromptRecord:
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: it is something else.
+        """
+        if saved["version"] != _VERSION:
+            raise ValueError(f"it is of version {saved['version']!r}")
+        tasks = {}
+        for name, task in saved["tasks"].items():
+            if task["form"] not in get_args(Form):
+                raise ValueError(f"form is {task['form']!r}")
+            tasks[name] = TaskPrompts(
+                form=task["form"], system=_typed(task["system"], str), thinks=_typed(task["thinks"], bool)
+            )
+        template, date, length = saved["template"], saved["date"], saved["max_length"]
+        if isinstance(template, dict):
+            template = {name: _typed(text, str) for name, text in template.items()}
+        elif template is not None:
+            _typed(template, str)
+        check_date(date)
+        if length is not None and _typed(length, int) < 1:
+            raise ValueError(f"max_length is {length}")
+        return cls(tasks=tasks, template=template, date=date, max_length=length)
+
+    def write(self, folder: Path) -> None:
+        """Put the record into an adapter's folder."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (folder / PROMPTS_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> PromptRecord | None:
+        """The record of an adapter's folder; None where it has none, as those of earlier versions.
+
+        Raises:
+            ModelError: it is damaged.
+        """
+        path = folder / PROMPTS_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ModelError(f"{path} is damaged ({reason}); remove it to go on without.") from error
+
+
+def find_prompts(folder: Path) -> PromptRecord | None:
+    """How to ask an adapter, from what stands in its folder: its record, or else, beside a LoRA of another program, a
+    tokenizer with a chat template, which says that it was trained on chats. None where nothing is known.
+
+    Raises:
+        ModelError: the record is damaged.
+    """
+    record = PromptRecord.read(folder)
+    if record is not None or _json_at(folder / "adapter_config.json").get("peft_type") != "LORA":
+        return record
+    template = _template_beside(folder)
+    return PromptRecord(tasks={"": TaskPrompts(form="chat")}, template=template) if template else None
+
+
+def _template_beside(folder: Path) -> str | None:
+    """The chat template of a tokenizer that was saved into the folder."""
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        template = _json_at(folder / "tokenizer_config.json").get("chat_template")
+        return template if isinstance(template, str) else None
+
+
+def _json_at(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def question(
+    text: str, prompts: TaskPrompts, *, input_text: str = "", task: str = "", origin: str = "the prompt"
+) -> Example:
+    """A text as the prompt that rows of these had.
+
+    Alpaca: the instruction. Chat: one turn of the user's, the input below it. Prompt: as it stands.
+
+    Raises:
+        ConfigError: an input beside a prompt that is taken as it stands.
+    """
+    if prompts.form == "alpaca":
+        return Example(
+            task=task, instruction=text, input=input_text, system=prompts.system, form="alpaca", origin=origin
+        )
+    if prompts.form == "prompt":
+        if input_text:
+            raise ConfigError("--input belongs to Alpaca and chat prompts; write it into the prompt.")
+        return Example(task=task, instruction=text, form="prompt", origin=origin)
+    system = [Message(role="system", content=prompts.system)] if prompts.system else []
+    asked = Message(role="user", content=f"{text}\n\n{input_text}" if input_text else text)
+    return Example(task=task, messages=(*system, asked), thinks=prompts.thinks, form="chat", origin=origin)

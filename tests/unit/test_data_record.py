@@ -1,0 +1,158 @@
+"""The record of how prompts were made: what it holds, how it asks, and what a damaged one says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chats import CHATML, DATED, THOUGHT, byte_tokenizer
+from manylora.data import (
+    PROMPTS_FILE,
+    Example,
+    Message,
+    PromptRecord,
+    TaskPrompts,
+    find_prompts,
+    fix_date,
+    question,
+    render_prompt,
+)
+from manylora.errors import ConfigError, ModelError
+
+
+def chat(output: str = "so", system: str = "", **fields: Any) -> Example:
+    turns = [Message(role="system", content=system)] if system else []
+    messages = (*turns, Message(role="user", content="why?"))
+    return Example(task="t", form="chat", messages=messages, output=output, answer_fields=fields)
+
+
+ALPACA = Example(task="t", instruction="why?", output="so")
+PLAIN = Example(task="t", form="prompt", instruction="why?", output="so")
+
+
+def record(template: str | None = CHATML, date: str | None = None, **tasks: list[Example]) -> PromptRecord:
+    return PromptRecord.of(tasks, byte_tokenizer(template), date=date, max_length=99)
+
+
+def test_each_task_has_the_form_of_most_of_its_rows() -> None:
+    found = record(a=[ALPACA, ALPACA, PLAIN], b=[PLAIN], c=[chat()])
+    assert {name: task.form for name, task in found.tasks.items()} == {
+        "a": "alpaca",
+        "b": "prompt",
+        "c": "chat",
+    }
+    assert (found.template, found.max_length) == (CHATML, 99)
+    assert record(a=[ALPACA]).template is None  # which no row went through
+    assert found.only(["b"]).tasks.keys() == {"b"}
+    assert found.only([""]).tasks.keys() == {"a", "b", "c"}
+
+
+def test_a_system_text_counts_where_all_rows_have_it() -> None:
+    assert record(c=[chat(system="Be brief."), chat(system="Be brief.")]).tasks["c"].system == "Be brief."
+    assert record(c=[chat(system="Be brief."), chat()]).tasks["c"].system == ""
+
+
+def test_answers_that_bring_their_own_thought_are_known() -> None:
+    thoughts = [chat(reasoning_content="hm"), chat(reasoning_content="hm"), chat()]
+    found = record(THOUGHT, c=thoughts)
+    assert found.tasks["c"].thinks
+    assert found.thinks("c")
+    assert found.thinks("of no name")
+    assert not record(THOUGHT, c=[chat(), chat()]).thinks("c")
+
+
+def test_questions_have_the_form_of_the_training() -> None:
+    tokenizer = byte_tokenizer(THOUGHT)
+    opened = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    cases = [
+        (TaskPrompts(form="alpaca"), "### Instruction:\nwhy?\n\n### Response:\n"),
+        (TaskPrompts(form="prompt"), "why?"),
+        (TaskPrompts(form="chat"), f"<|im_start|>user\nwhy?<|im_end|>\n{opened}"),
+        (TaskPrompts(form="chat", thinks=True), "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            TaskPrompts(form="chat", system="Be brief."),
+            f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n{opened}",
+        ),
+    ]
+    for prompts, wanted in cases:
+        assert render_prompt(question("why?", prompts), tokenizer) == wanted
+    with_input = render_prompt(question("Add.", TaskPrompts(form="chat"), input_text="2 3"), tokenizer)
+    assert "user\nAdd.\n\n2 3<|im_end|>" in with_input
+    with pytest.raises(ConfigError, match="--input belongs to Alpaca and chat prompts"):
+        question("why?", TaskPrompts(form="prompt"), input_text="2 3")
+
+
+def test_tasks_of_several_forms_want_a_name() -> None:
+    found = record(a=[ALPACA], c=[chat()])
+    assert found.prompts_of("c") == TaskPrompts(form="chat")
+    with pytest.raises(
+        ConfigError, match=r"different forms \(a alpaca, c chat\); name one with --task, or give --form"
+    ):
+        found.prompts_of(None)
+    assert record(a=[ALPACA], b=[ALPACA]).prompts_of(None) == TaskPrompts(form="alpaca")
+    assert PromptRecord(tasks={}).prompts_of(None) is None
+
+
+def test_what_is_written_is_read_back_and_gives_the_same_prompts(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(DATED)
+    fix_date(tokenizer, "2024-02-29")
+    written = PromptRecord.of({"c": [chat()]}, tokenizer, date="2024-02-29", max_length=99)
+    assert written.template == DATED
+    written.write(tmp_path)
+    read = PromptRecord.read(tmp_path)
+    assert read == written
+    other = byte_tokenizer(CHATML)  # such as that of a base that has another template by now
+    read.prepare(other)
+    assert render_prompt(chat(), other) == render_prompt(chat(), tokenizer)
+
+
+def test_a_folder_without_a_record_says_nothing_or_has_a_tokenizer_beside_a_foreign_lora(
+    tmp_path: Path,
+) -> None:
+    assert find_prompts(tmp_path) is None
+    byte_tokenizer(CHATML).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "MANYLORA"}), encoding="utf-8")
+    assert (
+        find_prompts(tmp_path) is None
+    )  # an earlier version wrote the base's tokenizer, whatever the rows were
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}), encoding="utf-8")
+    found = find_prompts(tmp_path)
+    assert found is not None
+    assert (found.prompts_of(None), found.template) == (TaskPrompts(form="chat"), CHATML)
+
+
+GOOD = {"version": 1, "tasks": {}, "template": None, "date": None, "max_length": 9}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "[" * 9999, "\u00ff"]
+    + [
+        json.dumps({**GOOD, **change})
+        for change in (
+            {"version": 2},
+            {"tasks": []},
+            {"tasks": {"a": 3}},
+            {"tasks": {"a": {"form": "poem", "system": "", "thinks": False}}},
+            {"tasks": {"a": {"form": "chat", "system": 3, "thinks": False}}},
+            {"tasks": {"a": {"form": "chat", "system": "", "thinks": "no"}}},
+            {"template": 5},
+            {"template": {"default": 5}},
+            {"date": "soon"},
+            {"max_length": 0},
+            {"max_length": True},
+        )
+    ],
+)
+def test_a_damaged_record_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / PROMPTS_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match=rf"{PROMPTS_FILE} is damaged \(.*\); remove it to go on without\.$"):
+        PromptRecord.read(tmp_path)
+
+
+def test_the_good_record_is_read(tmp_path: Path) -> None:
+    (tmp_path / PROMPTS_FILE).write_text(json.dumps(GOOD), encoding="utf-8")
+    assert PromptRecord.read(tmp_path) == PromptRecord(tasks={}, max_length=9)
