@@ -65,7 +65,7 @@ def cell(out: Path, path: Computation, words: list[str]) -> Cell:
     return Cell(
         losses={row["step"]: row["loss"] for row in metrics if "loss" in row},
         answers=[row["prediction"] for row in rows],
-        scores=[row["rouge1"] for row in rows],
+        scores=[row["rouge1_all"] for row in rows],
         tasks=[row["task"] for row in rows],
     )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score.tokenize import tokenize
 
 from manylora.evaluation import chosen_option, exact_match, normalise, option_accuracy, rouge1
+from manylora.evaluation.metrics import words_of
 
 WORDS = st.lists(st.sampled_from(["the", "a", "cat", "dog", "sat", "on", "mat"]), max_size=8).map(" ".join)
 
@@ -28,12 +30,60 @@ WORDS = st.lists(st.sampled_from(["the", "a", "cat", "dog", "sat", "on", "mat"])
         ("", "the cat", 0.0),
         ("the cat", "", 0.0),
         ("", "", 0.0),
-        ("?!", "?!", 0.0),  # no word of a-z, 0-9
-        ("да", "да", 0.0),
+        ("?!", "?!", 0.0),  # no word
     ],
 )
 def test_rouge1_by_hand(prediction: str, reference: str, expected: float) -> None:
     assert rouge1(prediction, reference) == pytest.approx(expected)
+    assert rouge1(prediction, reference, words="published") == pytest.approx(expected)
+
+
+RIGHT = ["לחם", "面包", "хліб", "😀", "pan", "हिन्दी", "ภาษาไทย", "한국어", "カタカナ", "مرحبا", "Öl"]
+
+
+@pytest.mark.parametrize("text", RIGHT)
+def test_a_right_answer_scores_100_in_every_script(text: str) -> None:
+    assert rouge1(text, text) == 100.0
+    others = [other for other in RIGHT if other != text]
+    assert [rouge1(other, text) for other in others] == [0.0] * len(others)
+
+
+def test_the_published_words_are_those_of_a_to_z() -> None:
+    assert rouge1("да", "да", words="published") == 0.0
+    assert rouge1("l", "Öl", words="published") == 100.0
+    assert rouge1("l", "Öl") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Grüße, don't!", ["grüsse", "don", "t"]),
+        ("东京2020年に", ["东", "京", "2020", "年", "に"]),  # no blanks: a word each
+        ("हिन्दी में", ["हिन्दी", "में"]),  # marks belong to their letters
+        ("E\u0301 \u00e9", ["é", "é"]),  # one form of a letter
+        ("ＡＢ １", ["ab", "1"]),
+        ("👍🏽 👩\u200d👧 ☀️", ["👍🏽", "👩\u200d👧", "☀️"]),
+        ("5 € → 6 + $ =", ["5", "€", "→", "6"]),  # ASCII signs are none, as published
+        ("a_b ་ «x»", ["a", "b", "x"]),
+    ],
+)
+def test_words_of_every_script(text: str, words: list[str]) -> None:
+    assert words_of(text) == words
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(max_codepoint=127), max_size=40))
+def test_on_ascii_text_the_words_are_the_published_ones(text: str) -> None:
+    assert words_of(text) == tokenize(text, None)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text(st.characters(max_codepoint=127), max_size=20),
+    st.text(st.characters(max_codepoint=127), max_size=20),
+)
+def test_on_ascii_text_both_scores_are_equal(one: str, other: str) -> None:
+    assert rouge1(one, other) == rouge1(one, other, words="published")
 
 
 @settings(max_examples=50, deadline=None)

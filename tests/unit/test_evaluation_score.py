@@ -11,7 +11,7 @@ from rich.console import Console
 
 from manylora.data import Example, Message
 from manylora.errors import DataError
-from manylora.evaluation import Estimate, Scores, score_all, score_task, scores_table
+from manylora.evaluation import Estimate, Scores, score_all, score_task, scores_table, wordless
 
 CHOICE = "Is it?\n\nOPTIONS:\n- yes\n- no"
 
@@ -32,11 +32,11 @@ def rows(*outputs: str, instruction: str = "Say it.", answers: list[str] | None 
 def test_a_task_without_labels_is_scored_by_rouge1() -> None:
     score = score_task("t", rows("the cat sat on", "a dog"), [" the cat \n", "a dog"])
     half = 100 * 2 / 3
-    assert (score.metric, score.n) == ("rouge1", 2)
+    assert (score.metric, score.n) == ("rouge1_all", 2)
     assert score.score == pytest.approx((half + 100) / 2)
     assert score.standard_error == pytest.approx((100 - half) / 2)  # sd / sqrt(2) of two values
     assert score.metrics["exact_match"] == Estimate(50.0, pytest.approx(50.0), 2)
-    assert set(score.metrics) == {"rouge1", "exact_match"}
+    assert set(score.metrics) == {"rouge1_all", "exact_match"}
     assert score.examples[0].prediction == "the cat"
 
 
@@ -63,7 +63,7 @@ def test_labels_are_scored_by_rule() -> None:
     assert (score.metric, score.score) == ("accuracy", 50.0)
     assert [row.metrics["accuracy"] for row in score.examples] == [100.0, 0.0, 100.0, 0.0]
     assert score.standard_error == pytest.approx(100 * math.sqrt(0.25 / 3))
-    assert "rouge1" in score.metrics
+    assert "rouge1_all" in score.metrics
 
 
 def test_ending_labels_are_scored_though_their_file_is_missing() -> None:
@@ -83,7 +83,7 @@ def test_the_strict_reading_stands_beside_the_published_one() -> None:
 
 
 def test_labels_of_no_known_form_are_scored_by_their_output() -> None:
-    assert score_task("t", rows("yes it is", answers=["yes"]), ["yes it is"]).metric == "rouge1"
+    assert score_task("t", rows("yes it is", answers=["yes"]), ["yes it is"]).metric == "rouge1_all"
 
 
 def test_a_row_with_a_label_alone_is_compared_with_it() -> None:
@@ -169,7 +169,7 @@ def test_prediction_rows_hold_what_was_asked_said_and_expected() -> None:
         "prediction": "5",
         "reference": "5",
         "answer": "5",
-        "rouge1": 100.0,
+        "rouge1_all": 100.0,
         "exact_match": 100.0,
         "accuracy": 100.0,
     }
@@ -200,3 +200,32 @@ def test_the_table_of_eight_long_names_fits_eighty_characters() -> None:
     assert all(f" {name} " in text for name in data)
     assert "majority" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_two_readings_of_rouge1_have_names_of_their_own() -> None:
+    examples, answers = rows("лес", "a dog"), ["лес", "a dog"]
+    every, published = (score_task("t", examples, answers, rouge=rouge) for rouge in ("all", "published"))
+    assert (every.metric, every.score) == ("rouge1_all", 100.0)
+    assert (published.metric, published.score) == ("rouge1", 50.0)
+    assert "rouge1" not in every.metrics
+    assert "rouge1_all" not in published.metrics
+    assert cells(Scores(tasks=(published,)))[-1][1] == "ROUGE-1 a–z"
+
+
+def test_references_without_a_word_are_pointed_out() -> None:
+    data = {"sign": rows("+", "-", "plus"), "word": rows("да"), "label": rows("+", answers=["A"])}
+    assert wordless(data) == [
+        "2 of 3 test answers of task sign have no word that ROUGE-1 counts; look at exact match"
+    ]
+    assert len(wordless(data, rouge="published")) == 2
+
+
+def test_an_answer_in_turn_fields_needs_the_tokenizer_that_words_it() -> None:
+    call = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    example = Example(
+        task="t", form="chat", messages=(Message(role="user", content="?"),), answer_fields=call
+    )
+    with pytest.raises(
+        DataError, match=r"Row 0 of task 't' has an answer with tool_calls.*Give the tokenizer"
+    ):
+        score_task("t", [example], ["f"])

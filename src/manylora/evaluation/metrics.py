@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+import regex
+
+from manylora.training.config import Words
+
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
+
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+"""Scripts that put no blank between words."""
+
+_WORD = regex.compile(
+    rf"(?:[[\p{{L}}\p{{N}}]&&[{_UNSPACED}]]\p{{M}}*)"  # one character with its marks
+    rf"|(?:[[\p{{L}}\p{{N}}]--[{_UNSPACED}]][\p{{M}}\p{{Join_Control}}]*)+"  # a run of letters and digits
+    r"|(?:[[\p{Sc}\p{Sm}\p{So}]--\p{ASCII}](?:[\p{M}\p{Sk}]|\u200d\p{So})*)",  # a symbol, with what is joined to it
+    flags=regex.VERSION1,
+)
 
 
 def normalise(text: str) -> str:
@@ -15,13 +30,36 @@ def normalise(text: str) -> str:
     return " ".join(text.split())
 
 
-def rouge1(prediction: str, reference: str) -> float:
+def rouge1(prediction: str, reference: str, *, words: Words = "all") -> float:
     """ROUGE-1 F1 × 100 of Google's rouge_score, without stemming (Lin 2004).
 
-    Words are runs of a–z and 0–9 after lower-casing, so punctuation and case do not count, and a text that
-    has no such word (empty, punctuation alone, a script other than Latin) scores 0 against everything.
+    Case and punctuation do not count. A text without a word (empty, punctuation alone) scores 0 against everything.
+
+    Args:
+        prediction: what the model wrote.
+        reference: what it should have written.
+        words: "all": words of every script, see `words_of`. "published": as rouge_score reads them, runs of a–z and 0–9
+            after lower-casing, to which other scripts are nothing ("Öl" is "l"). On ASCII text both are equal.
     """
-    return 100.0 * float(_scorer().score(reference, prediction)["rouge1"].fmeasure)
+    return 100.0 * float(_scorer(words).score(reference, prediction)["rouge1"].fmeasure)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, whatever its script.
+
+    Runs of letters, their marks and digits are words, case folded and in one normal form (NFKC); in scripts that put no
+    blank between words each character is one (with its marks), and so is every emoji or other symbol beyond ASCII.
+
+    >>> words_of("Grüße an 面包, don't! 😀")
+    ['grüsse', 'an', '面', '包', 'don', 't', '😀']
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return _WORD.findall(folded)
+
+
+def has_word(text: str, *, words: Words = "all") -> bool:
+    """Whether ROUGE-1 sees anything in the text."""
+    return bool(_scorer(words).score(text, text)["rouge1"].fmeasure)
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -56,8 +94,16 @@ def option_accuracy(prediction: str, reference: str, options: Sequence[str]) -> 
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer(words: Words) -> RougeScorer:
     # Imported here: rouge_score brings nltk, which takes a second or two to import.
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1"], use_stemmer=False)
+    return RougeScorer(["rouge1"], use_stemmer=False, tokenizer=_EveryScript() if words == "all" else None)
+
+
+class _EveryScript:
+    """What `RougeScorer` asks of a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words."""
+        return words_of(text)

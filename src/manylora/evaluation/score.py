@@ -5,22 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from manylora.data import Example, TaskData, options_of, prompt_text
+from manylora.data import Example, TaskData, answer_text, options_of, prompt_text
 from manylora.errors import DataError
-from manylora.evaluation.metrics import exact_match, option_accuracy, rouge1
+from manylora.evaluation.metrics import exact_match, has_word, option_accuracy, rouge1
 from manylora.evaluation.rules import AnswerRule, rules_for
 from manylora.evaluation.statistics import standard_error
+from manylora.training.config import Words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ACCURACY = "accuracy"
 """Share of rows that are right by the task's answer rule (see `manylora.evaluation.rules`)."""
 STRICT_ACCURACY = "strict_accuracy"
 """The same under the rule's strict reading, where it has one (AQuA)."""
-ROUGE1 = "rouge1"
+ROUGE1 = "rouge1_all"
+"""ROUGE-1 over the words of every script."""
+ROUGE1_PUBLISHED = "rouge1"
+"""ROUGE-1 as published and as earlier versions measured it: words of a–z and 0–9 alone. A name of its own, so that
+scores under the two are never taken for one."""
 EXACT_MATCH = "exact_match"
 OPTION_ACCURACY = "option_accuracy"
 """Share of rows that name the right option, over the rows whose prompt lists it under OPTIONS."""
+_ROUGE_NAMES: Mapping[Words, str] = {"all": ROUGE1, "published": ROUGE1_PUBLISHED}
 
 
 class Estimate(NamedTuple):
@@ -78,7 +87,8 @@ class TaskScore:
     task: str
     n: int
     metric: str
-    """Main metric: `ACCURACY` where the rows have labels that an answer rule reads, else `ROUGE1`."""
+    """Main metric: `ACCURACY` where the rows have labels that an answer rule reads, else `ROUGE1` or, on demand,
+    `ROUGE1_PUBLISHED`."""
     score: float
     standard_error: float
     """Of the mean over the examples, sd / sqrt(n) with ddof = 1; NaN where n is 1."""
@@ -163,12 +173,28 @@ class Scores:
         return [example.to_dict() for task in self.tasks for example in task.examples]
 
 
-def score_task(task: str, examples: Sequence[Example], predictions: Sequence[str]) -> TaskScore:
+def score_task(
+    task: str,
+    examples: Sequence[Example],
+    predictions: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    rouge: Words = "all",
+) -> TaskScore:
     """Score one task's predictions, which stand in the order of its examples.
+
+    Args:
+        task: its name.
+        examples: its rows.
+        predictions: what was answered.
+        tokenizer: of the model that answered, whose chat template puts answers that call tools or think into words
+            (`manylora.data.answer_text`). Default: rows have none.
+        rouge: what ROUGE-1 takes for words (`rouge1`).
 
     Raises:
         DataError: there are no examples, not as many predictions, an example with neither output nor answer,
-            only some examples with an answer, or answers that contradict the task's rule.
+            only some examples with an answer, or answers that contradict the task's rule; or an answer that needs
+            `tokenizer`.
     """
     if not examples:
         raise DataError(f"Task {task!r} has no rows to score. Give at least one.")
@@ -180,12 +206,21 @@ def score_task(task: str, examples: Sequence[Example], predictions: Sequence[str
     rules: Sequence[AnswerRule | None] = rules_for(task, _answers(task, examples)) or [None] * len(examples)
     strictly = any(rule is not None and rule.read_strictly is not None for rule in rules)
     rows = tuple(
-        _score_example(task, index, example, prediction.strip(), rule, strictly=strictly)
+        _score_example(
+            task,
+            index,
+            example,
+            prediction.strip(),
+            rule,
+            strictly=strictly,
+            reference=_reference(task, index, example, tokenizer),
+            rouge=rouge,
+        )
         for index, (example, prediction, rule) in enumerate(zip(examples, predictions, rules, strict=True))
     )
     names = dict.fromkeys(name for row in rows for name in row.metrics)
     metrics = {name: _estimate([row.metrics[name] for row in rows if name in row.metrics]) for name in names}
-    main = ACCURACY if ACCURACY in metrics else ROUGE1
+    main = ACCURACY if ACCURACY in metrics else _ROUGE_NAMES[rouge]
     return TaskScore(
         task=task,
         n=len(rows),
@@ -197,12 +232,20 @@ def score_task(task: str, examples: Sequence[Example], predictions: Sequence[str
     )
 
 
-def score_all(data: TaskData, predictions: Mapping[str, Sequence[str]]) -> Scores:
+def score_all(
+    data: TaskData,
+    predictions: Mapping[str, Sequence[str]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    rouge: Words = "all",
+) -> Scores:
     """Score every task of `data`.
 
     Args:
         data: task to examples.
         predictions: task to predictions, in the order of the task's examples.
+        tokenizer: see `score_task`.
+        rouge: see `score_task`.
 
     Raises:
         DataError: there is no task, a task has no predictions, or see `score_task`.
@@ -212,7 +255,12 @@ def score_all(data: TaskData, predictions: Mapping[str, Sequence[str]]) -> Score
     missing = [task for task in data if task not in predictions]
     if missing:
         raise DataError(f"The tasks {missing} have no predictions. Those that have: {list(predictions)}.")
-    return Scores(tasks=tuple(score_task(task, rows, predictions[task]) for task, rows in data.items()))
+    return Scores(
+        tasks=tuple(
+            score_task(task, rows, predictions[task], tokenizer=tokenizer, rouge=rouge)
+            for task, rows in data.items()
+        )
+    )
 
 
 def _answers(task: str, examples: Sequence[Example]) -> list[str]:
@@ -227,17 +275,52 @@ def _answers(task: str, examples: Sequence[Example]) -> list[str]:
     return answers
 
 
-def _score_example(
-    task: str, index: int, example: Example, prediction: str, rule: AnswerRule | None, *, strictly: bool
-) -> ScoredExample:
-    reference = example.output.strip() or (example.answer or "").strip()
+def wordless(data: TaskData, *, rouge: Words = "all") -> list[str]:
+    """A sentence for each task with reference answers in which ROUGE-1 finds no word: it gives such rows 0, whatever is
+    answered. Exact match sees them."""
+    found = []
+    for task, rows in data.items():
+        empty = sum(row.answer is None and not has_word(row.answer_key, words=rouge) for row in rows)
+        if empty:
+            found.append(
+                f"{empty} of {len(rows)} test answers of task {task} have no word that ROUGE-1 counts; look at exact "
+                "match"
+            )
+    return found
+
+
+def _reference(task: str, index: int, example: Example, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is None and example.answer_fields:
+        raise DataError(
+            f"{example.origin or f'Row {index} of task {task!r}'} has an answer with "
+            f"{', '.join(example.answer_fields)}, which a chat template puts into words. Give the tokenizer, too."
+        )
+    text = answer_text(example, tokenizer) if tokenizer is not None and example.has_answer else example.output
+    reference = text.strip() or (example.answer or "").strip()
     if not reference:
         raise DataError(
             f"{example.origin or f'Row {index} of task {task!r}'} has no reference answer to score against. "
             "Give one or remove the row."
         )
+    return reference
+
+
+def _score_example(
+    task: str,
+    index: int,
+    example: Example,
+    prediction: str,
+    rule: AnswerRule | None,
+    *,
+    strictly: bool,
+    reference: str,
+    rouge: Words,
+) -> ScoredExample:
     prompt = prompt_text(example)
-    metrics = {ROUGE1: rouge1(prediction, reference), EXACT_MATCH: exact_match(prediction, reference)}
+    metrics = {
+        _ROUGE_NAMES[rouge]: rouge1(prediction, reference, words=rouge),
+        EXACT_MATCH: exact_match(prediction, reference),
+    }
     options = options_of(prompt)
     choice = option_accuracy(prediction, reference, options) if options else None
     if choice is not None:

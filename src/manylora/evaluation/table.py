@@ -13,12 +13,17 @@ from manylora.evaluation.score import (
     EXACT_MATCH,
     OPTION_ACCURACY,
     ROUGE1,
+    ROUGE1_PUBLISHED,
     STRICT_ACCURACY,
     Scores,
     TaskScore,
 )
 
-METRIC_LABELS: Mapping[str, str] = {ACCURACY: "accuracy", ROUGE1: "ROUGE-1"}
+METRIC_LABELS: Mapping[str, str] = {
+    ACCURACY: "accuracy",
+    ROUGE1: "ROUGE-1",
+    ROUGE1_PUBLISHED: "ROUGE-1 a–z",
+}
 _SECONDARY: Mapping[str, str] = {
     EXACT_MATCH: "exact match",
     OPTION_ACCURACY: "option acc.",

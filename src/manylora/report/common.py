@@ -15,7 +15,8 @@ from manylora.report.plots import Point
 Z_95 = 1.959964
 """Two-sided 95 % of the normal distribution."""
 _METRICS = {
-    "rouge1": "ROUGE-1",
+    "rouge1_all": "ROUGE-1",
+    "rouge1": "ROUGE-1 a–z",  # of runs of earlier versions, too: their words were a–z and 0–9 alone
     "accuracy": "accuracy",
     "strict_accuracy": "strict accuracy",
     "exact_match": "exact match",
