@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manylora.cli.cuts import cut_questions
 from manylora.cli.tables import print_scores
 from manylora.errors import ConfigError, ModelError
 from manylora.evaluation import majority_scores, read_labels, score_classifier, score_labels, write_scores
@@ -104,18 +105,24 @@ def evaluate_classifier(options: EvaluateOptions, test: TaskData) -> int:
         DataError: a test task that the head does not know.
     """
     assert options.adapter is not None
-    if options.max_new_tokens is not None:
-        raise ConfigError(
-            f"--max-new-tokens is about written answers, but {options.adapter} classifies; leave it out."
-        )
+    for name, value in (("max-new-tokens", options.max_new_tokens), ("rouge", options.rouge)):
+        if value is not None:
+            raise ConfigError(
+                f"--{name} is about written answers, but {options.adapter} classifies; leave it out."
+            )
     head = Labelled.of(options.adapter)
     labels = head.labels
     labels.check(test, what="test")
     model, tokenizer = head.load(
         options.adapter, model=options.model, dtype=options.dtype, device=options.device
     )
+    length = min(
+        options.max_length or head.max_length, getattr(model.config, "max_position_embeddings", None) or 2**31
+    )
+    for line in cut_questions(test, tokenizer, length):
+        print(line)
     predictions = predict_labels(
-        model, tokenizer, test, labels, max_length=head.max_length, batch_size=options.batch_size
+        model, tokenizer, test, labels, max_length=length, batch_size=options.batch_size
     )
     scores, baselines = score_labels(test, predictions), {"majority": majority_scores(labels, test)}
     print_scores(scores, baselines)

@@ -12,9 +12,9 @@ from manylora.adapters import ManyLoraConfig, PlainLora, export_lora, import_lor
 from manylora.cli.console import CountProgress
 from manylora.cli.options import ExportOptions
 from manylora.cli.scoring import score
-from manylora.cli.subjects import Subject, load_subject
+from manylora.cli.subjects import Subject, load_subject, run_settings
 from manylora.cli.tables import print_loss
-from manylora.data import TaskData, available_splits, load_examples, load_splits
+from manylora.data import DataNotes, TaskData, available_splits, load_examples, load_splits, sample_rows
 from manylora.errors import ConfigError, NotMergeableError
 from manylora.evaluation import Loss, Scores, collapse_router, paired_loss
 from manylora.training import RunFolder, write_json
@@ -51,7 +51,7 @@ def collapse(
         on_progress=lambda done, total: progress(count * done // total),
     )
     loras = {task: export_lora(config, weights, found) for task, found in collapsed.items()}
-    before, after = _compare(options, subject, loras, scored)
+    before, after = _compare(options, subject, source, loras, scored)
     loss = paired_loss(before, after)
     print_loss(before, after, loss, title=f"scores on {origin}")
     if loss.mean > options.max_loss and not options.force:
@@ -78,13 +78,20 @@ def _rows(options: ExportOptions, source: Path) -> tuple[TaskData, TaskData, str
     """Rows to collapse the router on, rows to score on, and what the latter are."""
     tasks = as_list(options.tasks)
     if options.data is not None:
-        splits = available_splits(options.data)
+        splits, notes = available_splits(options.data), DataNotes()
         measured, scored = (
             load_examples(
-                options.data, task_column=options.task_column, tasks=tasks, split=split, limit=options.limit
+                options.data,
+                task_column=options.task_column,
+                tasks=tasks,
+                split=split,
+                limit=options.limit,
+                notes=notes,
             )
             for split in ("train", "validation" if "validation" in splits else "train")
         )
+        for note in notes.lines():
+            print(f"note: {note}")
         origin = f"{'the validation rows of ' if 'validation' in splits else ''}{options.data}"
         return measured, {task: scored[task] for task in measured if task in scored}, origin
     if not (source.parent / "config.yaml").is_file():
@@ -106,14 +113,14 @@ def _rows(options: ExportOptions, source: Path) -> tuple[TaskData, TaskData, str
         )
     limit = options.limit
     return (
-        {task: train[task][:limit] for task in chosen},
-        {task: held_out[task][:limit] for task in chosen},
+        {task: sample_rows(train[task], limit, task=task) for task in chosen},
+        {task: sample_rows(held_out[task], limit, task=task) for task in chosen},
         "the run's validation rows",
     )
 
 
 def _compare(
-    options: ExportOptions, subject: Subject, loras: Mapping[str, PlainLora], scored: TaskData
+    options: ExportOptions, subject: Subject, source: Path, loras: Mapping[str, PlainLora], scored: TaskData
 ) -> tuple[Scores, Scores]:
     """Scores of the adapter and of the LoRAs, which stand beside it as the experts of a second adapter."""
 
@@ -126,6 +133,7 @@ def _compare(
             batch_size=options.batch_size,
             max_length=subject.max_length,
             experts=experts,
+            rouge=run_settings(str(source)).get("rouge", "all"),
         )
 
     before = scores(None)

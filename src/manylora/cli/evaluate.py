@@ -12,6 +12,7 @@ from manylora.cli.parsing import parse
 from manylora.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from manylora.cli.subjects import Subject
     from manylora.data import TaskData
 
 DESCRIPTION = """\
@@ -45,14 +46,19 @@ def run(arguments: Sequence[str]) -> int:
 def _evaluate(options: EvaluateOptions) -> int:
     from manylora.cli.classifying import evaluate_classifier, is_classifier
     from manylora.cli.scoring import score, suite_baselines
-    from manylora.cli.subjects import load_subject
+    from manylora.cli.subjects import load_subject, run_settings
     from manylora.cli.tables import print_scores
-    from manylora.evaluation import write_scores
+    from manylora.evaluation import wordless, write_scores
 
-    data, limit, test = _rows(options)
+    data, limit, test, notes = _rows(options)
+    for note in notes:
+        print(f"note: {note}")
     if is_classifier(options.adapter):
         return evaluate_classifier(options, test)
+    rouge = options.rouge or run_settings(options.adapter).get("rouge", "all")
     subject = load_subject(options.adapter, model=options.model, dtype=options.dtype, device=options.device)
+    for note in (*_gaps(subject, options, test), *wordless(test, rouge=rouge)):
+        print(f"note: {note}")
     scores = score(
         subject.model,
         subject.tokenizer,
@@ -61,10 +67,11 @@ def _evaluate(options: EvaluateOptions) -> int:
         if options.max_new_tokens
         else subject.answer_tokens,
         batch_size=options.batch_size,
-        max_length=subject.max_length,
+        max_length=options.max_length or subject.max_length,
         experts=subject.experts,
+        rouge=rouge,
     )
-    baselines = suite_baselines(data, list(test), limit=limit)
+    baselines = suite_baselines(data, list(test), limit=limit, rouge=rouge)
     print_scores(scores, baselines)
     if options.out is not None:
         folder = Path(options.out)
@@ -73,14 +80,32 @@ def _evaluate(options: EvaluateOptions) -> int:
     return 0
 
 
-def _rows(options: EvaluateOptions) -> tuple[str, int | None, TaskData]:
-    """Source, limit and rows to score: those named, else the test rows of the adapter's run, as the run read them.
+def _gaps(subject: Subject, options: EvaluateOptions, test: TaskData) -> list[str]:
+    """Sentences on what the rows lack, or ask in another form than the adapter was trained on."""
+    from manylora.data import listed, single_answers
+
+    missing = [task for task in subject.answer_tokens if task not in test] if options.tasks is None else []
+    found = [f"no test rows for the tasks {listed(missing)}"] if missing else []
+    known = subject.prompts.tasks if subject.prompts else {}
+    for task, rows in test.items():
+        forms = {row.form for row in rows}
+        if task in known and known[task].form not in forms:
+            found.append(
+                f"the rows of task {task} are of the form {', '.join(sorted(forms))}, but it was trained on "
+                f"{known[task].form}"
+            )
+    return [*found, *single_answers(test, what="test")]
+
+
+def _rows(options: EvaluateOptions) -> tuple[str, int | None, TaskData, list[str]]:
+    """Source, limit and rows to score: those named, else the test rows of the adapter's run, as the run read them; and
+    what is left out.
 
     Raises:
         ConfigError: the run has no test rows.
     """
     from manylora.cli.subjects import run_settings
-    from manylora.data import EMBEDDED, available_splits, load_examples
+    from manylora.data import EMBEDDED, DataNotes, available_splits, load_examples
     from manylora.training.config import as_list
 
     run = {} if options.data is not None else run_settings(options.adapter)
@@ -88,13 +113,14 @@ def _rows(options: EvaluateOptions) -> tuple[str, int | None, TaskData]:
     if run and not run.get("test") and "test" not in available_splits(data):
         raise ConfigError(f"The run of {options.adapter} has no test rows; give rows to score with --data.")
     tasks = as_list(options.tasks)
-    limit = options.limit or run.get("limit")
+    limit, notes = options.limit or run.get("limit"), DataNotes()
     test = load_examples(
         data,
         task_column=options.task_column or run.get("task_column"),
         tasks=tasks,
         split="test",
         limit=limit,
+        notes=notes,
     )
     order = tasks or run.get("tasks") or list(test)
-    return data, limit, {task: test[task] for task in order if task in test}
+    return data, limit, {task: test[task] for task in order if task in test}, notes.lines()

@@ -16,6 +16,7 @@ from manylora.errors import ConfigError, ManyLoraError, ModelError, RunError
 
 if TYPE_CHECKING:
     from manylora.adapters import PlainLora
+    from manylora.data import PromptRecord
 
 DESCRIPTION = """\
 Write an adapter as plain LoRAs, which PEFT, vLLM and SGLang load without this package.
@@ -93,6 +94,7 @@ def _placed(to: str) -> Iterator[Path]:
 
 def _export(options: ExportOptions, for_scoring: str, folder: Path) -> int:
     from manylora.adapters import expert_names, export_lora, read_adapter
+    from manylora.data import find_prompts
     from manylora.training import adapter_base_name, adapter_folder, adapter_task_type
     from manylora.training.config import as_list
 
@@ -126,7 +128,9 @@ def _export(options: ExportOptions, for_scoring: str, folder: Path) -> int:
         from manylora.cli.collapsing import collapse
 
         loras, notes = collapse(options, source, config, weights, report_to=folder)
-    _write(options, folder, loras, notes, base=base, source=str(options.adapter))
+    _write(
+        options, folder, loras, notes, base=base, source=str(options.adapter), prompts=find_prompts(source)
+    )
     return 0
 
 
@@ -138,8 +142,9 @@ def _write(
     *,
     base: str,
     source: str,
+    prompts: PromptRecord | None,
 ) -> None:
-    """Fill `folder` and print what it holds."""
+    """Fill `folder` and print what it holds; how to ask goes along."""
     from manylora.adapters import write_folder
     from manylora.adapters.card import lora_card, server_rank
     from manylora.training import check_mergeable, write_merged
@@ -158,12 +163,14 @@ def _write(
             name = places[task] or Path(str(options.to)).name
             outside = lora.config.base_model_name_or_path
             card = lora_card(
-                name, base=outside, hub=outside == base, rank=lora.rank, source=source, note=notes[task],
-                obstacles=obstacles,
+                name, base=outside, hub=outside == base, rank=lora.rank, source=source,
+                note=notes[task] + _asked(prompts, task), obstacles=obstacles,
             )  # fmt: skip
             if place == folder:
                 place.rmdir()
             write_folder(place, lora.config, lora.weights, card=card)
+        if prompts is not None:
+            prompts.only([task]).write(place)
         what = "merged model" if options.merge else f"LoRA of rank {lora.rank}"
         print(f"{Path(str(options.to)) / places[task]}: {what}")
     if options.merge:
@@ -180,6 +187,19 @@ def _write(
     print(
         f"serve with vLLM: vllm serve {served} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
     )
+
+
+_ASKED = {
+    "alpaca": "Its training prompts had the Alpaca form: '### Instruction:', the instruction, '### Response:'.",
+    "prompt": "Its training prompts stood alone, without a template.",
+    "chat": "Its training prompts went through the tokenizer's chat template.",
+}
+
+
+def _asked(prompts: PromptRecord | None, task: str) -> str:
+    """A sentence on how to ask, for a model card."""
+    forms = {known.form for known in prompts.only([task]).tasks.values()} if prompts else set()
+    return f" {_ASKED[forms.pop()]} See manylora_prompts.json." if len(forms) == 1 else ""
 
 
 def _places(tasks: Sequence[str]) -> dict[str, str]:
@@ -230,9 +250,49 @@ def _import(options: ExportOptions, folder: Path) -> int:
     hub = base is not None and not os.path.isabs(base) and "/" in base
     write_folder(folder, config, weights, card=combined_card(list(loras), base=base, hub=hub))
     add_loading_section(folder, task_type=config.task_type)
+    _joined_prompts(options, paths).write(folder)
     print(f"{options.to}: {len(loras)} experts of rank {config.r}, for the tasks {', '.join(loras)}")
     print(f"next: manylora predict --adapter {options.to} --task {next(iter(loras))} 'your prompt'")
     return 0
+
+
+def _joined_prompts(options: ExportOptions, paths: Mapping[str, Path]) -> PromptRecord:
+    """How the LoRAs were asked, one task each; what no folder says is said to the user.
+
+    Raises:
+        ConfigError: two of them were trained on different chat templates or dates, of which an adapter has one.
+    """
+    from manylora.data import PromptRecord, TaskPrompts, find_prompts
+
+    records = {task: record for task, path in paths.items() if (record := find_prompts(path))}
+    tasks: dict[str, TaskPrompts] = {}
+    for task in paths:
+        known = records[task].prompts_of(task) if task in records else None
+        form = known.form if known and options.form == "auto" else options.form
+        if form != "auto":
+            tasks[task] = known if known and known.form == form else TaskPrompts(form=form)
+    if unknown := [task for task in paths if task not in tasks]:
+        print(
+            f"note: {', '.join(unknown)}: nothing says which form the training prompts had; predict will use the "
+            "Alpaca form. Say it with --form chat, prompt or alpaca."
+        )
+    chats = {task: records[task] for task in records if task in tasks and tasks[task].form == "chat"}
+    for what in ("template", "date"):
+        values = {task: getattr(record, what) for task, record in chats.items()}
+        for task, value in values.items():
+            if value != (first := next(iter(values.items())))[1]:
+                raise ConfigError(
+                    f"{first[0]} and {task} were trained with different chat templates (their {what} differs), of "
+                    "which one adapter has one; put them into two."
+                )
+    one = next(iter(chats.values()), None)
+    lengths = [record.max_length for record in records.values() if record.max_length]
+    return PromptRecord(
+        tasks=tasks,
+        template=one.template if one else None,
+        date=one.date if one else None,
+        max_length=max(lengths, default=None),
+    )
 
 
 def _lora_folders(options: ExportOptions) -> dict[str, Path]:

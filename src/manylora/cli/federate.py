@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     from manylora.training import RunFolder
 
     data = _data(config)
-    _check_test(data)
+    _check_test(config, data)
     with RunFolder.create(options.out, config=config.to_dict(), seed=config.seed, kind="federate") as folder:
         return _work(config, data, folder)
 
@@ -73,7 +73,13 @@ def _data(config: FederateConfig) -> dict[str, ClientData]:
     """The rows of all clients; none where they are on the clients' machines."""
     from manylora.federated import client_data
 
-    return client_data(config) if config.engine == "local" else {}
+    if config.engine != "local":
+        return {}
+    notes: list[str] = []
+    data = client_data(config, notes=notes)
+    for note in notes:
+        print(f"note: {note}")
+    return data
 
 
 def _settings(options: FederateOptions) -> FederateConfig:
@@ -88,7 +94,7 @@ def _resume(path: str) -> int:
 
     folder = RunFolder.open(path)
     try:
-        config = FederateConfig(**folder.read_config())
+        config = FederateConfig(**folder.read_config()).resolved()
     except TypeError as error:
         raise ConfigError(f"{folder.path / 'config.yaml'} is not of this version ({error}).") from error
     if folder.state.get("state") == "finished":
@@ -102,16 +108,25 @@ def _resume(path: str) -> int:
         return _work(config, _data(config), folder)
 
 
-def _check_test(data: Mapping[str, ClientData]) -> None:
+def _check_test(config: FederateConfig, data: Mapping[str, ClientData]) -> None:
     """Refuse, before anything is trained, test rows that could not be scored afterwards."""
+    from manylora.data import unread_note
     from manylora.evaluation import score_all
+    from manylora.training import load_tokenizer
 
+    tokenizer = load_tokenizer(config.model) if data else None
+    if tokenizer is not None:
+        parts = (part for client in data.values() for part in (client.train, client.test))
+        for note in unread_note(
+            (row for part in parts for found in part.values() for row in found), tokenizer
+        ):
+            print(f"note: {note}")
     seen: set[str] = set()
     for client in data.values():
         for task, rows in client.test.items():
             if task not in seen:
                 seen.add(task)
-                score_all({task: rows}, {task: [""] * len(rows)})
+                score_all({task: rows}, {task: [""] * len(rows)}, tokenizer=tokenizer, rouge=config.rouge)
 
 
 def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFolder) -> int:
@@ -155,7 +170,7 @@ def _run(
 ) -> dict[str, Scores]:
     """All rounds, and every personal model's scores."""
     from manylora.cli.traffic import RoundsProgress
-    from manylora.federated import LocalClients, Rounds, Workbench
+    from manylora.federated import LocalClients, Rounds, Workbench, cut_prompts
 
     path = folder.path / inside
     with contextlib.ExitStack() as stack:
@@ -165,7 +180,11 @@ def _run(
 
             clients = stack.enter_context(flower_clients(config, folder.path, inside=inside))
         else:
-            clients = LocalClients(data, home=path / "clients", bench=Workbench(config))
+            bench = Workbench(config)
+            clients = LocalClients(data, home=path / "clients", bench=bench)
+            for name, rows in data.items() if not inside else ():
+                if line := cut_prompts(bench, rows):
+                    print(f"{name}: {line}", flush=True)
         rounds = Rounds(config, clients, path, progress=RoundsProgress())
         rounds.run()
         return rounds.score()

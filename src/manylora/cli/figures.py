@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, RunError
 from manylora.federated.home import folder_name
 from manylora.training import RunFolder, TrainConfig
-from manylora.training.config import as_list
+from manylora.training.config import as_list, filled
 
 if TYPE_CHECKING:
     from manylora.training import Prepared
@@ -87,7 +87,8 @@ def run_figures(options: AnalyzeOptions) -> int:
         for seed in seeds
     ]
     # before anything is written, so that bad input leaves nothing behind
-    prepared = {run: prepare(training_config(run, options)) for run in runs if not run.finished}
+    date = _begun(runs)
+    prepared = {run: prepare(training_config(run, options, date=date)) for run in runs if not run.finished}
     with _folder(path, settings, options) as folder, _failing(folder):
         folder.lock()
         folder.set_state("running")
@@ -118,7 +119,13 @@ def _failing(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def training_config(run: FigureRun, options: AnalyzeOptions) -> TrainConfig:
+def _begun(runs: Sequence[FigureRun]) -> str | None:
+    """The date that the runs' chat templates are told, if one of them has begun."""
+    there = (run.folder for run in runs if (run.folder / "config.yaml").is_file())
+    return next((date for folder in there if (date := RunFolder(folder).read_config().get("date"))), None)
+
+
+def training_config(run: FigureRun, options: AnalyzeOptions, *, date: str | None = None) -> TrainConfig:
     """What one run trains: a LoRA on a language model or an encoder, by the recipe of `manylora train`."""
     return TrainConfig(
         task_type=options.task_type,
@@ -133,6 +140,7 @@ def training_config(run: FigureRun, options: AnalyzeOptions) -> TrainConfig:
         learning_rate=options.learning_rate,
         seed=run.seed,
         keep_adapters=KEPT,
+        date=date,
         dtype=options.dtype,
         device=options.device,
     )
@@ -164,7 +172,7 @@ def _run_folder(run: FigureRun, config: TrainConfig) -> RunFolder:
     if not run.folder.exists():
         return RunFolder.create(str(run.folder), config=config.to_dict(), seed=run.seed)
     folder = RunFolder.open(run.folder)
-    if folder.read_config() != config.to_dict():
+    if filled(folder.read_config()) != config.to_dict():
         raise RunError(f"{run.folder} was begun with other settings; choose another --out, or remove it.")
     folder.lock()
     return folder

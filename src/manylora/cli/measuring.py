@@ -11,8 +11,17 @@ from manylora.cli.classifying import Labelled, is_classifier
 from manylora.cli.console import CountProgress
 from manylora.cli.options import AnalyzeOptions
 from manylora.cli.subjects import load_subject, run_settings
-from manylora.data import EMBEDDED, TaskData, available_splits, encode, evenly, load_examples, load_splits
+from manylora.data import (
+    EMBEDDED,
+    TaskData,
+    available_splits,
+    encode,
+    load_examples,
+    load_splits,
+    sample_rows,
+)
 from manylora.errors import ConfigError, ManyLoraError
+from manylora.evaluation.generation import NO_LIMIT
 from manylora.training import adapter_base_name, encode_labelled
 from manylora.training.config import as_list
 
@@ -108,7 +117,13 @@ def _writing(
     context = getattr(subject.model.config, "max_position_embeddings", None)
     rows = {
         task: [
-            encode(row, subject.tokenizer, max_length=subject.max_length, context_length=context)
+            encode(
+                row,
+                subject.tokenizer,
+                max_length=subject.max_length or context or NO_LIMIT,
+                context_length=context,
+                vocabulary=subject.model.get_input_embeddings().weight.shape[0],
+            )
             for row in given
         ]
         for task, given in examples.items()
@@ -151,26 +166,22 @@ def _rows(source: Source, options: AnalyzeOptions) -> TaskData:
         ConfigError: there are none to take.
     """
     tasks, limit = as_list(options.tasks), options.limit
-    spread = is_classifier(str(source.folder))  # as in training
     if options.data is not None:
         splits = available_splits(options.data)
-        found = load_examples(
+        return load_examples(
             options.data,
             task_column=options.task_column,
             tasks=tasks,
             split="train" if "train" in splits else None,
-            limit=None if spread else limit,
+            limit=limit,
         )
-        return {task: evenly(rows, limit) for task, rows in found.items()} if spread else found
     run = run_settings(str(source.folder))
     if run.get("data"):
         names = ("data", "test", "validation", "tasks", "task_column", "seed", "validation_fraction", "limit")
-        train = load_splits(**{name: run[name] for name in names if name in run}, spread=spread).train
+        train = load_splits(**{name: run[name] for name in names if name in run}).train
         if unknown := [task for task in tasks or () if task not in train]:
             raise ConfigError(f"The run has no task {unknown[0]!r}; its tasks: {', '.join(train)}.")
-        return {
-            task: evenly(train[task], limit) if spread else train[task][:limit] for task in tasks or train
-        }
+        return {task: sample_rows(train[task], limit, task=task) for task in tasks or train}
     if (options.model or adapter_base_name(source.folder)) == EMBEDDED:
         return load_examples(EMBEDDED, tasks=tasks, split="train", limit=limit)
     raise ConfigError(f"{source.name} comes from no run; give rows of its tasks with --data.")

@@ -52,8 +52,8 @@ class EvaluateOptions:
     adapter: str | None = None
     """Run folder or PEFT adapter folder. Default: none, the bare model is scored."""
     data: str | None = None
-    """Test rows: "embedded", a file or folder of JSON, JSONL, CSV or Parquet, or a Hub data set id. Default: those of
-    the adapter's run, else the embedded suite."""
+    """Test rows: "embedded", a file or folder of JSON, JSONL, CSV, TSV or Parquet, or a Hub data set id. Default: those
+    of the adapter's run, else the embedded suite."""
     model: str | None = None
     """Base model. Default: the one the adapter was trained on, else the embedded one."""
     tasks: list[str] | str | None = None
@@ -62,11 +62,18 @@ class EvaluateOptions:
     """Column that names a row's task. Default: the column "task", else the file's name; the run's own where its test
     rows are scored."""
     limit: int | None = None
-    """At most this many rows per task. Default: all; that of the run where its test rows are scored."""
+    """At most this many rows per task: a sample, the same each time, in which each answer keeps its share. Default:
+    all; that of the run where its test rows are scored."""
     batch_size: int = 64
     """Rows per batch. It does not change the answers."""
     max_new_tokens: int | None = None
     """Longest answer in tokens. Default: per task what the run noted from its training rows, else 64."""
+    max_length: int | None = None
+    """Tokens a prompt may have; a longer one loses its beginning, which is said. Default: as in the adapter's training,
+    else as many as the model reads."""
+    rouge: Literal["all", "published"] | None = None
+    """What ROUGE-1 counts as words: "all", those of every script; "published", runs of a-z and 0-9 alone. Default: that
+    of the adapter's run, else all."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base. auto: float32 on CPU, bfloat16 on a GPU that has it."""
     device: Literal["auto", "cpu"] = "auto"
@@ -75,7 +82,7 @@ class EvaluateOptions:
     """Folder for predictions.jsonl and scores.json; must not exist. Default: nothing is written."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "max_new_tokens"):
+        for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give a value above 0.")
@@ -88,7 +95,7 @@ class PredictOptions:
     adapter: str | None = None
     """Run folder or PEFT adapter folder."""
     prompt: str = ""
-    """The instruction; also without "--prompt". Default: standard input."""
+    """What to ask; also without "--prompt". Default: standard input."""
     input: str = ""
     """Text that the instruction is about, where there is one."""
     file: str | None = None
@@ -97,10 +104,16 @@ class PredictOptions:
     """Task whose expert answers; needed by adapters with a task router, unless the rows name their task."""
     model: str | None = None
     """Base model. Default: the one the adapter was trained on."""
+    form: Literal["auto", "alpaca", "prompt", "chat"] = "auto"
+    """Form of the prompt: an Alpaca instruction; as it stands; one turn of the user's in the chat template. auto: that
+    of the adapter's training rows."""
     raw: bool = False
-    """Give the prompt to the model as it stands, without the template."""
+    """The same as --form prompt: give the prompt to the model as it stands."""
     max_new_tokens: int | None = None
     """Longest answer in tokens. Default: what the run noted from its training rows, else 64."""
+    max_length: int | None = None
+    """Tokens a prompt may have; a longer one loses its beginning, which is said. Default: as in the adapter's training,
+    else as many as the model reads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base. auto: float32 on CPU, bfloat16 on a GPU that has it."""
     device: Literal["auto", "cpu"] = "auto"
@@ -109,8 +122,14 @@ class PredictOptions:
     def __post_init__(self) -> None:
         if self.adapter is None:
             raise ConfigError("--adapter is missing; give a run folder, such as runs/train-001.")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; give a value above 0.")
+        for name in ("max_new_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give a value above 0.")
+        if self.raw and self.form not in ("auto", "prompt"):
+            raise ConfigError(
+                f"--raw is --form prompt, but --form {self.form} was given; leave one of them out."
+            )
         if self.file is not None and self.prompt:
             raise ConfigError("--file and a prompt were both given; give one of them.")
 
@@ -130,6 +149,9 @@ class ExportOptions:
     from_loras: list[str] | str | None = None
     """The other way: put these plain LoRA folders into one adapter, as "DIR,DIR" or "NAME=DIR,NAME=DIR"; a folder
     of LoRA folders stands for all of them. Tasks are called by NAME, else by the folder's name."""
+    form: Literal["auto", "alpaca", "prompt", "chat"] = "auto"
+    """With --from-loras: form of the prompts that the LoRAs were trained on (see predict --help). auto: what each
+    folder says, by its record or by a tokenizer with a chat template."""
     model: str | None = None
     """Base model to name in what is written. Default: the one the adapter was trained on."""
     data: str | None = None
@@ -141,7 +163,8 @@ class ExportOptions:
     """Token router: what stands for it. fit: the LoRA of the same rank that is nearest to the adapter on the task's
     tokens; mean: the experts averaged with the task's mean routing weights."""
     limit: int | None = None
-    """Token router: at most this many rows per task. Default: all."""
+    """Token router: at most this many rows per task: a sample, the same each time, in which each answer keeps its
+    share. Default: all."""
     max_loss: float = 1.0
     """Token router: refuse when the LoRAs score more than this many points below the adapter, mean over tasks."""
     force: bool = False
@@ -182,14 +205,15 @@ class AnalyzeOptions:
     measure: Literal["auto", "none", "gradients", "gates", "all"] = "auto"
     """What to measure on rows, for which the base model is loaded. auto: what can be measured."""
     data: str | None = None
-    """Rows to measure on: "embedded", a file or folder of JSON, JSONL, CSV or Parquet, or a Hub data set id. Default:
-    the training rows of each adapter's run; the embedded suite for other adapters of the embedded base."""
+    """Rows to measure on: "embedded", a file or folder of JSON, JSONL, CSV, TSV or Parquet, or a Hub data set id.
+    Default: the training rows of each adapter's run; the embedded suite for other adapters of the embedded base."""
     tasks: list[str] | str | None = None
     """Only rows of these tasks, as "a,b" or a YAML list. Default: all. With --figures the two tasks to train on."""
     task_column: str | None = None
     """Column of --data that names a row's task. Default: the column "task", else the file's name."""
     limit: int = 64
-    """At most this many rows per task are measured on."""
+    """At most this many rows per task are measured on: a sample, the same each time, in which each answer keeps its
+    share."""
     step: int | None = None
     """Measure on the weights that the runs kept at this step (train --keep-adapters). Default: the final ones."""
     model: str | None = None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.cli.options import PredictOptions
 from manylora.cli.parsing import parse
-from manylora.data import Example, Row, parse_row
+from manylora.data import Example, Row, TaskPrompts, parse_row, question
 from manylora.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ Answer prompts with a trained adapter; an answer is printed as it is generated.
   echo "Add punctuation: hello world" | manylora predict --adapter runs/train-001
   manylora predict --adapter runs/train-001 --file questions.jsonl > answers.jsonl
 
-A prompt is an instruction; it is put into the template that the adapter was trained with. Rows of a JSONL file
-have the fields of training rows (instruction and input, or prompt, or messages), an answer being optional, and
-come back with a field "prediction"."""
+A prompt is put into the form that the adapter was trained with, which stands in its folder: an Alpaca instruction,
+one turn of the chat template, or the text as it stands; --form and --raw choose another. Rows of a JSONL file have the
+fields of training rows (instruction and input, or prompt, or messages), an answer being optional, and come back with a
+field "prediction"."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -34,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     options, _ = parse(
         PredictOptions, arguments, verb="predict", description=DESCRIPTION, positional=("prompt",)
     )
-    examples = None if options.file is not None else [_single(options)]
+    text = None if options.file is not None else _text(options)
     if options.file == "-" and sys.stdin is None:
         raise DataError("There is no standard input to read rows from; give a file.")
     if options.file not in (None, "-") and not Path(options.file or "").is_file():
@@ -44,17 +46,24 @@ def run(arguments: Sequence[str]) -> int:
     subject = load_subject(options.adapter, model=options.model, dtype=options.dtype, device=options.device)
     if options.task is not None:
         subject.check_task(options.task)
-    if examples is not None:
-        for example in examples:
-            _answer(subject, example, options)
+    if text is not None:
+        _answer(subject, _question(subject, text, options), options)
         return 0
-    for row, example in _rows(options):
-        answer = "".join(_pieces(subject, example, options))
+    cut = count = 0
+    for row, example in _rows(subject, options):
+        count += 1
+        told: list[int] = []
+        answer = "".join(_pieces(subject, example, options, on_cut=told.append))
         print(json.dumps({**row, "prediction": answer}), flush=True)
+        cut += len(told)
+        if told and cut == 1:
+            _note(f"{example.origin}: {_cut_words(told[0])}")
+    if cut:
+        _note(f"{cut} of {count} prompts were cut ({100 * cut / count:.1f} %)")
     return 0
 
 
-def _single(options: PredictOptions) -> Example:
+def _text(options: PredictOptions) -> str:
     text = options.prompt
     if not text:
         if sys.stdin is not None and sys.stdin.isatty():
@@ -65,22 +74,47 @@ def _single(options: PredictOptions) -> Example:
         raise DataError(
             "The prompt is empty; give it as an argument, on standard input, or rows with --file."
         )
-    return Example(
-        task=options.task or "",
-        instruction=text,
-        input=options.input,
-        form="prompt" if options.raw else "alpaca",
-        origin="the prompt",
+    return text
+
+
+def _question(subject: Subject, text: str, options: PredictOptions) -> Example:
+    """The text in the form that was asked for, else in that of the adapter's training.
+
+    Raises:
+        ConfigError: the adapter's tasks were asked in different forms, and none is named.
+    """
+    form = "prompt" if options.raw else options.form
+    known = subject.prompts.prompts_of(options.task) if subject.prompts and form == "auto" else None
+    if form != "auto":
+        known = TaskPrompts(form=form)
+    elif known is None:
+        _note(
+            f"{options.adapter} does not say which form its training prompts had; the Alpaca form is used (--form "
+            "chat, or --form prompt for the text as it stands)"
+        )
+    return question(
+        text, known or TaskPrompts(form="alpaca"), input_text=options.input, task=options.task or ""
     )
 
 
 def _answer(subject: Subject, example: Example, options: PredictOptions) -> None:
-    for piece in _pieces(subject, example, options):
+    for piece in _pieces(subject, example, options, on_cut=lambda left: _note(_cut_words(left))):
         print(piece, end="", flush=True)
     print()
 
 
-def _pieces(subject: Subject, example: Example, options: PredictOptions) -> Iterator[str]:
+def _cut_words(left: int) -> str:
+    return f"the prompt is too long and cut to its last {left} tokens; give more with --max-length"
+
+
+def _note(text: str) -> None:
+    """A line beside the answers, on standard error."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _pieces(
+    subject: Subject, example: Example, options: PredictOptions, *, on_cut: Callable[[int], None]
+) -> Iterator[str]:
     from manylora.cli.scoring import DEFAULT_ANSWER_TOKENS
     from manylora.evaluation import stream_answer
 
@@ -91,12 +125,13 @@ def _pieces(subject: Subject, example: Example, options: PredictOptions) -> Iter
         subject.tokenizer,
         example,
         max_new_tokens=options.max_new_tokens or limit,
-        max_length=subject.max_length,
+        max_length=options.max_length or subject.max_length,
+        on_cut=on_cut,
         expert_id=subject.expert(options.task or example.task or None),
     )
 
 
-def _rows(options: PredictOptions) -> Iterator[tuple[dict[str, object], Example]]:
+def _rows(subject: Subject, options: PredictOptions) -> Iterator[tuple[dict[str, object], Example]]:
     """Rows one by one, so that answers flow while a pipe is still being written."""
     name = "standard input" if options.file == "-" else str(options.file)
     with contextlib.ExitStack() as open_files:
@@ -117,4 +152,6 @@ def _rows(options: PredictOptions) -> Iterator[tuple[dict[str, object], Example]
             if not isinstance(row, dict):
                 raise DataError(f"{place} is no object but {text[:40]!r}; write one object per line.")
             task = str(row.get("task") or options.task or "")
-            yield row, parse_row(Row(fields=row, place=place), task=task, require_output=False)
+            example = parse_row(Row(fields=row, place=place), task=task, require_output=False)
+            thinks = subject.prompts is not None and subject.prompts.thinks(task)
+            yield row, dataclasses.replace(example, thinks=thinks)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import sys
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from manylora.cli.console import CountProgress
+from manylora.cli.cuts import cut_lines, cut_questions
 from manylora.cli.tables import print_scores
 from manylora.data import EMBEDDED, TaskData, encode_prompt
 from manylora.errors import RoutingError
-from manylora.evaluation import Scores, check_classes, generate_answers, score_all, write_scores
-from manylora.training import Prepared, RunFolder
+from manylora.evaluation import Scores, check_classes, generate_answers, score_all, wordless, write_scores
+from manylora.training import Prepared, RunFolder, load_config, token_rows
+from manylora.training.config import Words
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,19 +34,23 @@ def check_test(prepared: Prepared) -> None:
     test, config = prepared.splits.test, prepared.config
     if prepared.labels is not None:
         check_classes(prepared)
+        for line in cut_questions(test, prepared.tokenizer, config.max_length):
+            print(line)
         return
     if config.router == "task" and config.num_experts != 1:
         _check_experts(test, prepared.task_names)
-    cut = 0
-    for rows in test.values():
+    tokenizer, cut = prepared.tokenizer, Counter[str]()
+    rows_known = token_rows(load_config(config.model))
+    for task, rows in test.items():
         for example in rows:
-            cut += encode_prompt(example, prepared.tokenizer, max_length=config.max_length)[1]
+            cut[task] += encode_prompt(
+                example, tokenizer, max_length=config.max_length, vocabulary=rows_known
+            )[1]
     if test:
-        score_all(test, {task: [""] * len(rows) for task, rows in test.items()})
-    if cut:
-        print(
-            f"{cut} of {sum(map(len, test.values()))} test prompts are longer than {config.max_length} tokens and cut"
-        )
+        nothing = {task: [""] * len(rows) for task, rows in test.items()}
+        score_all(test, nothing, tokenizer=tokenizer, rouge=config.rouge)
+    for line in (*cut_lines(cut, test, config.max_length), *wordless(test, rouge=config.rouge)):
+        print(line)
 
 
 def _check_experts(test: TaskData, known: Collection[str]) -> None:
@@ -73,9 +81,11 @@ def score_run(prepared: Prepared, folder: RunFolder, model: PeftModel) -> None:
         batch_size=prepared.config.eval_batch_size,
         max_length=prepared.config.max_length,
         experts=experts if by_task else None,
+        rouge=prepared.config.rouge,
     )
     source = prepared.config.test or prepared.config.data
-    baselines = suite_baselines(source, list(test), limit=prepared.config.limit)
+    config = prepared.config
+    baselines = suite_baselines(source, list(test), limit=config.limit, rouge=config.rouge)
     write_scores(folder.path, scores, baselines)
     print_scores(scores, baselines)
 
@@ -87,8 +97,9 @@ def score(
     *,
     answer_tokens: Mapping[str, int],
     batch_size: int,
-    max_length: int,
+    max_length: int | None,
     experts: Mapping[str, int] | None,
+    rouge: Words = "all",
 ) -> Scores:
     """Generate an answer to every row, greedily, and score it.
 
@@ -98,8 +109,9 @@ def score(
         test: rows per task.
         answer_tokens: longest answer per task in tokens; a task that is not in it gets the largest of them.
         batch_size: rows per batch; the answers do not depend on it.
-        max_length: tokens a prompt may have.
+        max_length: tokens a prompt may have; None: as many as the model's context leaves. It is said what is cut.
         experts: task name to expert under the task router, else `None`.
+        rouge: what ROUGE-1 counts as words.
 
     Raises:
         RoutingError: a test task has no expert.
@@ -110,6 +122,11 @@ def score(
     examples = [example for rows in test.values() for example in rows]
     tasks = [task for task, rows in test.items() for _ in rows]
     progress = CountProgress("answers", len(examples))
+
+    def tell_cut(places: Sequence[int]) -> None:
+        for line in cut_lines(Counter(tasks[place] for place in places), test, max_length):
+            print(line, file=sys.stderr, flush=True)
+
     answers = iter(
         generate_answers(
             model,
@@ -120,12 +137,16 @@ def score(
             max_new_tokens=[answer_tokens.get(task, longest) for task in tasks],
             expert_ids=None if experts is None else [experts[task] for task in tasks],
             on_progress=lambda done, _: progress(done),
+            on_cut=tell_cut,
         )
     )
-    return score_all(test, {task: list(islice(answers, len(rows))) for task, rows in test.items()})
+    by_task = {task: list(islice(answers, len(rows))) for task, rows in test.items()}
+    return score_all(test, by_task, tokenizer=tokenizer, rouge=rouge)
 
 
-def suite_baselines(source: str, tasks: list[str], *, limit: int | None) -> dict[str, dict[str, float]]:
+def suite_baselines(
+    source: str, tasks: list[str], *, limit: int | None, rouge: Words = "all"
+) -> dict[str, dict[str, float]]:
     """What a constant answer and a keyword rule reach on the embedded suite: column → task → score.
 
     Empty where `source` is another one, or not all of it was scored.
@@ -138,7 +159,7 @@ def suite_baselines(source: str, tasks: list[str], *, limit: int | None) -> dict
     train, test = load_suite("train", tasks=tasks), load_suite("test", tasks=tasks)
     return {
         name: score_all(
-            test, {task: learn(train[task]).predict(rows) for task, rows in test.items()}
+            test, {task: learn(train[task]).predict(rows) for task, rows in test.items()}, rouge=rouge
         ).by_task()
         for name, learn in {"majority": majority_baseline, "keyword": keyword_baseline}.items()
     }

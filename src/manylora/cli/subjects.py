@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manylora.data import EMBEDDED
+from manylora.data import EMBEDDED, PromptRecord, find_prompts
 from manylora.errors import ConfigError, ModelError
-from manylora.evaluation import MAX_LENGTH
 from manylora.training import (
     RunFolder,
     adapter_base_name,
@@ -35,8 +34,10 @@ class Subject:
     """Task to expert under a task router, else `None`."""
     answer_tokens: Mapping[str, int]
     """Task to the longest answer worth generating, in tokens; empty where nothing is known."""
-    max_length: int = MAX_LENGTH
-    """Tokens a prompt may have, as in training."""
+    max_length: int | None = None
+    """Tokens a prompt may have, as in training; None: as many as the model's context has, where there was none."""
+    prompts: PromptRecord | None = None
+    """How the prompts of the training were made; None where the adapter does not say, and without one."""
 
     def check_task(self, task: str) -> None:
         """Refuse a task that the adapter was not trained on, where its tasks are known.
@@ -87,6 +88,9 @@ def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: 
         )
     name = model or adapter_base_name(folder)
     tokenizer = load_tokenizer(name)
+    prompts = find_prompts(folder)
+    if prompts is not None:
+        prompts.prepare(tokenizer)
     adapted = load_adapter(load_base(name, dtype=dtype, device=device), folder)
     config = adapted.active_peft_config
     experts = None
@@ -97,7 +101,7 @@ def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: 
             )
         experts = {task: index for index, task in enumerate(config.task_names)}
     facts = folder.parent / "tasks.json"
-    answer_tokens, max_length = {}, MAX_LENGTH
+    answer_tokens, max_length = {}, prompts.max_length if prompts else None
     if facts.is_file():
         try:
             known = json.loads(facts.read_text(encoding="utf-8"))
@@ -111,4 +115,5 @@ def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: 
         experts=experts,
         answer_tokens=answer_tokens,
         max_length=max_length,
+        prompts=prompts,
     )

@@ -15,7 +15,6 @@ from manylora.evaluation.classes import (
 )
 from manylora.evaluation.collapse import Loss, collapse_router, paired_loss
 from manylora.evaluation.generation import (
-    MAX_LENGTH,
     generate_answers,
     stop_token_ids,
     stream_answer,
@@ -30,12 +29,12 @@ from manylora.evaluation.score import (
     TaskScore,
     score_all,
     score_task,
+    wordless,
 )
 from manylora.evaluation.statistics import delta_m, standard_error
 from manylora.evaluation.table import scores_table
 
 __all__ = [
-    "MAX_LENGTH",
     "RULES",
     "TASK_RULES",
     "AnswerRule",
@@ -66,5 +65,6 @@ __all__ = [
     "standard_error",
     "stop_token_ids",
     "stream_answer",
+    "wordless",
     "write_scores",
 ]

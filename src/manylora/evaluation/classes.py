@@ -14,6 +14,7 @@ from manylora.evaluation.results import write_scores
 from manylora.evaluation.score import ACCURACY, Estimate, ScoredExample, Scores, TaskScore
 from manylora.evaluation.statistics import standard_error
 from manylora.training import RunFolder, TrainConfig
+from manylora.training.config import filled
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -133,7 +134,7 @@ def classify(
     settings = prepared.config.to_dict()
     if run is None:
         run = RunFolder.create(str(path), config=settings, seed=config.seed)
-    elif run.read_config() != settings:
+    elif filled(run.read_config()) != settings:
         raise ConfigError(f"{path} holds a run with other settings; give another folder.")
     else:
         if run.state.get("state") == "finished":

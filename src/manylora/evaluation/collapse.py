@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.data import TaskData, encode
 from manylora.errors import ConfigError
+from manylora.evaluation.generation import NO_LIMIT
 from manylora.evaluation.score import Estimate, Scores
 from manylora.evaluation.statistics import standard_error
 
@@ -32,7 +33,7 @@ def collapse_router(
     data: TaskData,
     *,
     how: How,
-    max_length: int,
+    max_length: int | None,
     batch_size: int = 16,
     memory: int = MEMORY,
     on_progress: Callable[[int, int], None] | None = None,
@@ -46,7 +47,7 @@ def collapse_router(
         tokenizer: the model's.
         data: task to rows, each with an answer.
         how: "mean": the mean routing weights; "fit": the nearest LoRA.
-        max_length: tokens that a row may have, as in training.
+        max_length: tokens that a row may have, as in training. None: as many as the model's context has.
         batch_size: rows per forward pass.
         memory: bytes that the sums of one pass over a task's rows may take.
         on_progress: called with the readings done and their number.
@@ -65,6 +66,7 @@ def collapse_router(
     layers = _routed_layers(model)
     groups = _groups({name: Collapse(bank, how).memory() for name, bank in layers.items()}, memory)
     context = getattr(model.config, "max_position_embeddings", None)
+    length, rows_known = max_length or context or NO_LIMIT, model.get_input_embeddings().weight.shape[0]
     done, total = 0, len(groups) * sum(map(len, data.values()))
     collapsed: dict[str, dict[str, Tensor | Fitted]] = {}
     was_training = model.training
@@ -72,7 +74,9 @@ def collapse_router(
     try:
         for task, examples in data.items():
             rows = [
-                encode(row, tokenizer, max_length=max_length, context_length=context).input_ids
+                encode(
+                    row, tokenizer, max_length=length, context_length=context, vocabulary=rows_known
+                ).input_ids
                 for row in examples
             ]
             rows.sort(key=len)  # rows of like length share a batch

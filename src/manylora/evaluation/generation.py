@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from manylora.data import Example, encode_prompt
+from manylora.data import Example, closing_text, encode_prompt, without_closing
 from manylora.errors import ConfigError, DataError, RoutingError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 """Prompts per batch. 1,600 prompts of about 60 tokens, 10-token answers, 4.3 M parameters, one CPU core: 29, 25,
 22 and 20 CPU seconds at 8, 32, 64 and 128."""
-MAX_LENGTH = 256
-"""Tokens that a prompt may have: the cut-off of the paper's runs (arXiv 2509.25414)."""
+NO_LIMIT = 2**31
+"""Tokens of a prompt where neither the run nor the model has a limit."""
 
 
 def generate_answers(
@@ -38,9 +38,10 @@ def generate_answers(
     *,
     max_new_tokens: int | Sequence[int],
     batch_size: int = BATCH_SIZE,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     expert_ids: Sequence[int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_cut: Callable[[Sequence[int]], None] | None = None,
 ) -> list[str]:
     """The model's greedy answers, one per example and in their order.
 
@@ -53,12 +54,13 @@ def generate_answers(
         max_new_tokens: limit of an answer in tokens, for all or for each example.
         batch_size: prompts generated together.
         max_length: tokens that a prompt may have; a longer one is cut (see `manylora.data.encode_prompt`).
-            Where prompt and answer would exceed the model's context, the prompt is cut further.
+            Default: what the model's context leaves beside the answer, to which any prompt is cut.
         expert_ids: for a task router, the expert of each example.
         on_progress: called with (examples done, examples in all) after every batch.
+        on_cut: called, before anything is generated, with the positions of the examples whose prompts are cut, if any.
 
     Returns:
-        Answers without special tokens and outer white space.
+        Answers without special tokens, what the chat template writes after one, and outer white space.
 
     Raises:
         ConfigError: a limit or the batch size is below 1, or the answer alone fills the model's context.
@@ -72,10 +74,13 @@ def generate_answers(
             f"There are {len(expert_ids)} expert ids for {len(examples)} examples. Give one each."
         )
     limits = _limits(max_new_tokens, len(examples))
-    prompts = [
-        _prompt(model, tokenizer, example, limit, max_length)[0]
+    read = [
+        _prompt(model, tokenizer, example, limit, max_length)
         for example, limit in zip(examples, limits, strict=True)
     ]
+    prompts = [ids for ids, _ in read]
+    if on_cut is not None and (cut := [place for place, (_, truncated) in enumerate(read) if truncated]):
+        on_cut(cut)
     order = sorted(range(len(examples)), key=lambda i: (limits[i], len(prompts[i])), reverse=True)
     answers = [""] * len(examples)
     with _evaluating(model):
@@ -89,7 +94,8 @@ def generate_answers(
                 expert_ids=None if expert_ids is None else [expert_ids[i] for i in batch],
             )
             for i, ids in zip(batch, generated, strict=True):
-                answers[i] = _text(tokenizer, ids[: limits[i]]).strip()
+                closing = closing_text(examples[i], tokenizer)
+                answers[i] = without_closing(_text(tokenizer, ids[: limits[i]]).strip(), closing)
             if on_progress is not None:
                 on_progress(min(start + batch_size, len(order)), len(order))
     return answers
@@ -101,8 +107,9 @@ def stream_answer(
     example: Example,
     *,
     max_new_tokens: int,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     expert_id: int | None = None,
+    on_cut: Callable[[int], None] | None = None,
 ) -> Iterator[str]:
     """The greedy answer to one example, piece by piece as it is generated.
 
@@ -114,13 +121,16 @@ def stream_answer(
         model, tokenizer, max_new_tokens, max_length: as for `generate_answers`.
         example: the prompt to answer.
         expert_id: for a task router, the expert to use.
+        on_cut: called with the tokens that are left of the prompt, where it is cut.
 
     Raises:
         ConfigError, DataError, RoutingError: as `generate_answers`.
     """
     (limit,) = _limits(max_new_tokens, 1)
-    prompt, _ = _prompt(model, tokenizer, example, limit, max_length)
-    return _stream(model, tokenizer, prompt, limit, expert_id)
+    prompt, cut = _prompt(model, tokenizer, example, limit, max_length)
+    if cut and on_cut is not None:
+        on_cut(len(prompt))
+    return _stream(model, tokenizer, prompt, limit, expert_id, closing_text(example, tokenizer))
 
 
 def _limits(max_new_tokens: int | Sequence[int], n: int) -> list[int]:
@@ -135,10 +145,11 @@ def _limits(max_new_tokens: int | Sequence[int], n: int) -> list[int]:
 
 
 def _prompt(
-    model: Model, tokenizer: PreTrainedTokenizerBase, example: Example, limit: int, max_length: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, example: Example, limit: int, max_length: int | None
 ) -> tuple[list[int], bool]:
     """Prompt ids that leave room for `limit` tokens in the model's context, and whether they were cut."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    max_length = NO_LIMIT if max_length is None else max_length
     if context is not None:
         if limit >= context:
             raise ConfigError(
@@ -146,7 +157,8 @@ def _prompt(
                 f"tokens. Take fewer than {context}."
             )
         max_length = min(max_length, context - limit)
-    ids, truncated = encode_prompt(example, tokenizer, max_length=max_length)
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids, truncated = encode_prompt(example, tokenizer, max_length=max_length, vocabulary=rows)
     if not ids:
         raise DataError(
             f"{example.origin or f'A row of task {example.task!r}'} has an empty prompt. Give it some text."
@@ -244,7 +256,12 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _stream(
-    model: Model, tokenizer: PreTrainedTokenizerBase, prompt: list[int], limit: int, expert_id: int | None
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    limit: int,
+    expert_id: int | None,
+    closing: str,
 ) -> Iterator[str]:
     import torch
 
@@ -270,12 +287,19 @@ def _stream(
         if token in stops:
             break
         ids.append(token)
-        # White space at the end may turn out to be the answer's end, and half a character reads "�".
+        # What stands at the end may turn out to be no part of the answer (white space, the beginning of what the
+        # template writes after one), and half a character reads "�".
         text = _text(tokenizer, ids).lstrip()
-        ready = text.rstrip()
+        ready = _settled(text.rstrip(), closing)
         if not text.endswith("�") and ready.startswith(shown) and len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
-    rest = _text(tokenizer, ids).strip()
+    rest = without_closing(_text(tokenizer, ids).strip(), closing)
     if len(rest) > len(shown):
         yield rest[len(shown) :]
+
+
+def _settled(text: str, closing: str) -> str:
+    """The text without an end that may be the beginning of `closing`."""
+    begun = next((n for n in range(len(closing), 0, -1) if text.endswith(closing[:n])), 0)
+    return text[: len(text) - begun].rstrip() if begun else text

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.federated.config import SCHEDULES, FederateConfig
 
 if TYPE_CHECKING:
-    from manylora.federated.client import Client, ClientData
+    from manylora.federated.client import Client, ClientData, cut_prompts
     from manylora.federated.clients import Clients, Reply
     from manylora.federated.dealing import client_data, client_for
     from manylora.federated.engines.local import LocalClients
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from manylora.federated.workbench import Workbench
 
 _HOME = {
-    "client": ("Client", "ClientData"),
+    "client": ("Client", "ClientData", "cut_prompts"),
     "clients": ("Clients", "Reply"),
     "dealing": ("client_data", "client_for"),
     "engines.local": ("LocalClients",),
@@ -59,6 +59,7 @@ __all__ = [
     "Workbench",
     "client_data",
     "client_for",
+    "cut_prompts",
     "pack",
     "strategy_for",
     "unpack",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from manylora.data import Example
+from manylora.data import Example, PromptRecord, encode_prompt
 from manylora.errors import ConfigError, ManyLoraError, RunError
 from manylora.evaluation import generate_answers, score_all
 from manylora.federated.compress import corrected, expanded, lightest, residual_of
@@ -269,7 +269,16 @@ class Client:
         rank, version = _integer(message, "rank"), _integer(message, "version")
         self._put_on(message, self._kept(version, rank=rank), rank=rank)
         limits = self._answer_tokens()
-        save_personal(self.bench, self.folder / "adapter", stacks=[stack for _, stack in self._stacks_on])
+        config = self.bench.config
+        prompts = PromptRecord.of(
+            self.data.train, self.bench.tokenizer, date=config.date, max_length=config.max_length
+        )
+        save_personal(
+            self.bench,
+            self.folder / "adapter",
+            stacks=[stack for _, stack in self._stacks_on],
+            prompts=prompts,
+        )
         write_json(
             self.folder / "tasks.json",
             {
@@ -304,10 +313,34 @@ class Client:
             )
             for task, rows in self.data.test.items()
         }
-        scores = score_all(self.data.test, answers)
+        scores = score_all(self.data.test, answers, tokenizer=self.bench.tokenizer, rouge=config.rouge)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
         write_text(self.folder / "predictions.jsonl", "".join(lines))
         return scores
+
+
+def cut_prompts(bench: Workbench, rows: ClientData) -> str:
+    """A sentence on a client's prompts that are too long and lose their beginnings; "" where all are whole.
+
+    Raises:
+        DataError: a row cannot be encoded.
+    """
+    length = bench.config.max_length
+    train = {task.name: sum(row.truncated for row in task.rows) for task in bench.encode(rows.train)}
+    test = {
+        task: sum(
+            encode_prompt(row, bench.tokenizer, max_length=length, vocabulary=bench.vocabulary)[1]
+            for row in found
+        )
+        for task, found in rows.test.items()
+    }
+    shares = [
+        f"{100 * cut / len(found[task]):.1f} % of {task}'s {what} prompts"
+        for what, cuts, found in (("training", train, rows.train), ("test", test, rows.test))
+        for task, cut in cuts.items()
+        if cut
+    ]
+    return f"longer than {length} tokens and cut to their ends: {', '.join(shares)}" if shares else ""
 
 
 def _with_prefix(kept: State, prefix: str) -> dict[str, Tensor]:

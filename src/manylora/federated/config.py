@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from manylora.data import EMBEDDED
+from manylora.data import EMBEDDED, check_date, today
 from manylora.errors import ConfigError
-from manylora.training.config import RECIPES, TrainConfig, as_list
+from manylora.training.config import RECIPES, TrainConfig, Words, as_list
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
 StrategyName: TypeAlias = Literal[
@@ -52,8 +52,8 @@ class FederateConfig:
     model: str = EMBEDDED
     """Base model: "embedded" (carried by the package), a local folder or a Hub id of a causal language model."""
     data: str = EMBEDDED
-    """Training rows of all clients: "embedded" (the suite of 8 tasks), a file or folder of JSON, JSONL, CSV or
-    Parquet, or a Hub data set id."""
+    """Training rows of all clients: "embedded" (the suite of 8 tasks), a file or folder of JSON, JSONL, CSV,
+    TSV or Parquet, or a Hub data set id."""
     test: str | None = None
     """Test rows, in the same formats. Default: the data's own test split where it has one."""
     tasks: list[str] | str | None = None
@@ -61,11 +61,15 @@ class FederateConfig:
     task_column: str | None = None
     """Column that names a row's task. Default: the column "task", else the file's name."""
     limit: int | None = None
-    """At most this many rows per task and split. Default: all."""
+    """At most this many rows per task and split: a sample, the same each time, in which each answer keeps its share.
+    Default: all."""
     loss_on: Literal["answer", "all"] = "answer"
     """Tokens that carry the loss: the answer alone, or prompt and answer."""
     max_length: int = 256
     """Tokens a row may have (the paper's cut-off). A longer prompt loses its beginning, an answer never anything."""
+    date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template is told which asks for it, at every client the same. Default: the day
+    on which the run begins, at the server."""
 
     strategy: StrategyName = "fed-alora"
     """fed-alora (B travels), fedsa (A), fedit (both), ffa (B, with A frozen), local (nothing), centralized (the
@@ -165,6 +169,8 @@ class FederateConfig:
     """Rows per batch when answers are generated. It does not change the answers."""
     max_new_tokens: int | None = None
     """Longest answer in tokens. Default: per task, the longest training answer plus 8."""
+    rouge: Words = "all"
+    """What ROUGE-1 counts as words: "all", those of every script; "published", runs of a-z and 0-9 alone."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -186,6 +192,7 @@ class FederateConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a share of at most 1, such as 0.5.")
         if self.scored_clients is not None and self.scored_clients < 0:
             raise ConfigError(f"scored_clients is {self.scored_clients}; give 0 or more.")
+        check_date(self.date)
         object.__setattr__(self, "ranks", _as_ranks(self.ranks))
         self._check_strategy()
         self._check_engine()
@@ -243,7 +250,7 @@ class FederateConfig:
             )
 
     def resolved(self) -> FederateConfig:
-        """Fill every value that the schedule governs; idempotent."""
+        """Fill every value that the schedule governs, and the date; idempotent."""
         name = self.schedule
         if name == "auto":
             name = "embedded" if self.model == EMBEDDED else "standard"
@@ -256,7 +263,7 @@ class FederateConfig:
             if (value := getattr(local, key)) is not None
         }
         paths |= {key: getattr(trained, key) for key in ("model", "data", "test", "tasks", "target_modules")}
-        return dataclasses.replace(local, **paths)
+        return dataclasses.replace(local, date=self.date or today(), **paths)
 
     def train_config(self) -> TrainConfig:
         """The same settings as the training room knows them: one LoRA, whose epochs are those of all rounds."""

@@ -33,15 +33,18 @@ def all_rows(config: FederateConfig) -> Splits:
     )
 
 
-def client_data(config: FederateConfig) -> dict[str, ClientData]:
+def client_data(config: FederateConfig, *, notes: list[str] | None = None) -> dict[str, ClientData]:
     """Client name to its rows. A client is tested on all test rows of the tasks it trains on.
 
-    Deterministic, so a machine that has the whole data can pick out the share of the client that it is.
+    Deterministic, so a machine that has the whole data can pick out the share of the client that it is. `notes` takes
+    sentences on what is left out (`Splits.notes`).
 
     Raises:
         DataError, ConfigError: what is wrong with the data or the partition.
     """
     splits = all_rows(config)
+    if notes is not None:
+        notes += splits.notes
     if STRATEGIES[config.strategy].pooled:
         return {POOLED: ClientData(train=splits.train, test=splits.test)}
     parts = partition(

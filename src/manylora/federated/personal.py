@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 from manylora.federated.exchange import State
 
 if TYPE_CHECKING:
+    from manylora.data import PromptRecord
     from manylora.federated.workbench import Workbench
 
 
-def save_personal(bench: Workbench, folder: Path, *, stacks: Sequence[State] = ()) -> None:
+def save_personal(
+    bench: Workbench, folder: Path, *, stacks: Sequence[State] = (), prompts: PromptRecord | None = None
+) -> None:
     """Write the adapter that is on, exactly, as one LoRA: `adapter_config.json` and `adapter_model.safetensors`.
 
     A factored adapter becomes (M A, B0 + B2 B1) of the intermediate rank. FLoRA's base has changed, so its stacks
@@ -27,6 +30,7 @@ def save_personal(bench: Workbench, folder: Path, *, stacks: Sequence[State] = (
         bench: with the client's adapter on.
         folder: replaced if it is there.
         stacks: what was folded into the base.
+        prompts: how the client's rows asked, to go along.
     """
     s = bench.config.scaling
     weights, rank = {}, 0
@@ -51,6 +55,8 @@ def save_personal(bench: Workbench, folder: Path, *, stacks: Sequence[State] = (
     partial.mkdir(parents=True)
     save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(partial))
+    if prompts is not None:
+        prompts.write(partial)
     if folder.exists():
         shutil.rmtree(folder)
     partial.replace(folder)

@@ -10,13 +10,13 @@ from peft import get_peft_model
 from torch import Tensor
 
 from manylora.adapters import ExpertBank, FactoredBank, ManyLoraLinear
-from manylora.data import TaskData
+from manylora.data import TaskData, fix_date
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import State
 from manylora.federated.initial import Shapes
 from manylora.federated.strategies import Strategy, strategy_for
-from manylora.training import base_fingerprint, load_base, load_config, load_tokenizer
+from manylora.training import base_fingerprint, load_base, load_config, load_tokenizer, token_rows
 from manylora.training.batches import EncodedTask, encode_tasks
 from manylora.training.plan import adapter_config
 
@@ -41,7 +41,10 @@ class Workbench:
         self.config = config
         self.strategy: Strategy = strategy_for(config.strategy, unequal=config.ranks is not None)
         self.tokenizer = load_tokenizer(config.model)
-        self.context: int | None = getattr(load_config(config.model), "max_position_embeddings", None)
+        fix_date(self.tokenizer, config.date)
+        architecture = load_config(config.model)
+        self.context: int | None = getattr(architecture, "max_position_embeddings", None)
+        self.vocabulary = token_rows(architecture)
         base = load_base(config.model, dtype=config.dtype, device=config.device)
         self.fingerprint = base_fingerprint(base)
         self.train_config = config.train_config().resolved()
@@ -67,6 +70,7 @@ class Workbench:
             max_length=self.config.max_length,
             context_length=self.context,
             loss_on=self.config.loss_on,
+            vocabulary=self.vocabulary,
         )
 
     def load(self, state: State, *, rank: int) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from manylora.data import check_date, today
 from manylora.errors import ConfigError, RunError
 from manylora.studies.config import Study
 from manylora.studies.kinds import Job, held, kind_of
@@ -143,7 +144,7 @@ def run_cell(study: Study, cell: Cell, out: Path) -> None:
         write_json(folder / "cell.json", settings)
         measured = kind_of(method.kind).run(
             Job(
-                settings=method.settings,
+                settings={"date": study_date(out), **method.settings},
                 seed=cell.seed,
                 learning_rate=cell.learning_rate,
                 split="validation" if cell.stage == "screen" else "test",
@@ -168,6 +169,17 @@ def run_cell(study: Study, cell: Cell, out: Path) -> None:
                 "examples": {task: pack_scores(scores) for task, scores in examples.items()},
             },
         )
+
+
+def study_date(out: Path) -> str:
+    """The day that chat templates are told in all cells of a study: the one on which its first cell ran."""
+    path = out / "shared" / "date.txt"
+    with held(path.parent):
+        if not path.is_file():
+            write_text(path, today())
+        date = path.read_text(encoding="utf-8").strip()
+    check_date(date)
+    return date
 
 
 def cell_settings(study: Study, cell: Cell) -> dict[str, Any]:
@@ -329,6 +341,9 @@ def _wrong_in(row: Any) -> str:
     examples = row.get("examples", {})
     if not isinstance(examples, dict) or not all(isinstance(packed, str) for packed in examples.values()):
         return "examples are not packed scores"
+    metrics = row.get("metrics", {})
+    if not isinstance(metrics, dict) or not all(isinstance(metric, str) for metric in metrics.values()):
+        return "metrics are no names"
     return ""
 
 

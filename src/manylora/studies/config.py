@@ -162,6 +162,7 @@ def parse_study(values: object) -> Study:
         common = {**common, "model": values["model"]}
     methods = _methods(values.get("methods"), common)
     names = [method.name for method in methods]
+    _check_one_metric(methods)
     plain = {
         key: values[key] for key in ("name", "question", "reference", "single", "caveat") if values.get(key)
     }
@@ -279,6 +280,14 @@ def _method(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Met
     except ConfigError as error:
         raise ConfigError(f"method {name}: {error}") from error
     return Method(name=name, kind=kind, settings=merged, single=None if single is None else str(single))
+
+
+def _check_one_metric(methods: Sequence[Method]) -> None:
+    """Refuse methods whose scores are measured differently: their differences would mean nothing."""
+    kinds = {method.name: method.settings.get("rouge", "all") for method in methods}
+    if len(set(kinds.values())) > 1:
+        shown = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        raise ConfigError(f"rouge differs between the methods ({shown}); give it once, under settings.")
 
 
 def _contrast(value: object) -> Contrast:

@@ -101,6 +101,7 @@ def run(job: Job) -> Measured:
         folder.set_state("finished", seconds=round(middle - began, 1))
     return Measured(
         scores=by_task(scores),
+        metrics={task.task: task.metric for own in scores.values() for task in own.tasks},
         examples=_examples(path / "clients", scores),
         parameters=sum(p.numel() for p in bench.model.parameters() if p.requires_grad) * len(data),
         seconds=middle - began,

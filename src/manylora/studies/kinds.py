@@ -61,6 +61,8 @@ class Measured:
     cpu_seconds: float = 0.0
     """Processor time of training, which other programs on the machine disturb less."""
     evaluation_seconds: float = 0.0
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """Task to what its score measures (`TaskScore.metric`)."""
     resumed: bool = False
     """Whether the cell went on after a kill, so that `seconds` are not all of it."""
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -315,6 +315,7 @@ def notes(study: Study, grid: Grid, rates: Mapping[str, float | None]) -> list[s
             f"No Δm%: {', '.join(sorted(singles))} scored 0 on a task, and nothing is relative to that."
         )
     cells = [cell for own in grid.cells.values() for cell in own.values()]
+    found += _metric_notes(grid, cells)
     workers = max(cell.get("workers", 1) for cell in cells)
     threads = sorted({cell.get("threads", 1) for cell in cells})
     side = f", up to {workers} cells side by side on one machine" if workers > 1 else ", one cell at a time"
@@ -323,3 +324,13 @@ def notes(study: Study, grid: Grid, rates: Mapping[str, float | None]) -> list[s
         f"{' or '.join(map(str, threads))} thread{'s' if threads != [1] else ''} per cell{side}."
     )
     return found
+
+
+def _metric_notes(grid: Grid, cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tasks whose cells were scored by different metrics, as where a study of an earlier version was continued."""
+    mixed = []
+    for task in grid.tasks:
+        names = {cell.get("metrics", {}).get(task, "that of an earlier version") for cell in cells}
+        if len(names) > 1:
+            mixed.append(f"{task} ({', '.join(sorted(names))})")
+    return [f"Cells were scored by different metrics: {'; '.join(mixed)}. Run them again."] if mixed else []

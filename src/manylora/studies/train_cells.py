@@ -114,14 +114,12 @@ def run(job: Job) -> Measured:
 
 
 def shortened(splits: Splits, limit: int | None) -> Splits:
-    """The same with at most so many training rows a task, at even distances: files are often sorted by label."""
+    """The same with at most so many training rows a task, a sample."""
     if limit is None:
         return splits
-    train = {
-        task: rows if limit >= len(rows) else [rows[place * len(rows) // limit] for place in range(limit)]
-        for task, rows in splits.train.items()
-    }
-    return dataclasses.replace(splits, train=train)
+    from manylora.data import sample_tasks
+
+    return dataclasses.replace(splits, train=sample_tasks(splits.train, limit))
 
 
 def only(splits: Splits, tasks: Sequence[str]) -> Splits:
@@ -150,6 +148,7 @@ def joined(parts: Sequence[Measured]) -> Measured:
     return Measured(
         scores={task: score for part in parts for task, score in part.scores.items()},
         examples={task: scores for part in parts for task, scores in part.examples.items()},
+        metrics={task: metric for part in parts for task, metric in part.metrics.items()},
         parameters=sum(part.parameters for part in parts),
         seconds=math.fsum(part.seconds for part in parts),
         cpu_seconds=math.fsum(part.cpu_seconds for part in parts),
@@ -221,6 +220,7 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         spent = curve.seconds if curve else 0.0
         measured = Measured(
             scores=scores.by_task(),
+            metrics={task.task: task.metric for task in scores.tasks},
             examples=example_scores(scores),
             parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
             seconds=middle - began - spent,
@@ -251,7 +251,10 @@ def rows_to_score(prepared: Prepared, job: Job) -> TaskData:
         raise RunError(
             f"the tasks {', '.join(missing)} have no {job.split} rows; give them with {job.split}."
         )
-    return {task: rows[task][: job.settings.get("test_limit")] for task in prepared.task_names}
+    from manylora.data import sample_rows
+
+    limit = job.settings.get("test_limit")
+    return {task: sample_rows(rows[task], limit, task=task) for task in prepared.task_names}
 
 
 def score(prepared: Prepared, model: PeftModel, test: TaskData) -> Scores:
@@ -285,9 +288,13 @@ def score(prepared: Prepared, model: PeftModel, test: TaskData) -> Scores:
             max_length=prepared.config.max_length,
             max_new_tokens=[prepared.answer_tokens[task] for task in tasks],
             expert_ids=[experts[task] for task in tasks] if routed else None,
+            on_cut=lambda places: print(
+                f"{len(places)} of {len(tasks)} prompts are too long and cut", flush=True
+            ),
         )
     )
-    return score_all(test, {task: list(islice(answers, len(rows))) for task, rows in test.items()})
+    by_task = {task: list(islice(answers, len(rows))) for task, rows in test.items()}
+    return score_all(test, by_task, tokenizer=prepared.tokenizer, rouge=prepared.config.rouge)
 
 
 def example_scores(scores: Scores) -> dict[str, list[float]]:

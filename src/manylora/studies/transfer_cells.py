@@ -169,7 +169,10 @@ def _adapted(job: Job, splits: Splits, task: str, shots: int, donor: Mapping[str
                        model=model)  # fmt: skip
     name = f"{task}@{shots}"
     return dataclasses.replace(
-        measured, scores={name: measured.scores[task]}, examples={name: measured.examples[task]}
+        measured,
+        scores={name: measured.scores[task]},
+        examples={name: measured.examples[task]},
+        metrics={name: measured.metrics[task]} if task in measured.metrics else {},
     )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         load_classifier,
         load_config,
         load_tokenizer,
+        token_rows,
     )
     from manylora.training.plan import Plan, TaskPlan, plan_lines
     from manylora.training.processes import Processes
@@ -50,6 +51,7 @@ _HOME = {
         "load_classifier",
         "load_config",
         "load_tokenizer",
+        "token_rows",
     ),
     "plan": ("Plan", "TaskPlan", "plan_lines"),
     "processes": ("Processes",),
@@ -89,6 +91,7 @@ __all__ = [
     "plan_lines",
     "predict_labels",
     "prepare",
+    "token_rows",
     "write_json",
     "write_merged",
     "write_text",

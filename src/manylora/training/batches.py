@@ -123,11 +123,13 @@ def encode_tasks(
     max_length: int,
     context_length: int | None,
     loss_on: LossOn = "answer",
+    vocabulary: int | None = None,
 ) -> list[EncodedTask]:
     """Encode every row of every task, in order.
 
     Raises:
-        DataError: an answer does not fit the model's context (see `manylora.data.encode`).
+        DataError: an answer does not fit the model's context, or a token has no row in the model (see
+            `manylora.data.encode`).
     """
     return [
         EncodedTask(
@@ -139,6 +141,7 @@ def encode_tasks(
                     max_length=max_length,
                     context_length=context_length,
                     loss_on=loss_on,
+                    vocabulary=vocabulary,
                 )
                 for example in examples
             ],

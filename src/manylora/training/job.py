@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,15 @@ import torch
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import set_seed
 
-from manylora.data import Splits, load_splits, mixture_schedule
+from manylora.data import (
+    Splits,
+    asks_date,
+    fix_date,
+    load_splits,
+    mixture_schedule,
+    today,
+    unread_note,
+)
 from manylora.errors import ConfigError, DataError, RunError
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
 from manylora.training.config import TrainConfig, as_list
@@ -30,6 +37,7 @@ from manylora.training.models import (
     load_config,
     load_tokenizer,
     pick_device,
+    token_rows,
 )
 from manylora.training.plan import (
     Plan,
@@ -40,7 +48,8 @@ from manylora.training.plan import (
     step_counts,
 )
 from manylora.training.processes import Processes, wait_for_all
-from manylora.training.runs import RunFolder, step_of, write_json
+from manylora.training.result import save_result
+from manylora.training.runs import RunFolder, step_of
 from manylora.training.snapshots import SnapshotRecorder, snapshot_steps
 from manylora.training.trainer import (
     ManyTaskTrainer,
@@ -110,10 +119,19 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
     splits = splits or all_rows(config)
     config = _with_experts(config, tasks=len(splits.train))
     tokenizer = load_tokenizer(config.model, task_type=config.task_type)
+    if config.task_type == "CAUSAL_LM" and asks_date(
+        tokenizer
+    ):  # the same prompts on every day of the run and after it
+        config = dataclasses.replace(config, date=config.date or today())
+        fix_date(tokenizer, config.date)
     architecture = load_config(config.model, task_type=config.task_type)
     context = getattr(architecture, "max_position_embeddings", None)
     labels = _labels(splits) if config.task_type == "SEQ_CLS" else None
-    lengths: dict[str, Any] = {"max_length": config.max_length, "context_length": context}
+    lengths: dict[str, Any] = {
+        "max_length": config.max_length,
+        "context_length": context,
+        "vocabulary": token_rows(architecture),
+    }
     train, validation = (
         encode_labelled(part, tokenizer, labels, **lengths)
         if labels
@@ -139,7 +157,15 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
         order=order,
         steps_per_epoch=steps_per_epoch,
         most_answer_tokens=(context or 2**20) // 2,
-        plan=_plan(config, splits, train, validation, order, labels=labels),
+        plan=_plan(
+            config,
+            splits,
+            train,
+            validation,
+            order,
+            labels=labels,
+            notes=[*splits.notes, *([] if labels else unread_note(splits.rows(), tokenizer))],
+        ),
         labels=labels,
     )
 
@@ -166,7 +192,6 @@ def all_rows(config: TrainConfig) -> Splits:
         seed=config.seed,
         validation_fraction=config.validation_fraction,
         limit=config.limit,
-        spread=config.task_type == "SEQ_CLS",  # files are often sorted by label, as FLAN's are
     )
 
 
@@ -198,6 +223,7 @@ def _plan(
     order: Sequence[int],
     *,
     labels: LabelSets | None,
+    notes: Sequence[str],
 ) -> Plan:
     adapter = adapter_config(config, task_names=[task.name for task in train])
     model = shadow_model(config, adapter, labels=labels.count if labels else 0)
@@ -235,6 +261,7 @@ def _plan(
         ),
         leaks=splits.leaks,
         dropped=splits.dropped,
+        notes=notes,
     )
 
 
@@ -295,7 +322,8 @@ def finetune(
         if known != prints[what]:
             raise RunError(
                 f"The {what} of {run.path} has changed since it was begun (fingerprint {known}, now "
-                f"{prints[what]}); put the old one back, or start a new run."
+                f"{prints[what]}); put the old one back, or start a new run (earlier versions took other rows under "
+                "--limit)."
             )
     first = Processes.here().first
     if first:
@@ -326,7 +354,7 @@ def finetune(
         weights = load_peft_weights(str(run.checkpoint(step)), device=str(model.device))
         set_peft_model_state_dict(model, weights)
     if first:
-        _save(prepared, run, model)
+        save_result(prepared, run, model)
     return model
 
 
@@ -372,25 +400,3 @@ def _trainer(
         data_collator=collate(pad_token_id=prepared.tokenizer.pad_token_id),
         callbacks=[recorder, *([Reporter(report)] if report else []), *callbacks],
     )
-
-
-def _save(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
-    partial = run.path / "adapter.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
-    model.save_pretrained(str(partial), save_embedding_layers=False)  # else PEFT asks the Hub about the base
-    prepared.tokenizer.save_pretrained(str(partial))
-    run.place_folder("adapter", partial)
-    facts: dict[str, dict[str, Any]] = {
-        task.name: {
-            "expert": index,
-            "train_rows": len(task.rows),
-            "answer_tokens": prepared.answer_tokens[task.name],
-        }
-        for index, task in enumerate(prepared.train)
-    }
-    if prepared.labels:
-        for name, labels in prepared.labels.tasks.items():
-            del facts[name]["answer_tokens"]
-            facts[name] |= {"labels": list(labels), "majority": prepared.labels.majority[name]}
-    write_json(run.path / "tasks.json", {"max_length": prepared.config.max_length, "tasks": facts})

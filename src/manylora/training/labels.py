@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from manylora.data import Encoded, Example, TaskData, without_options
+from manylora.data import Encoded, Example, TaskData, check_token_rows, without_options
 from manylora.errors import DataError
 from manylora.training.batches import Collator, EncodedTask
 from manylora.training.trainer import ManyTaskTrainer
@@ -95,11 +95,25 @@ def label_of(example: Example) -> str:
 
 def question_of(example: Example) -> str:
     """What a classifier reads: instruction and input, or the turns of a chat, as they stand and without a list of
-    options: the head knows them."""
+    options: the head knows them.
+
+    Raises:
+        DataError: the row has tools, or turns that call them, which have no place in such a text.
+    """
+    if example.tools or any("tool_calls" in turn.fields for turn in example.messages):
+        raise DataError(
+            f"{example.origin or f'A row of task {example.task!r}'}: field 'tools' or 'tool_calls' is not read by a "
+            "classifier; write it into the turns' text, or leave the row out."
+        )
     parts = (
         [turn.content for turn in example.messages]
         if example.form == "chat"
-        else [example.instruction, example.input]
+        else [
+            example.system,
+            *(text for turn in example.history for text in turn),
+            example.instruction,
+            example.input,
+        ]
     )
     return "\n\n".join(without_options(part) for part in parts if part.strip())
 
@@ -121,6 +135,7 @@ def encode_labelled(
     *,
     max_length: int,
     context_length: int | None,
+    vocabulary: int | None = None,
 ) -> list[EncodedTask]:
     """Every row of every task, in order; `labels` of a row holds one number, the head's output for its label.
 
@@ -130,9 +145,10 @@ def encode_labelled(
         labels: of every task.
         max_length: tokens that a row may have; the end of a longer one is cut.
         context_length: tokens that the model can read, where it has such a limit.
+        vocabulary: rows of the model's embedding; ids beyond are refused.
 
     Raises:
-        DataError: a task, or a row's label, is not among `labels`.
+        DataError: a task, or a row's label, is not among `labels`; or a token has no row in the model.
     """
     labels.check(data, what="given")
     length = min(max_length, context_length or max_length)
@@ -145,6 +161,8 @@ def encode_labelled(
                 f"{', '.join(place)}."
             )
         coded = encode_questions(examples, tokenizer, max_length=length)
+        for example, (ids, _) in zip(examples, coded, strict=True):
+            check_token_rows(ids, vocabulary, example, tokenizer)
         rows = [
             Encoded(input_ids=ids, labels=[place[label_of(row)]], truncated=cut, prompt_length=len(ids))
             for row, (ids, cut) in zip(examples, coded, strict=True)

@@ -119,12 +119,16 @@ def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PretrainedC
 
 
 def load_tokenizer(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token (the end token where it has none of its own).
+    """The base's tokenizer, with a padding token that the model has a row for: its own, else the end token.
 
     Raises:
-        ModelError: no tokenizer there, or one without an end token (SEQ_CLS: without any token to pad with).
+        ModelError: no tokenizer there, or one without an end token that the model knows (SEQ_CLS: without any token to
+            pad with).
     """
     tokenizer = _from_pretrained(AutoTokenizer, model)
+    rows = token_rows(_from_pretrained(AutoConfig, model))
+    if rows is not None:
+        _check_special(tokenizer, rows, model=model, task_type=task_type)
     if task_type == "SEQ_CLS" and tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer of {model} has no padding token, so rows could not share a batch.")
     if task_type == "CAUSAL_LM" and tokenizer.eos_token_id is None:
@@ -134,6 +138,25 @@ def load_tokenizer(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PreTrain
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def token_rows(config: PretrainedConfig) -> int | None:
+    """Rows of the input embedding: token ids below this can be read; None where the configuration does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _check_special(tokenizer: PreTrainedTokenizerBase, rows: int, *, model: str, task_type: TaskType) -> None:
+    """Pad with a token that the model can embed; an end token that it cannot is an error before anything is trained."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if task_type == "CAUSAL_LM" and eos is not None and eos >= rows:
+        raise ModelError(
+            f"The tokenizer of {model} ends answers with {tokenizer.eos_token!r} (id {eos}), but the model has "
+            f"rows for {rows} tokens; give the tokenizer that belongs to the model."
+        )
+    if pad is not None and pad >= rows:
+        others = (eos, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
+        fit = next(token for token in others if token is not None and token < rows)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fit)
 
 
 def load_base(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:

@@ -57,6 +57,8 @@ class Plan:
     """Test rows whose prompt also stands among the training rows."""
     dropped: int
     """Training and validation rows without an answer text, which are left out."""
+    notes: Sequence[str] = ()
+    """What else a reader should know of the rows."""
 
 
 def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLoraConfig:
@@ -180,4 +182,4 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
         lines.append(
             ("warning", f"{plan.leaks} test rows have a prompt that also stands among the training rows")
         )
-    return lines
+    return [*lines, *(("note", note) for note in plan.notes)]

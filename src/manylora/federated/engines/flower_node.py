@@ -48,7 +48,8 @@ _INTERVAL = 0.2
 class NodeClient:
     """Answers messages for the client that `--node-config` describes, and keeps its base and rows in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+        self._say = say
         self._key: tuple[str, FederateConfig] | None = None
         self._bench: Workbench | None = None
         self._rows: ClientData | None = None
@@ -72,7 +73,7 @@ class NodeClient:
         return envelope(told, answer)
 
     def _handle(self, data: bytes, name: str, run: str, node_config: Mapping[str, Any]) -> bytes:
-        from manylora.federated.client import Client
+        from manylora.federated.client import Client, cut_prompts
         from manylora.federated.home import folder_name
         from manylora.federated.wire import unpack
         from manylora.federated.workbench import Workbench
@@ -80,8 +81,12 @@ class NodeClient:
         config = settings_of(node_config).told(unpack(data).fields.get("settings", {})).resolved()
         if self._key != (name, config) or self._bench is None or self._rows is None:
             self._key = self._bench = self._rows = None
-            self._rows = rows_of(config, name)
+            notes: list[str] = []
+            self._rows = rows_of(config, name, notes=notes)
             self._bench = Workbench(config)
+            for note in (*notes, cut_prompts(self._bench, self._rows)):
+                if note:
+                    self._say(f"note: {note}")
             self._key = (name, config)
         home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
         if not home.exists():
@@ -113,8 +118,8 @@ def settings_of(node_config: Mapping[str, Any]) -> FederateConfig:
     return FederateConfig(**given)
 
 
-def rows_of(config: FederateConfig, name: str) -> ClientData:
-    """All rows that this machine names; of the embedded suite the client's share.
+def rows_of(config: FederateConfig, name: str, *, notes: list[str]) -> ClientData:
+    """All rows that this machine names; of the embedded suite the client's share. `notes` takes what is left out.
 
     Raises:
         ConfigError, DataError: there are none.
@@ -130,6 +135,7 @@ def rows_of(config: FederateConfig, name: str) -> ClientData:
             )
         return shares[name]
     splits = all_rows(config)
+    notes += splits.notes
     return ClientData(train=splits.train, test=splits.test)
 
 
@@ -149,7 +155,7 @@ def work(supernode: str, *, say: Callable[[str], None]) -> None:
     from flwr.proto.runtime_pb2 import AcquireTaskRequest
     from flwr.supercore.constant import TaskType
 
-    client, there = NodeClient(), True  # the latter is told once until the next message
+    client, there = NodeClient(say), True  # the latter is told once until the next message
     with contextlib.closing(_runtime(supernode)) as runtime:
 
         def offered() -> str:
