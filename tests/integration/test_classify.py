@@ -184,6 +184,12 @@ def test_the_command_line_trains_evaluates_and_refuses(
             in_empty_folder / "run" / name
         ).read_bytes()
 
+    code, out, err = cli(
+        "evaluate", "--adapter", "run", "--data", data / "test" / "kind.jsonl", "--max-length", 3
+    )
+    assert "note: no test rows for the tasks colour" in out, err
+    assert "test prompts are longer than 3 tokens and lose their ends (kind 58.3 %)" in out
+
     code, out, err = cli("analyze", "run", "--limit", 7, "--measure", "gradients", "--out", "looked")
     assert (code, "cosine between tasks' gradients on B" in " ".join(out.split())) == (0, True), err
     found = json.loads(Path("looked/analysis.json").read_text(encoding="utf-8"))["gradients"]
@@ -199,6 +205,7 @@ def test_the_command_line_trains_evaluates_and_refuses(
             ["evaluate", "--adapter", "run", "--max-new-tokens", "3"],
             "--max-new-tokens is about written answers",
         ),
+        (["evaluate", "--adapter", "run", "--rouge", "all"], "--rouge is about written answers"),
         (
             ["evaluate", "--adapter", "run", "--data", data / "test" / "free.jsonl"],
             "test tasks free have no labels",

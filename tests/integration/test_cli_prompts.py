@@ -355,3 +355,28 @@ def test_tokens_that_the_model_has_no_row_for(
     command = ["train", "--model", base, "--data", data, "--dry-run"]
     assert main(list(map(str, command))) == 2
     assert "t.jsonl:7 gives the token '<|extra|>' (id" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- which words a score counts
+
+
+def test_the_published_rouge_is_chosen_by_name_and_stays_with_the_run(
+    base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = [{"instruction": f"хліб {i}", "output": "молоко"} for i in range(4)]
+    data = write(tmp_path / "food.jsonl", rows)
+    run = train(
+        base, data, tmp_path / "run", "--test", str(data), "--rouge", "published", "--max-new-tokens", "2"
+    )
+    saved = json.loads((run / "scores.json").read_text(encoding="utf-8"))
+    assert saved["tasks"][0]["metric"] == "rouge1"
+    out = capsys.readouterr().out
+    assert "4 of 4 test answers of task food have no word that ROUGE-1 counts; look at exact match" in out
+    assert "ROUGE-1 a–z" in out
+    command = ["evaluate", "--adapter", str(run), "--max-new-tokens", "2"]
+    assert main(command) == 0
+    assert "ROUGE-1 a–z" in capsys.readouterr().out
+    assert main([*command, "--rouge", "all"]) == 0
+    out = capsys.readouterr().out
+    assert "no word" not in out
+    assert "ROUGE-1 a–z" not in out

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from manylora.adapters import ManyLoraConfig
-from manylora.data import Example
+from manylora.data import Example, Message
 from manylora.errors import ConfigError, DataError, RoutingError
 from manylora.evaluation import generate_answers, stop_token_ids, stream_answer
 
@@ -400,3 +400,48 @@ def test_an_empty_prompt_is_an_error_that_names_its_row() -> None:
         generate_answers(random_model("llama"), words(), [empty], max_new_tokens=2)
     with pytest.raises(DataError, match="empty prompt"):  # when called, not when first read
         stream_answer(random_model("llama"), words(), empty, max_new_tokens=2)
+
+
+def test_without_a_limit_a_prompt_is_read_up_to_the_context_and_a_cut_is_told() -> None:
+    model, tokenizer = random_model("llama"), words()  # 64 positions
+    told: list[Any] = []
+    examples = ask(60, 64, 5)
+    answers = generate_answers(model, tokenizer, examples, max_new_tokens=4, on_cut=told.append)
+    assert told == [[1]]  # once, with the places of the prompts that were cut
+    assert answers[0] == naive(model, tokenizer, examples[0], 4)
+    assert (
+        "".join(stream_answer(model, tokenizer, examples[1], max_new_tokens=4, on_cut=told.append))
+        == answers[1]
+    )
+    assert told == [[1], 60]  # the tokens that are left
+    list(stream_answer(model, tokenizer, examples[2], max_new_tokens=4, on_cut=told.append))
+    generate_answers(model, tokenizer, examples[2:], max_new_tokens=4, on_cut=told.append)
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("closed", [1, 2, 3])
+def test_what_the_template_writes_after_an_answer_is_no_part_of_it(closed: int) -> None:
+    model, tokenizer = random_model("llama"), words()
+    messages = (Message(role="user", content=EXAMPLES[0].instruction),)
+    example = Example(task="t", form="chat", messages=messages, origin="c.jsonl:1")
+    whole = naive(model, tokenizer, EXAMPLES[0], 6).split()
+    closing = " ".join(whole[-closed:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ ' "
+        + closing
+        + "' }}{% endif %}"
+        "{% if not loop.last %} {% endif %}{% endfor %}"
+    )
+    (answer,) = generate_answers(model, tokenizer, [example], max_new_tokens=6)
+    assert answer == " ".join(whole[:-closed])
+    assert "".join(stream_answer(model, tokenizer, example, max_new_tokens=6)) == answer
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named() -> None:
+    tokenizer = words()
+    tokenizer.add_tokens(["extra"])
+    example = Example(task="t", form="prompt", instruction="w1 extra", origin="t.jsonl:3")
+    with pytest.raises(
+        DataError, match=rf"t\.jsonl:3 gives the token 'extra' \(id {VOCAB}\), but the model has rows"
+    ):
+        generate_answers(random_model("llama"), tokenizer, [example], max_new_tokens=2)

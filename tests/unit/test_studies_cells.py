@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from manylora.errors import ConfigError, RunError
 from manylora.studies import Job, Measured, parse_study
-from manylora.studies.cells import cell_settings, final_cells, screening_cells
+from manylora.studies.cells import cell_settings, final_cells, screening_cells, study_date
 from manylora.studies.kinds import kind_of
 from manylora.studies.runner import pending
 
@@ -202,3 +202,12 @@ def test_a_final_cell_of_another_grid_is_not_taken_for_one_at_the_rate_chosen_no
     done(finals[1], learning_rate=0.1)  # before the grid had 0.01
     with pytest.raises(RunError, match=r"final/alora/seed0 was run with learning_rate 0\.1, now it is 0\.01"):
         pending(grid, tmp_path)
+
+
+def test_all_cells_of_a_study_see_the_date_of_its_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manylora.studies.cells.today", lambda: "2024-02-29")  # stands for the clock
+    assert study_date(tmp_path) == "2024-02-29"
+    monkeypatch.setattr("manylora.studies.cells.today", lambda: "2024-03-01")
+    assert study_date(tmp_path) == "2024-02-29"

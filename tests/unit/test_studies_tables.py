@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.cli import main
-from manylora.errors import RunError
+from manylora.errors import ConfigError, RunError
 from manylora.studies import parse_study, read_cells, summarise, write_cells
 from manylora.studies.cells import choose_rates, pack_scores, unpack_scores
 
@@ -239,3 +239,23 @@ def test_a_broken_cells_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
         assert err.count("\n") == 1
     assert main(["compare", "--from-cells", str(tmp_path / "none.jsonl")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_methods_of_a_study_are_measured_alike() -> None:
+    with pytest.raises(
+        ConfigError, match=r"rouge differs between the methods \(alora published, lora all\); give it"
+    ):
+        parse_study({"name": "x", "methods": {"alora": {"rouge": "published"}, "lora": None}})
+    parse_study({"name": "x", "methods": ["alora", "lora"], "settings": {"rouge": "published"}})
+
+
+def test_cells_of_different_metrics_are_pointed_out() -> None:
+    cells = by_hand()
+    assert not any("different metrics" in note for note in summarise(study(), cells, {})["notes"])
+    newer = [{**row, "metrics": {"a": "rouge1_all", "b": "accuracy"}} for row in cells]
+    assert not any("different metrics" in note for note in summarise(study(), newer, {})["notes"])
+    notes = summarise(study(), [*newer[:3], *cells[3:]], {})["notes"]
+    assert (
+        "Cells were scored by different metrics: a (rouge1_all, that of an earlier version); b (accuracy, that of an "
+        "earlier version). Run them again."
+    ) in notes

@@ -176,12 +176,25 @@ def test_a_model_in_an_installed_package_is_found_without_running_it(
 def test_a_limit_takes_rows_of_every_label_from_a_sorted_file(tmp_path: Path) -> None:
     lines = [f'{{"instruction": "row {n}", "output": "{"a" if n < 30 else "b"}"}}' for n in range(60)]
     (tmp_path / "sorted.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    [spread] = load_splits(data=tmp_path, limit=10, spread=True, validation_fraction=0).train.values()
-    [first] = load_splits(data=tmp_path, limit=10, validation_fraction=0).train.values()
-    assert [row.output for row in spread] == ["a"] * 5 + ["b"] * 5
-    assert [row.output for row in first] == ["a"] * 10
-    [whole] = load_splits(data=tmp_path, limit=99, spread=True, validation_fraction=0).train.values()
+    [few] = load_splits(data=tmp_path, limit=10, validation_fraction=0).train.values()
+    assert [row.output for row in few] == ["a"] * 5 + ["b"] * 5
+    [whole] = load_splits(data=tmp_path, limit=99, validation_fraction=0).train.values()
     assert len(whole) == 60
+
+
+def test_what_a_classifier_has_no_place_for_is_refused_by_name() -> None:
+    turns = (
+        Message(role="user", content="a"),
+        Message(role="assistant", content="b", fields={"tool_calls": [{}]}),
+    )
+    for more in ({"messages": turns}, {"messages": turns[:1], "tools": ({},)}):
+        example = Example(task="t", form="chat", output="yes", origin="t.jsonl:3", **more)
+        with pytest.raises(
+            DataError, match=r"t\.jsonl:3: field 'tools' or 'tool_calls' is not read by a classifier"
+        ):
+            question_of(example)
+    spoken = Example(task="t", system="Be kind.", history=(("a", "b"),), instruction="c", output="yes")
+    assert question_of(spoken) == "Be kind.\n\na\n\nb\n\nc"
 
 
 def test_an_encoder_pools_as_its_folder_says(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from manylora.cli.cuts import cut_questions
 from manylora.cli.tables import print_scores
+from manylora.data import missing_tasks, single_answers
 from manylora.errors import ConfigError, ModelError
 from manylora.evaluation import majority_scores, read_labels, score_classifier, score_labels, write_scores
 from manylora.training import (
@@ -119,6 +120,9 @@ def evaluate_classifier(options: EvaluateOptions, test: TaskData) -> int:
     length = min(
         options.max_length or head.max_length, getattr(model.config, "max_position_embeddings", None) or 2**31
     )
+    gaps = missing_tasks(labels.tasks, test) if options.tasks is None else []
+    for note in (*gaps, *single_answers(test, what="test")):
+        print(f"note: {note}")
     for line in cut_questions(test, tokenizer, length):
         print(line)
     predictions = predict_labels(

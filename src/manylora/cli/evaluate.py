@@ -82,10 +82,9 @@ def _evaluate(options: EvaluateOptions) -> int:
 
 def _gaps(subject: Subject, options: EvaluateOptions, test: TaskData) -> list[str]:
     """Sentences on what the rows lack, or ask in another form than the adapter was trained on."""
-    from manylora.data import listed, single_answers
+    from manylora.data import missing_tasks, single_answers
 
-    missing = [task for task in subject.answer_tokens if task not in test] if options.tasks is None else []
-    found = [f"no test rows for the tasks {listed(missing)}"] if missing else []
+    found = missing_tasks(subject.answer_tokens, test) if options.tasks is None else []
     known = subject.prompts.tasks if subject.prompts else {}
     for task, rows in test.items():
         forms = {row.form for row in rows}

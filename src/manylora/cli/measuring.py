@@ -13,6 +13,7 @@ from manylora.cli.options import AnalyzeOptions
 from manylora.cli.subjects import load_subject, run_settings
 from manylora.data import (
     EMBEDDED,
+    DataNotes,
     TaskData,
     available_splits,
     encode,
@@ -84,7 +85,8 @@ def _measure_one(
     with_gradients = wanted.gradients and shares
     if not with_gates and not with_gradients:
         return [], [], notes if wanted.asked else []
-    examples = _rows(source, options)
+    examples = _rows(source, options, left_out := DataNotes())
+    notes += [f"{source.name}: {line}" for line in left_out.lines()]
     if len(examples) < 2 and with_gradients:
         notes.append(
             f"{source.name}: gradient conflict needs rows of two tasks; there is one ({', '.join(examples)})."
@@ -159,7 +161,7 @@ def _choosing(
     return model, {task.name: task.rows for task in tasks}, reader
 
 
-def _rows(source: Source, options: AnalyzeOptions) -> TaskData:
+def _rows(source: Source, options: AnalyzeOptions, notes: DataNotes) -> TaskData:
     """Training rows: those named, else the run's own, else the embedded suite for the embedded base.
 
     Raises:
@@ -174,6 +176,7 @@ def _rows(source: Source, options: AnalyzeOptions) -> TaskData:
             tasks=tasks,
             split="train" if "train" in splits else None,
             limit=limit,
+            notes=notes,
         )
     run = run_settings(str(source.folder))
     if run.get("data"):

@@ -28,7 +28,7 @@ from manylora.data.prompts import (
 )
 from manylora.data.readers import SUPPORTED_SUFFIXES, Row
 from manylora.data.record import PROMPTS_FILE, PromptRecord, TaskPrompts, find_prompts, question
-from manylora.data.sampling import sample_rows, sample_tasks, single_answers
+from manylora.data.sampling import missing_tasks, sample_rows, sample_tasks, single_answers
 from manylora.data.sources import EMBEDDED, SPLITS, available_splits, data_root, load_examples
 from manylora.data.splits import Splits, cut_validation, load_splits
 from manylora.data.templates import asks_date, check_date, fix_date, today, unread_fields, unread_note
@@ -71,6 +71,7 @@ __all__ = [
     "listed",
     "load_examples",
     "load_splits",
+    "missing_tasks",
     "mixture_schedule",
     "mixture_shares",
     "options_of",

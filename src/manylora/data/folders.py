@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from manylora.data.formats import split_name, task_and_split
@@ -10,6 +11,9 @@ from manylora.data.readers import is_readable
 
 _DEEPEST = 4
 """Folders in folders that are looked into."""
+
+_LOOKED_AT = 10_000
+"""Entries of a folder that is not read by which it is seen whether it holds data: it may be anything."""
 
 _ABOUT = ("readme", "license", "licence", "citation", "changelog")
 """Files that stand beside data to be read by people: nobody expects rows of them."""
@@ -73,5 +77,5 @@ def _walk(
     for path in others:
         if not (has_rows or deep):
             _walk(root, path, split, f"{task}/{path.name}" if task else path.name, found, seen)
-        elif any(is_readable(inner) and inner.is_file() for inner in path.rglob("*")):
+        elif any(is_readable(inner) and inner.is_file() for inner in islice(path.rglob("*"), _LOOKED_AT)):
             found.left_out.append(f"{path.relative_to(root)}/")

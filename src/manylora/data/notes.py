@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 _SHOWN = 8
 """Names that one line lists."""
+_LONGEST = 60
+"""Characters of a name that are shown: a table without a header has a row of text for names."""
 
 
 @dataclass(kw_only=True)
@@ -32,5 +34,11 @@ class DataNotes:
 
 def listed(names: Sequence[str]) -> str:
     """Names with commas between, the first few where there are many."""
-    shown = ", ".join(names[:_SHOWN])
+    shown = ", ".join(map(_plain, names[:_SHOWN]))
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+
+
+def _plain(name: str) -> str:
+    """The name as it may be printed on one line, whatever is in it."""
+    shown = name if name.isprintable() else repr(name)
+    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"

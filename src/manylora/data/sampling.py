@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from manylora.data.examples import Example
+from manylora.data.notes import listed
 
 SEED = 0
 """Of every sample. It is not a run's seed: all seeds of a study must be scored on the same test rows, and `evaluate`
@@ -42,6 +43,12 @@ def sample_rows(rows: Sequence[Example], limit: int | None, *, task: str) -> lis
 def sample_tasks(data: Mapping[str, Sequence[Example]], limit: int | None) -> dict[str, list[Example]]:
     """`sample_rows` of every task."""
     return {task: sample_rows(rows, limit, task=task) for task, rows in data.items()}
+
+
+def missing_tasks(known: Iterable[str], test: Mapping[str, object]) -> list[str]:
+    """A sentence on the tasks that were trained and have no test rows while others have; none where all have."""
+    missing = [task for task in known if task not in test] if test else []
+    return [f"no test rows for the tasks {listed(missing)}"] if missing else []
 
 
 def single_answers(data: Mapping[str, Sequence[Example]], *, what: str) -> list[str]:

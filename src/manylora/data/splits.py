@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from manylora.data.examples import Example, TaskData
-from manylora.data.notes import DataNotes, listed
+from manylora.data.notes import DataNotes
 from manylora.data.prompts import prompt_text
-from manylora.data.sampling import single_answers
+from manylora.data.sampling import missing_tasks, single_answers
 from manylora.data.sources import available_splits, load_examples
 from manylora.errors import ConfigError, DataError
 
@@ -109,8 +109,7 @@ def load_splits(
 
 def _gaps(train: TaskData, held_out: TaskData, tested: TaskData) -> list[str]:
     """Sentences on tasks that are not tested while others are, and on splits with one answer."""
-    missing = [task for task in train if task not in tested] if tested else []
-    found = [f"no test rows for the tasks {listed(missing)}"] if missing else []
+    found = missing_tasks(train, tested)
     for what, rows in (("training", train), ("validation", held_out), ("test", tested)):
         found += single_answers(rows, what=what)
     return found

@@ -96,6 +96,8 @@ def run(job: Job) -> Measured:
         more["learning_rate"] = job.learning_rate
     config = train_config(job.settings, **more)
     splits = shortened(all_rows(config.resolved()), job.settings.get("train_limit"))
+    for note in splits.notes:
+        print(f"note: {note}", flush=True)  # into the cell's log
     prepared = prepare(config, splits=splits)
     if match := job.settings.get("match"):
         config = matched(config, {**job.settings, **PRESETS[match][1]}, tasks=len(prepared.task_names))

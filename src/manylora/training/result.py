@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def save_result(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
-    """Place `adapter/` in the run folder, with the tokenizer and the record of its prompts, and tasks.json beside it."""
+    """Place `adapter/` in the run folder, with tokenizer and record of its prompts, and tasks.json beside it."""
     partial = run.path / "adapter.partial"
     if partial.exists():
         shutil.rmtree(partial)
