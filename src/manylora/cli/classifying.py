@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 from manylora.cli.tables import print_scores
 from manylora.errors import ConfigError, ModelError
-from manylora.evaluation import majority_scores, read_labels, score_classifier, score_labels, write_scores
+from manylora.evaluation import (
+    chance_notes,
+    majority_scores,
+    read_labels,
+    score_classifier,
+    score_labels,
+    write_scores,
+)
 from manylora.training import (
     adapter_base_name,
     adapter_folder,
@@ -40,7 +47,8 @@ def score_run_of_classes(prepared: Prepared, folder: RunFolder, model: PeftModel
         print("no test rows (give them with --test); the adapter is in " + str(folder.path / "adapter"))
         return
     scores = score_classifier(prepared, folder, model)
-    print_scores(scores, folder.read_json("scores.json")["baselines"])
+    saved = folder.read_json("scores.json")
+    print_scores(scores, saved["baselines"], saved["notes"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +126,9 @@ def evaluate_classifier(options: EvaluateOptions, test: TaskData) -> int:
         model, tokenizer, test, labels, max_length=head.max_length, batch_size=options.batch_size
     )
     scores, baselines = score_labels(test, predictions), {"majority": majority_scores(labels, test)}
-    print_scores(scores, baselines)
+    notes = chance_notes(scores, baselines, router=getattr(model.active_peft_config, "router", None))
+    print_scores(scores, baselines, notes)
     if options.out is not None:
-        write_scores(Path(options.out), scores, baselines)
+        write_scores(Path(options.out), scores, baselines, notes)
         print(f"written to {options.out}")
     return 0

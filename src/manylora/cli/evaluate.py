@@ -47,7 +47,7 @@ def _evaluate(options: EvaluateOptions) -> int:
     from manylora.cli.scoring import score, suite_baselines
     from manylora.cli.subjects import load_subject
     from manylora.cli.tables import print_scores
-    from manylora.evaluation import write_scores
+    from manylora.evaluation import CONSTANT, chance_notes, constant_scores, write_scores
 
     data, limit, test = _rows(options)
     if is_classifier(options.adapter):
@@ -65,10 +65,14 @@ def _evaluate(options: EvaluateOptions) -> int:
         experts=subject.experts,
     )
     baselines = suite_baselines(data, list(test), limit=limit)
-    print_scores(scores, baselines)
+    notes: list[str] = []
+    if options.adapter is not None:  # of a bare model nobody expects that it has learnt
+        router = getattr(subject.model.active_peft_config, "router", None)
+        notes = chance_notes(scores, baselines or {CONSTANT: constant_scores(test)}, router=router)
+    print_scores(scores, baselines, notes)
     if options.out is not None:
         folder = Path(options.out)
-        write_scores(folder, scores, baselines)
+        write_scores(folder, scores, baselines, notes)
         print(f"written to {folder}")
     return 0
 

@@ -10,7 +10,16 @@ from manylora.cli.console import CountProgress
 from manylora.cli.tables import print_scores
 from manylora.data import EMBEDDED, TaskData, encode_prompt
 from manylora.errors import RoutingError
-from manylora.evaluation import Scores, check_classes, generate_answers, score_all, write_scores
+from manylora.evaluation import (
+    CONSTANT,
+    Scores,
+    chance_notes,
+    check_classes,
+    constant_scores,
+    generate_answers,
+    score_all,
+    write_scores,
+)
 from manylora.training import Prepared, RunFolder
 
 if TYPE_CHECKING:
@@ -76,8 +85,10 @@ def score_run(prepared: Prepared, folder: RunFolder, model: PeftModel) -> None:
     )
     source = prepared.config.test or prepared.config.data
     baselines = suite_baselines(source, list(test), limit=prepared.config.limit)
-    write_scores(folder.path, scores, baselines)
-    print_scores(scores, baselines)
+    beside = baselines or {CONSTANT: constant_scores(test, prepared.splits.train)}
+    notes = chance_notes(scores, beside, router=prepared.config.router)
+    write_scores(folder.path, scores, baselines, notes)
+    print_scores(scores, baselines, notes)
 
 
 def score(
