@@ -19,6 +19,10 @@ class TargetModulesError(ConfigError):
     """`target_modules` match no layer that can carry an adapter."""
 
 
+class NonFiniteError(ManyLoraError, ArithmeticError):
+    """A loss, a gradient or a model's output is NaN or infinite."""
+
+
 class RoutingError(ManyLoraError, ValueError):
     """Expert ids are missing, of the wrong shape or type, or out of range."""
 

@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from broken_bases import marked_rows, spoil
 from manylora.cli import main
 
 WORKER = Path(__file__).with_name("launched_worker.py")
@@ -171,6 +172,23 @@ def test_bad_input_ends_all_processes_with_one_line(runs: Path) -> None:
     assert "exists already" in exists
     assert "batch_size 9 cannot be divided between 2 processes" in uneven
     assert not (runs / "uneven").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes_with_one_line(tiny_base: Path, tmp_path: Path) -> None:
+    """The row is in one process's share alone; the other would wait for its gradients."""
+    base = spoil(tiny_base, tmp_path / "base")
+    data = marked_rows(tmp_path / "data", "colours", marked=5)
+    words = command(base, data, "--micro-batch-size", 2, "--save-steps", 1, "--out", tmp_path / "run")
+    _, err = two_workers(
+        tmp_path, json.dumps([{"command": words, "port": free_port(), "interrupted_at": None}])
+    )
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"codes-{rank}.json").read_text(encoding="utf-8")) == [2]
+    (line,) = [line for line in err.splitlines() if line.startswith("manylora:")]
+    assert "the loss of task 'colours'" in line
+    assert "colours.jsonl:6)" in line
+    state = json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))
+    assert state["state"] == "failed"
 
 
 def test_verbs_of_one_process_refuse_a_launcher(tmp_path: Path) -> None:

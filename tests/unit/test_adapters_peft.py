@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from transformers import (
@@ -276,3 +276,70 @@ def test_empty_batches_of_a_module_adapted_by_hand(shape: tuple[int, int], route
     assert y.shape == (*shape, 3)
     y.sum().backward()
     assert x.grad is not None
+
+
+def config_of(kind: str, targets: list[str]) -> PeftConfig:
+    if kind == "lora":
+        return LoraConfig(r=2, lora_dropout=0.5, target_modules=targets, init_lora_weights=False)
+    return ManyLoraConfig(
+        r=2, lora_dropout=0.5, target_modules=targets, init_weights=False, num_experts=1, router=None
+    )
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj"], ["q_proj", "v_proj"]])
+def test_an_adapter_added_in_evaluation_mode_is_in_it(targets: list[str]) -> None:
+    """Also on layers that had none: else its dropout would run, and two calls differ."""
+    model = get_peft_model(llama(), config_of("ours", ["q_proj"])).eval()
+    model.add_adapter("other", config_of("ours", targets))
+    model.set_adapter("other")
+    assert not [name for name, module in model.named_modules() if module.training]
+    once, again = (model(input_ids=tokens()).logits for _ in range(2))
+    assert torch.equal(once, again)
+    model.train()
+    once, again = (model(input_ids=tokens()).logits for _ in range(2))
+    assert not torch.equal(once, again)
+
+
+def test_an_adapter_added_in_training_mode_is_in_that() -> None:
+    model = get_peft_model(llama().train(), config_of("ours", ["q_proj"]))
+    model.add_adapter("other", config_of("ours", ["v_proj"]))
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj"]])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_gradients_belong_to_the_adapters_that_have_them_with_plain_lora(
+    second: bool, first: bool, targets: list[str], tmp_path: Path
+) -> None:
+    """Loaded, loaded beside another, added, and set active: the same adapters are trainable as with PEFT's LoRA."""
+
+    def trainable(model: PeftModel) -> set[str]:
+        names = ("default", "other", "added")
+        return {
+            name
+            for name in names
+            for key, parameter in model.named_parameters()
+            if f".{name}" in key and parameter.requires_grad
+        }
+
+    found = {}
+    for kind in ("lora", "ours"):
+        for name, where in (("one", ["q_proj"]), ("two", targets)):
+            get_peft_model(llama(), config_of(kind, where)).save_pretrained(tmp_path / kind / name)
+        model = PeftModel.from_pretrained(llama(), tmp_path / kind / "one", is_trainable=first)
+        seen = [trainable(model)]
+        model.load_adapter(tmp_path / kind / "two", "other", is_trainable=second)
+        seen.append(trainable(model))
+        model.add_adapter("added", config_of(kind, targets))
+        seen.append(trainable(model))
+        for name in ("other", "added", "default"):
+            model.set_adapter(name)
+            seen.append(trainable(model))
+        found[kind] = seen
+    assert found["ours"] == found["lora"]
+    assert found["ours"][-3:] == [
+        {"other"},
+        {"added"},
+        {"default"},
+    ]  # an optimizer made now holds the active one

@@ -5,9 +5,11 @@ adapted linear layer, `factored` the bank of a federated client with a rank of i
 about routing, `routing` how that reaches the layers, `mixed` several adapters in one batch, `balance` the load-balance
 loss, `gates` statistics, `targets` which layers get one, `model` the tuner, `card` the lines on loading in model cards;
 `registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter
-(`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both.
+(`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both,
+`arrival` sees that what was read is what the model then has.
 """
 
+from manylora.adapters.arrival import check_finite, check_result, loading, put_weights
 from manylora.adapters.balance import LoadBalance, load_balance_loss
 from manylora.adapters.bank import ExpertBank
 from manylora.adapters.collapse import Collapse, Fitted, How
@@ -20,7 +22,14 @@ from manylora.adapters.config import (
 )
 from manylora.adapters.export import PlainLora, expert_names, export_lora
 from manylora.adapters.factored import FactoredBank
-from manylora.adapters.folders import find_loras, read_adapter, read_any, read_lora, write_folder
+from manylora.adapters.folders import (
+    find_loras,
+    read_adapter,
+    read_any,
+    read_lora,
+    read_weights,
+    write_folder,
+)
 from manylora.adapters.from_lora import import_loras
 from manylora.adapters.gates import (
     COLLAPSE,
@@ -56,6 +65,8 @@ __all__ = [
     "PlainLora",
     "RouterKind",
     "Share",
+    "check_finite",
+    "check_result",
     "expert_names",
     "export_lora",
     "find_loras",
@@ -64,8 +75,11 @@ __all__ = [
     "import_loras",
     "load_balance",
     "load_balance_loss",
+    "loading",
+    "put_weights",
     "read_adapter",
     "read_any",
     "read_lora",
+    "read_weights",
     "write_folder",
 ]

@@ -83,6 +83,11 @@ class ExpertBank(nn.Module):
         return self.lora_A
 
     @property
+    def leaves(self) -> tuple[str, ...]:
+        """Names of what a saved bank consists of."""
+        return ("lora_A", "lora_B", *(["lora_router"] if self.router == "token" else []))
+
+    @property
     def num_experts(self) -> int:
         """N."""
         return self.layout.num_experts

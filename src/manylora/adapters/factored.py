@@ -54,6 +54,11 @@ class FactoredBank(ExpertBank):
         self.register_buffer("B0", weight.new_zeros(out_features, rank))
         self.reset_parameters()
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Names of what a saved bank consists of."""
+        return ("A", "M", "B1", "B2", "B0")
+
     def reset_parameters(self, *, identity: bool = True) -> None:
         """A, M and B1 kaiming-uniform(a=√5); B2 zero, or drawn too; B0 zero (method.md)."""
         with torch.no_grad():

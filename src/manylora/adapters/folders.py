@@ -14,9 +14,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from manylora.adapters.arrival import check_finite
 from manylora.adapters.config import ManyLoraConfig, ManyLoraType
 from manylora.adapters.export import PlainLora
 from manylora.errors import ManyLoraError, ModelError
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """An adapter's weights from a safetensors file, as copies; the one place where such a file is opened.
+
+    Raises:
+        ModelError: the file is damaged, or holds values that are not finite.
+    """
+    try:
+        # copies: the loaded tensors are the file itself, which another program may replace
+        weights = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"The weights in {path} are broken ({error}).") from error
+    check_finite(weights, path)
+    return weights
 
 
 def read_adapter(folder: Path) -> tuple[ManyLoraConfig, dict[str, Tensor]]:
@@ -70,7 +86,7 @@ def read_any(
     values = _settings(folder)
     ours = values.get("peft_type") == ManyLoraType.MANYLORA.value
     config = _built(ManyLoraConfig, values, folder) if ours else values
-    return config, _weights(folder) if weights is None else _read(weights)
+    return config, _weights(folder) if weights is None else read_weights(weights)
 
 
 def find_loras(folder: Path) -> list[Path]:
@@ -90,7 +106,12 @@ def find_loras(folder: Path) -> list[Path]:
 
 
 def write_folder(folder: Path, config: PeftConfig, weights: Mapping[str, Tensor], *, card: str) -> None:
-    """Write settings, weights and README.md into a new folder; the same input gives the same bytes."""
+    """Write settings, weights and README.md into a new folder; the same input gives the same bytes.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
+    check_finite(weights, "What would be written")
     folder.mkdir(parents=True)
     save_file(dict(weights), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
@@ -129,12 +150,4 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise ModelError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
-    return _read(path)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        # copies: the loaded tensors are the file itself, which another program may replace
-        return {key: tensor.clone() for key, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"The weights in {path} are broken ({error}).") from error
+    return read_weights(path)

@@ -52,6 +52,8 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
         self.manylora_experts = nn.ModuleDict()
+        # A model in evaluation mode stays in it: no dropout by surprise
+        self.training = self.manylora_experts.training = base_layer.training
         self.merged_choice: dict[str, ops.Choice] = {}
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.stored_transposed = stores_transposed(self.get_base_layer())

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from manylora.adapters import targets
+from manylora.adapters.arrival import check_finite, check_places, source
 from manylora.adapters.balance import LoadBalance
 from manylora.adapters.config import ManyLoraConfig
 from manylora.adapters.gates import GateStatistics, gate_statistics, load_balance
@@ -22,6 +23,9 @@ from manylora.adapters.routes import ExpertIds, Routes
 from manylora.adapters.routing import RoutingState, install, uninstall
 
 _BANK = f".{ManyLoraLinear.adapter_layer_names[0]}."
+_SAVED = ".modules_to_save."
+_WRAPPED = "_fsdp_wrapped_module."
+"""What FSDP1 puts into the names of modules."""
 
 
 class ManyLoraModel(BaseTuner):
@@ -133,12 +137,39 @@ class ManyLoraModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         # The way back from above: PEFT leaves the keys of layers that FSDP1 has renamed as they are in the file
-        return {
+        named = {
             key.replace(_BANK, f"{_BANK}{adapter_name}.")
             if key in state_dict and _BANK in key
             else key: value
             for key, value in remapped.items()
         }
+        # Here, because every way to load through PEFT comes by, and what it does not put anywhere it does not tell.
+        check_finite(state_dict, source())
+        check_places(cls._places(model, config, adapter_name), model, named)
+        return named
+
+    @staticmethod
+    def _places(model: nn.Module, config: Any, adapter_name: str) -> list[str]:
+        """The keys, as in the model, of an adapter's banks and of the biases that it trains."""
+        layers = {
+            name.replace(_WRAPPED, ""): module
+            for name, module in model.named_modules()
+            if isinstance(module, ManyLoraLinear) and adapter_name in module.manylora_experts
+        }
+        banks: dict[str, Any] = {  # Any: FSDP1 wraps a bank
+            f"{name}{_BANK}{adapter_name}": layer.manylora_experts[adapter_name]
+            for name, layer in layers.items()
+        }
+        places = [f"{name}.{leaf}" for name, bank in banks.items() for leaf in bank.leaves]
+        if config.bias == "none":
+            return places
+        of_layers = {f"{name}.base_layer.bias" for name in layers}
+        named = (name.replace(_WRAPPED, "") for name, _ in model.named_parameters())
+        return places + [
+            name
+            for name in named
+            if name in of_layers or (config.bias == "all" and name.endswith(".bias") and _SAVED not in name)
+        ]
 
     def _unload_and_optionally_merge(
         self,

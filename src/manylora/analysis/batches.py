@@ -15,6 +15,7 @@ from torch import Tensor
 from manylora.data import Encoded
 from manylora.errors import RoutingError
 from manylora.training.batches import Collator
+from manylora.training.finite import check_output
 from manylora.training.labels import LabelCollator, LabelSets, among
 
 TaskRows = Mapping[str, Sequence[Encoded]]
@@ -50,6 +51,7 @@ class Reader:
             routing["expert_ids"] = torch.full((ids.shape[0],), self.expert(task))
         mask = batch["attention_mask"].to(model.device)
         output: Tensor = model(input_ids=ids, attention_mask=mask, **self.options(), **routing).logits
+        check_output(model, output, mask, f"rows of task {task!r}")
         return output
 
     def options(self) -> dict[str, Any]:

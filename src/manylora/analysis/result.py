@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from manylora.analysis.routers import ALL, Gates, differences, overall
 from manylora.analysis.sources import Source
 from manylora.analysis.subspaces import DRAWS
 from manylora.analysis.summary import change_lines, similarity_lines
+from manylora.training.runs import without_nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values; see docs/analyze.md for every key."""
         apart = differences(self.gates)
-        return _without_nan(
+        return without_nan(
             {
                 "kind": "analyze",
                 "sources": [_source(source) for source in self.sources],
@@ -85,12 +85,3 @@ def _gradients(found: Sequence[Gradients]) -> dict[str, Any]:
 
 def _records(values: Sequence[Any]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(value) for value in values]
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: the spread of a single value is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(part) for key, part in value.items()}
-    return [_without_nan(part) for part in value] if isinstance(value, list) else value

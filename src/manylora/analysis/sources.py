@@ -8,19 +8,21 @@ Shape letters: D in, O out, R rank, N experts.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
+from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
 from manylora.adapters import ManyLoraConfig, expert_names, read_any
 from manylora.adapters.export import PREFIX
 from manylora.adapters.ops import Layout
 from manylora.errors import ModelError, RunError
-from manylora.training import RunFolder, adapter_folder, find_snapshots
+from manylora.training import RunFolder, adapter_folder, check_layers, find_snapshots
 
 Format = Literal["manylora", "lora"]
 
@@ -92,6 +94,11 @@ class Source:
     def snapshot(self, step: int) -> Layers:
         """The matrices at a kept step."""
         _, layers = _read(self.folder, self.snapshots[step])
+        if lacking := sorted(self.layers.keys() ^ layers.keys()):
+            raise ModelError(
+                f"{self.snapshots[step]} and {self.folder} do not hold the same layers (first {lacking[0]!r}); leave "
+                "that step out."
+            )
         return layers
 
 
@@ -104,7 +111,8 @@ def load_source(path: str | Path, *, name: str | None = None) -> Source:
         name: what to call it. Default: the folder's name.
 
     Raises:
-        ModelError: no adapter there, another method's, pickled or damaged weights, numbers that are not finite.
+        ModelError: no adapter there, another method's, pickled or damaged weights, numbers that are not finite,
+            or weights that are not those which such an adapter has on its base (where its base is at hand).
         RunError: the run's files are damaged.
     """
     given = Path(path).expanduser()
@@ -216,6 +224,8 @@ def _run_facts(run: Path, folder: Path) -> dict[str, Any]:
 def _read(folder: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Layer]]:
     """What the settings say, and the matrices (of `file` in place of the folder's own)."""
     config, weights = read_any(folder, weights=file)
+    if file is None:
+        _check_layers(config, weights, folder)
     if isinstance(config, ManyLoraConfig):
         layers = _expert_layers(config, weights, folder)
         named = config.router == "task" and config.num_experts > 1 and config.task_names is not None
@@ -233,8 +243,21 @@ def _read(folder: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[
         raise ModelError(
             f"{folder} holds a {config.get('peft_type')} adapter; this reads those of ManyLoRA and PEFT's LoRA."
         )
-    _check_finite(layers, file or folder)
     return about, layers
+
+
+def _check_layers(
+    config: ManyLoraConfig | Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Ours, and LoRAs that say they are of a language model; of what architecture others are, nobody says."""
+    if isinstance(config, ManyLoraConfig):
+        settings: PeftConfig = config
+    elif config.get("peft_type") == "LORA" and config.get("task_type") == "CAUSAL_LM":
+        known = {one.name for one in dataclasses.fields(LoraConfig)}
+        settings = LoraConfig(**{name: value for name, value in config.items() if name in known})
+    else:
+        return
+    check_layers(settings, weights, base=settings.base_model_name_or_path, source=folder)
 
 
 def _expert_layers(config: ManyLoraConfig, weights: Mapping[str, Tensor], folder: Path) -> dict[str, Layer]:
@@ -279,14 +302,3 @@ def _lora_layers(weights: Mapping[str, Tensor], folder: Path) -> dict[str, Layer
             shapes = {part: tuple(tensor.shape) for part, tensor in pair.items()}
             raise ModelError(f"{folder} is damaged: the weights of {module!r} are {shapes}.")
     return {module: Layer(A={"": pair["A"]}, B={"": pair["B"]}) for module, pair in pairs.items()}
-
-
-def _check_finite(layers: Layers, place: Path) -> None:
-    for module, layer in layers.items():
-        for matrix, members in (("A", layer.A), ("B", layer.B)):
-            for tensor in members.values():
-                if not bool(tensor.isfinite().all()):
-                    raise ModelError(
-                        f"{matrix} of {module!r} in {place} has values that are not finite (NaN or infinity); the "
-                        "training diverged, or the file is damaged. Leave this adapter out."
-                    )

@@ -11,7 +11,14 @@ from manylora.cli.cuts import cut_questions
 from manylora.cli.tables import print_scores
 from manylora.data import missing_tasks, single_answers
 from manylora.errors import ConfigError, ModelError
-from manylora.evaluation import majority_scores, read_labels, score_classifier, score_labels, write_scores
+from manylora.evaluation import (
+    chance_notes,
+    majority_scores,
+    read_labels,
+    score_classifier,
+    score_labels,
+    write_scores,
+)
 from manylora.training import (
     adapter_base_name,
     adapter_folder,
@@ -42,7 +49,8 @@ def score_run_of_classes(prepared: Prepared, folder: RunFolder, model: PeftModel
         print("no test rows (give them with --test); the adapter is in " + str(folder.path / "adapter"))
         return
     scores = score_classifier(prepared, folder, model)
-    print_scores(scores, folder.read_json("scores.json")["baselines"])
+    saved = folder.read_json("scores.json")
+    print_scores(scores, saved["baselines"], saved["notes"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +137,9 @@ def evaluate_classifier(options: EvaluateOptions, test: TaskData) -> int:
         model, tokenizer, test, labels, max_length=length, batch_size=options.batch_size
     )
     scores, baselines = score_labels(test, predictions), {"majority": majority_scores(labels, test)}
-    print_scores(scores, baselines)
+    notes = chance_notes(scores, baselines, router=getattr(model.active_peft_config, "router", None))
+    print_scores(scores, baselines, notes)
     if options.out is not None:
-        write_scores(Path(options.out), scores, baselines)
+        write_scores(Path(options.out), scores, baselines, notes)
         print(f"written to {options.out}")
     return 0

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft import set_peft_model_state_dict
-
-from manylora.adapters import ManyLoraConfig, PlainLora, export_lora, import_loras
+from manylora.adapters import ManyLoraConfig, PlainLora, export_lora, import_loras, put_weights
 from manylora.cli.console import CountProgress
 from manylora.cli.options import ExportOptions
 from manylora.cli.scoring import score
@@ -140,7 +138,7 @@ def _compare(
     config, weights = import_loras(loras)
     model = subject.model
     model.add_adapter("collapsed", config)
-    set_peft_model_state_dict(model, weights, adapter_name="collapsed")
+    put_weights(model, weights, source="The collapsed adapter", adapter="collapsed")
     model.set_adapter("collapsed")
     return before, scores({task: index for index, task in enumerate(loras)})
 

@@ -48,7 +48,7 @@ def _evaluate(options: EvaluateOptions) -> int:
     from manylora.cli.scoring import score, suite_baselines
     from manylora.cli.subjects import load_subject, run_settings
     from manylora.cli.tables import print_scores
-    from manylora.evaluation import wordless, write_scores
+    from manylora.evaluation import CONSTANT, chance_notes, constant_scores, wordless, write_scores
 
     data, limit, test, notes = _rows(options)
     for note in notes:
@@ -72,10 +72,15 @@ def _evaluate(options: EvaluateOptions) -> int:
         rouge=rouge,
     )
     baselines = suite_baselines(data, list(test), limit=limit, rouge=rouge)
-    print_scores(scores, baselines)
+    beneath: list[str] = []
+    if options.adapter is not None:  # of a bare model nobody expects that it has learnt
+        router = getattr(subject.model.active_peft_config, "router", None)
+        beside = baselines or {CONSTANT: constant_scores(test, rouge=rouge)}
+        beneath = chance_notes(scores, beside, router=router)
+    print_scores(scores, baselines, beneath)
     if options.out is not None:
         folder = Path(options.out)
-        write_scores(folder, scores, baselines)
+        write_scores(folder, scores, baselines, beneath)
         print(f"written to {folder}")
     return 0
 

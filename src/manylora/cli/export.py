@@ -15,7 +15,7 @@ from manylora.cli.parsing import parse
 from manylora.errors import ConfigError, ManyLoraError, ModelError, RunError
 
 if TYPE_CHECKING:
-    from manylora.adapters import PlainLora
+    from manylora.adapters import ManyLoraConfig, PlainLora
     from manylora.data import PromptRecord
 
 DESCRIPTION = """\
@@ -35,6 +35,7 @@ What is written depends on the adapter's router:
 
 Nothing is left behind half-written: the folder appears when it is whole."""
 
+_UNCHECKED = "not checked: whether the files are whole, as the configuration of {base} is not on this machine"
 _FOR_TOKEN_ROUTERS = ("data", "task_column", "collapse", "limit", "max_loss", "force", "batch_size")
 
 
@@ -95,7 +96,7 @@ def _placed(to: str) -> Iterator[Path]:
 def _export(options: ExportOptions, for_scoring: str, folder: Path) -> int:
     from manylora.adapters import expert_names, export_lora, read_adapter
     from manylora.data import find_prompts
-    from manylora.training import adapter_base_name, adapter_folder, adapter_task_type
+    from manylora.training import adapter_base_name, adapter_folder, adapter_task_type, check_layers
     from manylora.training.config import as_list
 
     source = adapter_folder(str(options.adapter))
@@ -106,6 +107,8 @@ def _export(options: ExportOptions, for_scoring: str, folder: Path) -> int:
     config, weights = read_adapter(source)
     base = options.model or adapter_base_name(source)
     config.base_model_name_or_path = _outside_name(base)
+    if not check_layers(config, weights, base=base, source=str(options.adapter)):
+        print(_UNCHECKED.format(base=base))
     tasks = as_list(options.tasks)
     if for_scoring and (config.num_experts == 1 or config.router != "token"):
         raise ConfigError(
@@ -128,9 +131,7 @@ def _export(options: ExportOptions, for_scoring: str, folder: Path) -> int:
         from manylora.cli.collapsing import collapse
 
         loras, notes = collapse(options, source, config, weights, report_to=folder)
-    _write(
-        options, folder, loras, notes, base=base, source=str(options.adapter), prompts=find_prompts(source)
-    )
+    _write(options, folder, loras, notes, base=base, trained=config, prompts=find_prompts(source))
     return 0
 
 
@@ -141,7 +142,7 @@ def _write(
     notes: Mapping[str, str],
     *,
     base: str,
-    source: str,
+    trained: ManyLoraConfig,
     prompts: PromptRecord | None,
 ) -> None:
     """Fill `folder` and print what it holds; how to ask goes along."""
@@ -158,12 +159,12 @@ def _write(
         place = folder / places[task]
         obstacles = _obstacles(lora)
         if options.merge:
-            write_merged(place, base, lora, dtype=options.dtype, device=options.device)
+            write_merged(place, base, lora, dtype=options.dtype, device=options.device, trained=trained)
         else:
             name = places[task] or Path(str(options.to)).name
             outside = lora.config.base_model_name_or_path
             card = lora_card(
-                name, base=outside, hub=outside == base, rank=lora.rank, source=source,
+                name, base=outside, hub=outside == base, rank=lora.rank, source=str(options.adapter),
                 note=notes[task] + _asked(prompts, task), obstacles=obstacles,
             )  # fmt: skip
             if place == folder:
@@ -237,6 +238,7 @@ def _outside_name(base: str) -> str:
 def _import(options: ExportOptions, folder: Path) -> int:
     from manylora.adapters import import_loras, read_lora, write_folder
     from manylora.adapters.card import add_loading_section, combined_card
+    from manylora.training import check_layers
 
     paths = _lora_folders(options)
     loras = {name: read_lora(path) for name, path in paths.items()}
@@ -246,6 +248,12 @@ def _import(options: ExportOptions, folder: Path) -> int:
         lora.config.base_model_name_or_path = _inside_name(lora.config.base_model_name_or_path)
     config, weights = import_loras(loras)
     base = config.base_model_name_or_path
+    checked = [
+        check_layers(lora.config, lora.weights, base=base, source=str(paths[name]))
+        for name, lora in loras.items()
+    ]
+    if not all(checked):
+        print(_UNCHECKED.format(base=base))
     folder.rmdir()
     hub = base is not None and not os.path.isabs(base) and "/" in base
     write_folder(folder, config, weights, card=combined_card(list(loras), base=base, hub=hub))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from manylora.adapters import put_weights, read_weights
 from manylora.analysis import Gates, Gradients, LabelReader, Reader, Source, measure_gates, measure_gradients
 from manylora.cli.classifying import Labelled, is_classifier
 from manylora.cli.console import CountProgress
@@ -191,12 +192,9 @@ def _rows(source: Source, options: AnalyzeOptions, notes: DataNotes) -> TaskData
 
 
 def _put_snapshot(model: PeftModel, source: Source, step: int) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     if step not in source.snapshots:
         raise ConfigError(
             f"{source.name} kept no weights of step {step}; it kept "
             f"{', '.join(map(str, source.snapshots)) or 'none (train with --keep-adapters 4)'}."
         )
-    set_peft_model_state_dict(model, load_file(source.snapshots[step]))
+    put_weights(model, read_weights(source.snapshots[step]), source=source.snapshots[step])

@@ -13,7 +13,17 @@ from manylora.cli.cuts import cut_lines, cut_questions
 from manylora.cli.tables import print_scores
 from manylora.data import EMBEDDED, TaskData, encode_prompt
 from manylora.errors import RoutingError
-from manylora.evaluation import Scores, check_classes, generate_answers, score_all, wordless, write_scores
+from manylora.evaluation import (
+    CONSTANT,
+    Scores,
+    chance_notes,
+    check_classes,
+    constant_scores,
+    generate_answers,
+    score_all,
+    wordless,
+    write_scores,
+)
 from manylora.training import Prepared, RunFolder, load_config, token_rows
 from manylora.training.config import Words
 
@@ -86,8 +96,10 @@ def score_run(prepared: Prepared, folder: RunFolder, model: PeftModel) -> None:
     source = prepared.config.test or prepared.config.data
     config = prepared.config
     baselines = suite_baselines(source, list(test), limit=config.limit, rouge=config.rouge)
-    write_scores(folder.path, scores, baselines)
-    print_scores(scores, baselines)
+    beside = baselines or {CONSTANT: constant_scores(test, prepared.splits.train, rouge=config.rouge)}
+    notes = chance_notes(scores, beside, router=config.router)
+    write_scores(folder.path, scores, baselines, notes)
+    print_scores(scores, baselines, notes)
 
 
 def score(

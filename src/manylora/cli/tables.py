@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -57,9 +57,13 @@ def print_plan(plan: Plan, config: TrainConfig) -> None:
     out.print(lines)
 
 
-def print_scores(scores: Scores, baselines: Mapping[str, Mapping[str, float]]) -> None:
-    """The table of scores, with the baselines as further columns."""
+def print_scores(
+    scores: Scores, baselines: Mapping[str, Mapping[str, float]], notes: Sequence[str] = ()
+) -> None:
+    """The table of scores, with the baselines as further columns, and what is to be said of them."""
     console().print(scores_table(scores, title="test scores", extra=baselines))
+    for note in notes:
+        print(note)
 
 
 def print_loss(before: Scores, after: Scores, loss: Loss, *, title: str) -> None:
@@ -92,4 +96,4 @@ def print_saved_scores(folder: RunFolder) -> None:
     if not (folder.path / "scores.json").is_file():
         return
     saved = folder.read_json("scores.json")
-    print_scores(Scores.from_dict(saved), saved.get("baselines", {}))
+    print_scores(Scores.from_dict(saved), saved.get("baselines", {}), saved.get("notes", ()))

@@ -41,6 +41,8 @@ class Encoded:
     """Whether the prompt lost tokens."""
     prompt_length: int
     """How many of the T tokens are the prompt's."""
+    origin: str = ""
+    """Where the row came from, for error messages."""
 
 
 def prompt_text(example: Example) -> str:
@@ -166,7 +168,13 @@ def encode(
     kept = _cut(prompt, room, example, tokenizer)
     ids = kept + answer
     labels = list(ids) if loss_on == "all" else [IGNORED_LABEL] * len(kept) + answer
-    return Encoded(input_ids=ids, labels=labels, truncated=len(kept) < len(prompt), prompt_length=len(kept))
+    return Encoded(
+        input_ids=ids,
+        labels=labels,
+        truncated=len(kept) < len(prompt),
+        prompt_length=len(kept),
+        origin=example.origin,
+    )
 
 
 def encode_prompt(

@@ -5,6 +5,7 @@ every score comes with its n and standard error. Importing the room loads neithe
 functions that generate import them.
 """
 
+from manylora.evaluation.chance import CONSTANT, chance_notes, constant_scores
 from manylora.evaluation.classes import (
     check_classes,
     classify,
@@ -35,6 +36,7 @@ from manylora.evaluation.statistics import delta_m, standard_error
 from manylora.evaluation.table import scores_table
 
 __all__ = [
+    "CONSTANT",
     "RULES",
     "TASK_RULES",
     "AnswerRule",
@@ -43,10 +45,12 @@ __all__ = [
     "ScoredExample",
     "Scores",
     "TaskScore",
+    "chance_notes",
     "check_classes",
     "chosen_option",
     "classify",
     "collapse_router",
+    "constant_scores",
     "delta_m",
     "exact_match",
     "generate_answers",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.data import TaskData, prompt_text
 from manylora.errors import ConfigError, DataError
+from manylora.evaluation.chance import chance_notes
 from manylora.evaluation.results import write_scores
 from manylora.evaluation.score import ACCURACY, Estimate, ScoredExample, Scores, TaskScore
 from manylora.evaluation.statistics import standard_error
@@ -81,7 +82,7 @@ def majority_scores(labels: LabelSets, test: TaskData) -> dict[str, float]:
 def score_classifier(prepared: Prepared, run: RunFolder, model: PeftModel) -> Scores:
     """Score a finished classification run on its test rows; write predictions.jsonl and scores.json.
 
-    scores.json holds the majority baseline beside the scores.
+    scores.json holds the majority baseline beside the scores, and a note on tasks that are not above it.
     """
     from manylora.training import predict_labels
 
@@ -95,8 +96,8 @@ def score_classifier(prepared: Prepared, run: RunFolder, model: PeftModel) -> Sc
         max_length=prepared.config.max_length,
         batch_size=prepared.config.eval_batch_size,
     )
-    scores = score_labels(test, predictions)
-    write_scores(run.path, scores, {"majority": majority_scores(labels, test)})
+    scores, baselines = score_labels(test, predictions), {"majority": majority_scores(labels, test)}
+    write_scores(run.path, scores, baselines, chance_notes(scores, baselines, router=prepared.config.router))
     return scores
 
 

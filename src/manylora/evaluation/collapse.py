@@ -58,6 +58,7 @@ def collapse_router(
     Raises:
         ConfigError: the adapter has no token router.
         DataError: a row's answer does not fit the model's context.
+        NonFiniteError: the model's output is NaN.
     """
     import torch
 
@@ -133,6 +134,8 @@ def _counting(
     """Gives a function that has the model read a batch; the layers in `sums` count its tokens."""
     import torch
 
+    from manylora.training.finite import check_output
+
     mask_T = torch.zeros(0, dtype=torch.bool)
 
     def hook_of(counted: Collapse) -> Callable[[Any, tuple[Any, ...]], None]:
@@ -151,7 +154,7 @@ def _counting(
             [[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device
         )
         mask_T = mask.flatten().bool()
-        model(input_ids=ids, attention_mask=mask)
+        check_output(model, model(input_ids=ids, attention_mask=mask).logits, mask, "the rows to collapse on")
 
     modules = dict(model.get_base_model().named_modules())
     handles = [modules[name].register_forward_pre_hook(hook_of(counted)) for name, counted in sums.items()]

@@ -66,6 +66,7 @@ def generate_answers(
         ConfigError: a limit or the batch size is below 1, or the answer alone fills the model's context.
         DataError: a prompt has no token.
         RoutingError: `expert_ids` has another length than `examples`, or see the adapter.
+        NonFiniteError: the model's output is NaN, of which greedy decoding would make some token.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} must be 1 or more.")
@@ -92,6 +93,7 @@ def generate_answers(
                 [prompts[i] for i in batch],
                 max_new_tokens=max(limits[i] for i in batch),
                 expert_ids=None if expert_ids is None else [expert_ids[i] for i in batch],
+                origins=[_origin(examples[i]) for i in batch],
             )
             for i, ids in zip(batch, generated, strict=True):
                 closing = closing_text(examples[i], tokenizer)
@@ -124,13 +126,14 @@ def stream_answer(
         on_cut: called with the tokens that are left of the prompt, where it is cut.
 
     Raises:
-        ConfigError, DataError, RoutingError: as `generate_answers`.
+        ConfigError, DataError, RoutingError, NonFiniteError: as `generate_answers`.
     """
     (limit,) = _limits(max_new_tokens, 1)
     prompt, cut = _prompt(model, tokenizer, example, limit, max_length)
     if cut and on_cut is not None:
         on_cut(len(prompt))
-    return _stream(model, tokenizer, prompt, limit, expert_id, closing_text(example, tokenizer))
+    closing = closing_text(example, tokenizer)
+    return _stream(model, tokenizer, prompt, limit, expert_id, closing=closing, origin=_origin(example))
 
 
 def _limits(max_new_tokens: int | Sequence[int], n: int) -> list[int]:
@@ -166,6 +169,10 @@ def _prompt(
     return ids, truncated
 
 
+def _origin(example: Example) -> str:
+    return example.origin or f"a row of task {example.task!r}"
+
+
 def _generate_batch(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -173,9 +180,13 @@ def _generate_batch(
     *,
     max_new_tokens: int,
     expert_ids: Sequence[int] | None,
+    origins: Sequence[str],
 ) -> list[list[int]]:
     """New token ids of every prompt, without the end token."""
     import torch
+    from transformers import LogitsProcessorList
+
+    from manylora.training.finite import refuse_output
 
     longest = max(map(len, prompts))
     stops = stop_token_ids(model, tokenizer)
@@ -186,14 +197,34 @@ def _generate_batch(
     routing: dict[str, Any] = {}
     if expert_ids is not None:
         routing["expert_ids"] = torch.tensor(list(expert_ids), dtype=torch.long, device=model.device)
+    watch = _NanWatch()
     with torch.inference_mode():
         output = model.generate(
             input_ids=torch.tensor(rows, dtype=torch.long, device=model.device),
             attention_mask=torch.tensor(mask, dtype=torch.long, device=model.device),
             generation_config=config,
+            logits_processor=LogitsProcessorList([watch]),
             **routing,
         )
+    if bad := watch.rows():
+        refuse_output(model, [origins[row] for row in bad])
     return [_until_stop(ids, stops) for ids in output[:, longest:].tolist()]
+
+
+class _NanWatch:
+    """Looks at the logits of every step, (rows, V), and changes nothing; read once, so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self._bad: Any = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        bad = scores.isnan().any(-1)
+        self._bad = bad if self._bad is None else self._bad | bad
+        return scores
+
+    def rows(self) -> list[int]:
+        """Those of the batch for which a step was not a number."""
+        return [] if self._bad is None else self._bad.nonzero()[:, 0].tolist()
 
 
 def _greedy(
@@ -261,9 +292,13 @@ def _stream(
     prompt: list[int],
     limit: int,
     expert_id: int | None,
+    *,
     closing: str,
+    origin: str,
 ) -> Iterator[str]:
     import torch
+
+    from manylora.training.finite import refuse_output
 
     stops = stop_token_ids(model, tokenizer)
     routing: dict[str, Any] = {}
@@ -282,7 +317,10 @@ def _stream(
                 use_cache=True,
                 **routing,
             )
-            token = int(output.logits[0, -1].argmax())
+            logits_V = output.logits[0, -1]
+            token = int(logits_V.argmax())  # of NaN, where there is one
+            if logits_V[token].isnan():
+                refuse_output(model, [origin])
             past = getattr(output, "past_key_values", None)
         if token in stops:
             break

@@ -7,7 +7,6 @@ layers; on scoring the scores of the client's tasks. Rows, A and everything else
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from manylora.federated.initial import initial_state, seed_of
 from manylora.federated.personal import save_personal
 from manylora.federated.wire import Message, pack, unpack
 from manylora.federated.workbench import Workbench, total_rows
-from manylora.training import write_json, write_text
+from manylora.training import json_text, write_json, write_text
 from manylora.training.passes import PassResult, train_pass
 
 if TYPE_CHECKING:
@@ -148,8 +147,12 @@ class Client:
         if version == 0:
             return {}
         state, facts = self._private.read(version)
-        for what, now in (("rank", rank), ("base", self.bench.fingerprint)):
-            if facts.get(what) != now:
+        on_base = self.bench.is_on(str(facts.get("base")))
+        for what, now, same in (
+            ("rank", rank, facts.get("rank") == rank),
+            ("base", self.bench.fingerprint, on_base),
+        ):
+            if not same:
                 raise RunError(
                     f"the private state of client {self.name!r} was trained with {what} {facts.get(what)}, now it is "
                     f"{now}; start a new run."
@@ -314,7 +317,7 @@ class Client:
             for task, rows in self.data.test.items()
         }
         scores = score_all(self.data.test, answers, tokenizer=self.bench.tokenizer, rouge=config.rouge)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
+        lines = (json_text(row) + "\n" for row in scores.prediction_rows())
         write_text(self.folder / "predictions.jsonl", "".join(lines))
         return scores
 

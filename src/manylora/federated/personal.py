@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from manylora.adapters import check_finite
 from manylora.federated.exchange import State
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def save_personal(
         folder: replaced if it is there.
         stacks: what was folded into the base.
         prompts: how the client's rows asked, to go along.
+
+    Raises:
+        ModelError: a weight is not finite.
     """
     s = bench.config.scaling
     weights, rank = {}, 0
@@ -49,6 +53,7 @@ def save_personal(
         base_model_name_or_path=bench.config.model,
         inference_mode=True,
     )
+    check_finite(weights, "The personal model")
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)

@@ -41,7 +41,7 @@ from manylora.federated.initial import Shapes, initial_state
 from manylora.federated.progress import Progress, Quiet
 from manylora.federated.strategies import strategy_for
 from manylora.federated.wire import Message, pack, unpack
-from manylora.training import RunFolder
+from manylora.training import RunFolder, same_base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,7 +175,7 @@ class Rounds:
                 refused[reply.client] = str(error)
                 self.progress.refused(reply.client, str(error))
                 continue
-            if common is not None and (base, shapes) != common:
+            if common is not None and not (same_base(base, common[0]) and shapes == common[1]):
                 raise RunError(
                     f"client {reply.client!r} has another base model, or other layers of it, than {min(joined)!r} "
                     f"(fingerprints {base} and {common[0]}); give all the same."

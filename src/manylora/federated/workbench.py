@@ -16,8 +16,16 @@ from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import State
 from manylora.federated.initial import Shapes
 from manylora.federated.strategies import Strategy, strategy_for
-from manylora.training import base_fingerprint, load_base, load_config, load_tokenizer, token_rows
+from manylora.training import (
+    base_fingerprint,
+    load_base,
+    load_config,
+    load_tokenizer,
+    same_base,
+    token_rows,
+)
 from manylora.training.batches import EncodedTask, encode_tasks
+from manylora.training.fingerprint import comparable
 from manylora.training.plan import adapter_config
 
 if TYPE_CHECKING:
@@ -61,6 +69,13 @@ class Workbench:
     def shapes(self) -> Shapes:
         """(O, D) of every adapted layer."""
         return {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
+
+    def is_on(self, base: str) -> bool:
+        """Whether a mark that was written earlier is that of this base."""
+        mark = self.fingerprint
+        if not comparable(base, mark):
+            mark = base_fingerprint(self.model.get_base_model(), like=base)
+        return same_base(base, mark)
 
     def encode(self, data: TaskData) -> list[EncodedTask]:
         """Rows as token ids."""

@@ -8,6 +8,7 @@ from manylora.errors import RunError
 from manylora.report.files import read_if_there, read_settings
 from manylora.report.page import Page
 from manylora.report.render import write_page
+from manylora.report.weights import check_adapters
 
 
 def write_report(folder: Path) -> Path:
@@ -21,6 +22,7 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         RunError: the folder is none of these, or a file in it is broken.
+        ModelError: an adapter in it holds values that are not finite.
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
@@ -30,6 +32,7 @@ def write_report(folder: Path) -> Path:
 def build_page(folder: Path) -> Page:
     """The page of a folder as a value; see `write_report`."""
     kind = kind_of(folder)
+    check_adapters(folder)
     if kind == "compare":
         from manylora.report.compare_page import compare_page as build
     elif kind == "analyze":

@@ -25,7 +25,7 @@ from manylora.data import check_date, today
 from manylora.errors import ConfigError, RunError
 from manylora.studies.config import Study
 from manylora.studies.kinds import Job, held, kind_of
-from manylora.training.runs import write_json, write_text
+from manylora.training.runs import json_text, write_json, write_text
 
 Stage: TypeAlias = Literal["screen", "final"]
 _MEASURED = ("parameters", "seconds", "peak_bytes")
@@ -300,7 +300,7 @@ def write_cells(
 ) -> None:
     """One line for the study, then one for each cell."""
     head = {"kind": "cells", "study": study.source, **facts}
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (head, *results)))
+    write_text(path, "".join(json_text(row) + "\n" for row in (head, *results)))
 
 
 def read_cells(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -42,6 +42,7 @@ class Curve(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score where this step is one of the wanted."""
         from manylora.studies.train_cells import score
+        from manylora.training import json_text
 
         if state.global_step not in self.steps or state.global_step in self._known():
             return
@@ -53,7 +54,7 @@ class Curve(TrainerCallback):
         model.train(was_training)
         epoch = self.steps[state.global_step]
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "epoch": epoch, "scores": scores}) + "\n")
+            file.write(json_text({"step": state.global_step, "epoch": epoch, "scores": scores}) + "\n")
         self.seconds += time.monotonic() - began
         self.cpu_seconds += time.process_time() - cpu
 

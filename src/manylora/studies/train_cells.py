@@ -198,6 +198,7 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         path: the run folder; one that is there is continued.
         model: the model to train. Default: the base with a fresh adapter.
     """
+    from manylora.adapters import read_weights
     from manylora.studies.curves import Curve
     from manylora.training import RunFolder, finetune, write_json
 
@@ -210,6 +211,8 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         folder = RunFolder.create(str(path), config=prepared.config.to_dict(), seed=job.seed)
     with folder:
         if (path / "measured.json").is_file():
+            if (kept := path / "adapter" / "adapter_model.safetensors").is_file():
+                read_weights(kept)  # what an earlier version scored may not be finite
             return Measured(**json.loads((path / "measured.json").read_text(encoding="utf-8")))
         test = rows_to_score(prepared, job)
         curve = Curve.wanted(prepared, job, folder, test)
@@ -306,8 +309,6 @@ def example_scores(scores: Scores) -> dict[str, list[float]]:
 
 def write_predictions(folder: RunFolder, scores: Scores) -> None:
     """predictions.jsonl and scores.json, as `manylora train` writes them."""
-    from manylora.training import write_json, write_text
+    from manylora.evaluation import write_scores
 
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.prediction_rows())
-    write_text(folder.path / "predictions.jsonl", "".join(lines))
-    write_json(folder.path / "scores.json", {**scores.to_dict(), "baselines": {}})
+    write_scores(folder.path, scores, {})

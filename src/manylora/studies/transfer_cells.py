@@ -119,8 +119,7 @@ def run(job: Job) -> Measured:
 
 def _donor(job: Job, splits: Splits, task: str) -> dict[str, Tensor]:
     """Module name to the matrix that training on the other tasks gives, from this study's shared folder or made now."""
-    from safetensors.torch import load_file
-
+    from manylora.adapters import read_weights
     from manylora.training import prepare
 
     own = {**DEFAULTS, **job.settings}
@@ -136,7 +135,7 @@ def _donor(job: Job, splits: Splits, task: str) -> dict[str, Tensor]:
         others = shortened(others, own["train_limit"])
         other_job = dataclasses.replace(job, settings={}, split="validation")
         one_run(prepare(config, splits=others), other_job, folder)
-    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    weights = read_weights(folder / "adapter" / "adapter_model.safetensors")
     leaf = f"lora_{own['frozen']}"
     return {name: value for name, value in weights.items() if name.endswith(f".manylora_experts.{leaf}")}
 

@@ -12,15 +12,16 @@ from manylora.training.config import METHODS, RECIPES, TrainConfig
 
 if TYPE_CHECKING:
     from manylora.training.batches import ExpertCollator
+    from manylora.training.fingerprint import base_fingerprint, same_base
     from manylora.training.job import Prepared, build_model, finetune, prepare
     from manylora.training.labels import LabelSets, encode_labelled, label_of, predict_labels
+    from manylora.training.layers import check_layers
     from manylora.training.memory import MemoryPlan
     from manylora.training.merge import check_mergeable, write_merged
     from manylora.training.models import (
         adapter_base_name,
         adapter_folder,
         adapter_task_type,
-        base_fingerprint,
         base_location,
         load_adapter,
         load_base,
@@ -31,20 +32,21 @@ if TYPE_CHECKING:
     )
     from manylora.training.plan import Plan, TaskPlan, plan_lines
     from manylora.training.processes import Processes
-    from manylora.training.runs import RunFolder, environment, write_json, write_text
+    from manylora.training.runs import RunFolder, environment, json_text, write_json, write_text
     from manylora.training.snapshots import find_snapshots
 
 _HOME = {
     "batches": ("ExpertCollator",),
     "job": ("Prepared", "build_model", "finetune", "prepare"),
+    "fingerprint": ("base_fingerprint", "same_base"),
     "labels": ("LabelSets", "encode_labelled", "label_of", "predict_labels"),
+    "layers": ("check_layers",),
     "memory": ("MemoryPlan",),
     "merge": ("check_mergeable", "write_merged"),
     "models": (
         "adapter_base_name",
         "adapter_folder",
         "adapter_task_type",
-        "base_fingerprint",
         "base_location",
         "load_adapter",
         "load_base",
@@ -55,7 +57,7 @@ _HOME = {
     ),
     "plan": ("Plan", "TaskPlan", "plan_lines"),
     "processes": ("Processes",),
-    "runs": ("RunFolder", "environment", "write_json", "write_text"),
+    "runs": ("RunFolder", "environment", "json_text", "write_json", "write_text"),
     "snapshots": ("find_snapshots",),
 }
 
@@ -77,11 +79,13 @@ __all__ = [
     "base_fingerprint",
     "base_location",
     "build_model",
+    "check_layers",
     "check_mergeable",
     "encode_labelled",
     "environment",
     "find_snapshots",
     "finetune",
+    "json_text",
     "label_of",
     "load_adapter",
     "load_base",
@@ -91,6 +95,7 @@ __all__ = [
     "plan_lines",
     "predict_labels",
     "prepare",
+    "same_base",
     "token_rows",
     "write_json",
     "write_merged",

@@ -57,18 +57,22 @@ class EncodedRows(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         if position >= len(self.order):
-            return {"input_ids": self.rows[0].input_ids[:1], "labels": [-100], "task": 0}
+            return {"input_ids": self.rows[0].input_ids[:1], "labels": [-100], "task": 0, "row": -1}
         index = self.order[position]
         row = self.rows[index]
-        return {"input_ids": row.input_ids, "labels": row.labels, "task": self.tasks[index]}
+        return {"input_ids": row.input_ids, "labels": row.labels, "task": self.tasks[index], "row": index}
+
+    def origin(self, row: int) -> str:
+        """Where a row came from, by the "row" of a batch."""
+        return (self.rows[row].origin or f"row {row}") if row >= 0 else "an empty row"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
     """Pad rows on the right to the longest of a batch.
 
-    A batch holds `input_ids`, `attention_mask` and `labels`, each (B, T), and `task`, (B,), the index of each
-    row's task; labels are -100 on the prompt and on padding.
+    A batch holds `input_ids`, `attention_mask` and `labels`, each (B, T), and (B,) each `task`, the index of a row's
+    task, and `row`, its place in `EncodedRows.rows`; labels are -100 on the prompt and on padding.
     """
 
     pad_token_id: int
@@ -85,6 +89,7 @@ class Collator:
             "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
             "labels": padded([row["labels"] for row in rows], -100),
             "task": torch.tensor([row["task"] for row in rows], dtype=torch.long),
+            "row": torch.tensor([row.get("row", -1) for row in rows], dtype=torch.long),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import set_seed
 
+from manylora.adapters import put_weights, read_weights
 from manylora.data import (
     Splits,
     asks_date,
@@ -26,10 +29,10 @@ from manylora.data import (
 from manylora.errors import ConfigError, DataError, RunError
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
 from manylora.training.config import TrainConfig, as_list
+from manylora.training.fingerprint import base_fingerprint, comparable, same_base, weakness
 from manylora.training.labels import LabelCollator, LabelSets, LabelTrainer, encode_labelled
 from manylora.training.memory import estimate_memory
 from manylora.training.models import (
-    base_fingerprint,
     first_line,
     head_modules,
     load_base,
@@ -60,6 +63,8 @@ from manylora.training.trainer import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+_LOG = logging.getLogger("manylora")
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with step, number of steps and the trainer's log."""
@@ -281,7 +286,7 @@ def build_model(prepared: Prepared) -> PeftModel:
         adapter.modules_to_save = head_modules(base)
     else:
         base = load_base(config.model, dtype=config.dtype, device=config.device)
-    adapter.base_fingerprint = base_fingerprint(base)
+    adapter.base_fingerprint = base_fingerprint(base, without=adapter.modules_to_save or ())
     set_seed(config.seed)
     model = get_peft_model(base, adapter)
     model.peft_config["default"].base_model_name_or_path = config.model
@@ -318,13 +323,7 @@ def finetune(
         "data": data_fingerprint(rows, labelled=prepared.labels is not None),
         "base": model.active_peft_config.base_fingerprint,
     }
-    for what, known in run.state.get("fingerprints", prints).items():
-        if known != prints[what]:
-            raise RunError(
-                f"The {what} of {run.path} has changed since it was begun (fingerprint {known}, now "
-                f"{prints[what]}); put the old one back, or start a new run (earlier versions took other rows under "
-                "--limit)."
-            )
+    _check_unchanged(run, model, prints)
     first = Processes.here().first
     if first:
         run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
@@ -351,11 +350,30 @@ def finetune(
         ) from error
     step = trainer.state.best_global_step
     if prepared.config.keep == "best" and step is not None:
-        weights = load_peft_weights(str(run.checkpoint(step)), device=str(model.device))
-        set_peft_model_state_dict(model, weights)
+        best = run.checkpoint(step) / SAFETENSORS_WEIGHTS_NAME
+        put_weights(model, read_weights(best), source=best)
     if first:
         save_result(prepared, run, model)
     return model
+
+
+def _check_unchanged(run: RunFolder, model: PeftModel, now: Mapping[str, str | None]) -> None:
+    """Refuse to go on with other data or another base than the run was begun with."""
+    known: Mapping[str, Any] = run.state.get("fingerprints", now)
+    base, mark = known.get("base"), now["base"]
+    if base is not None and mark is not None:
+        mark = mark if comparable(base, mark) else base_fingerprint(model.get_base_model(), like=base)
+        weak = weakness(base, mark)
+        if weak and Processes.here().first:
+            _LOG.warning(f"{run.path}: {weak}.")
+    found = {**now, "base": mark}
+    for what, old in known.items():
+        if old != found.get(what) and not (what == "base" and same_base(str(old), str(mark))):
+            raise RunError(
+                f"The {what} of {run.path} has changed since it was begun (fingerprint {old}, now "
+                f"{found.get(what)}); put the old one back, or start a new run (earlier versions took "
+                "other rows under --limit)."
+            )
 
 
 def _trainer(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from manylora.data import Encoded, Example, TaskData, check_token_rows, without_options
 from manylora.errors import DataError
 from manylora.training.batches import Collator, EncodedTask
+from manylora.training.finite import refuse_output
 from manylora.training.trainer import ManyTaskTrainer
 
 if TYPE_CHECKING:
@@ -164,7 +165,13 @@ def encode_labelled(
         for example, (ids, _) in zip(examples, coded, strict=True):
             check_token_rows(ids, vocabulary, example, tokenizer)
         rows = [
-            Encoded(input_ids=ids, labels=[place[label_of(row)]], truncated=cut, prompt_length=len(ids))
+            Encoded(
+                input_ids=ids,
+                labels=[place[label_of(row)]],
+                truncated=cut,
+                prompt_length=len(ids),
+                origin=row.origin,
+            )
             for row, (ids, cut) in zip(examples, coded, strict=True)
         ]
         tasks.append(EncodedTask(name=task, rows=rows))
@@ -221,6 +228,7 @@ def predict_labels(
 
     Raises:
         DataError: a task is not among `labels`.
+        NonFiniteError: the model's output is NaN.
     """
     labels.check(data, what="test")
     model.eval()
@@ -237,7 +245,10 @@ def predict_labels(
             task_B = torch.full((len(part),), number, device=model.device)
             routing = {"expert_ids": task_B} if route else {}
             logits = model(**{name: t.to(model.device) for name, t in batch.items()}, **routing).logits
-            for place, best in zip(part, among(logits, task_B, allowed_KC).argmax(-1).tolist(), strict=True):
+            own = among(logits, task_B, allowed_KC)
+            if bad := own.isnan().any(-1).nonzero()[:, 0].tolist():
+                refuse_output(model, [examples[part[row]].origin or f"a row of task {task!r}" for row in bad])
+            for place, best in zip(part, own.argmax(-1).tolist(), strict=True):
                 found[place] = names[best]
         chosen[task] = found
     return chosen

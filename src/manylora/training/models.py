@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import (
     AutoConfig,
@@ -19,11 +19,13 @@ from transformers import (
     set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
+from manylora.adapters import check_result, loading, read_weights
 from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED
-from manylora.errors import ModelError
+from manylora.errors import ManyLoraError, ModelError
+from manylora.training.fingerprint import base_fingerprint, differing_part, same_base, weakness
 from manylora.training.pooling import pool_as_told
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
     from manylora.training.config import TaskType
 
+
+_LOG = logging.getLogger("manylora")
 
 PACKAGE = "package:"
 """Before the name of an installed package that carries a model."""
@@ -90,13 +94,18 @@ def _packaged(name: str) -> Path:
     return found[0]
 
 
-def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PretrainedConfig:
+def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM", offline: bool = False) -> PretrainedConfig:
     """Architecture of the base, without its weights.
+
+    Args:
+        model: the base.
+        task_type: what it is wanted for.
+        offline: look on this machine alone.
 
     Raises:
         ModelError: unknown model, or not one with a causal language model head (SEQ_CLS: a classification head).
     """
-    config = _from_pretrained(AutoConfig, model)
+    config = _from_pretrained(AutoConfig, model, **({"local_files_only": True} if offline else {}))
     if task_type == "SEQ_CLS":
         if type(config) not in AutoModelForSequenceClassification._model_mapping:
             raise ModelError(
@@ -214,7 +223,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 def _from_pretrained(loader: Any, model: str, **options: Any) -> Any:
     location = base_location(model)
-    logging.disable_progress_bar()  # its bar over weights would stand among our lines
+    transformers_logging.disable_progress_bar()  # its bar over weights would stand among our lines
     try:
         # False, not the default: the default asks on standard input whether a stranger's code may run.
         return loader.from_pretrained(location, trust_remote_code=False, **options)
@@ -230,18 +239,6 @@ def first_line(error: BaseException) -> str:
     """The first sentence of a library's error, for use inside ours."""
     text = str(error).strip().splitlines()
     return text[0].rstrip(".") if text else type(error).__name__
-
-
-def base_fingerprint(model: torch.nn.Module) -> str:
-    """Short hash that tells one base model from another, whatever type its weights were loaded in.
-
-    It covers the signs of the input embedding's first and last 64 rows: a cast to bfloat16 or float16 keeps every
-    sign (that of a value which it rounds to zero too), embeddings are not quantised, and further training of a model
-    turns some of thousands of signs.
-    """
-    embedding = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
-    signs = torch.cat((embedding[:64], embedding[-64:])).signbit().to("cpu", torch.uint8)
-    return hashlib.sha256(signs.numpy().tobytes()).hexdigest()[:16]
 
 
 def adapter_folder(adapter: str | Path) -> Path:
@@ -295,27 +292,60 @@ def _adapter_fact(path: Path, key: str) -> Any:
         ) from error
 
 
+def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str) -> None:
+    """Refuse a base that is not the one which an adapter was trained on, where the adapter bears its mark.
+
+    A mark that covers less than all weights is compared as far as it goes, and a line on the log says so.
+
+    Raises:
+        ModelError: it is another one.
+    """
+    known = getattr(config, "base_fingerprint", None)
+    if known is None:
+        return
+    head = head_modules(base) if config.task_type == "SEQ_CLS" else ()
+    now = base_fingerprint(base, without=head, like=known)
+    if not same_base(known, now):
+        raise ModelError(
+            f"{source} was trained on another base model ({config.base_model_name_or_path!r}, fingerprint {known}); "
+            f"this one has fingerprint {now}{differing_part(known, now)}. Give that base with --model."
+        )
+    if weak := weakness(known, now):
+        _LOG.warning(f"{source}: {weak}.")
+
+
+def with_adapter(base: PreTrainedModel, config: PeftConfig, *, low_cpu_mem_usage: bool = False) -> PeftModel:
+    """The base with an adapter of these settings and no weights yet, in the class that PEFT has for its task type."""
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    return kind(base, config, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
 def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
     """Put the adapter of a run or PEFT folder onto `base`, ready to generate.
 
     Raises:
-        ModelError: broken files, or an adapter that was trained on another base.
+        ModelError: broken files, weights that are missing, left over or not finite, or an adapter that was trained
+            on another base.
     """
     folder = adapter_folder(adapter)
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
         raise ModelError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
+    read_weights(weights)  # PEFT reads them again; what is wrong with the file is said of the file
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        expected = getattr(config, "base_fingerprint", None)
-        if expected is not None and expected != base_fingerprint(base):
-            raise ModelError(
-                f"{adapter} was trained on another base model ({config.base_model_name_or_path!r}, fingerprint "
-                f"{expected}); this one has fingerprint {base_fingerprint(base)}. Give that base with --model."
-            )
-        return PeftModel.from_pretrained(base, str(folder)).eval()
-    except ModelError:
+        check_base(base, config, source=str(adapter))
+        config.inference_mode = True
+        # not PeftModel.from_pretrained, which keeps to itself what did not arrive
+        model = with_adapter(base, config)
+        renamed = getattr(base, "_checkpoint_conversion_mapping", None)
+        with loading(adapter):
+            result = model.load_adapter(str(folder), "default", key_mapping=renamed)
+        check_result(model, result, source=str(adapter))
+        return model.eval()
+    except ManyLoraError:
         raise
-    except RuntimeError as error:  # PEFT reports unequal shapes and keys this way
+    except RuntimeError as error:  # PEFT reports unequal shapes this way
         raise ModelError(
             f"{adapter} does not fit this base model ({first_line(error)}); give the base it was trained on "
             "with --model."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.data import PromptRecord
 from manylora.training.runs import RunFolder, write_json
+from manylora.training.trainer import save_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -19,7 +20,7 @@ def save_result(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
     partial = run.path / "adapter.partial"
     if partial.exists():
         shutil.rmtree(partial)
-    model.save_pretrained(str(partial), save_embedding_layers=False)  # else PEFT asks the Hub about the base
+    save_adapter(model, str(partial))
     prepared.tokenizer.save_pretrained(str(partial))
     if prepared.labels is None:
         prompts = PromptRecord.of(

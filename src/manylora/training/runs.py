@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -48,9 +49,23 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """JSON that every reader takes: it has no NaN and no infinity, so these become null."""
+    return json.dumps(without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def without_nan(value: Any) -> Any:
+    """The same values, None for each that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(part) for key, part in value.items()}
+    return [without_nan(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: Path, value: object) -> None:
     """`write_text` of indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 class RunFolder:
@@ -214,7 +229,7 @@ class RunFolder:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_text(row) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` that come after `step`, and a half-written last one."""

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model_state_dict
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from manylora.adapters import has_load_balance, load_balance
+from manylora.adapters import check_finite, has_load_balance, load_balance, loading
 from manylora.training.config import TrainConfig
+from manylora.training.finite import FiniteGuard
 from manylora.training.processes import Processes, wait_for_all
 from manylora.training.runs import RunFolder
 
@@ -33,8 +35,10 @@ class ManyTaskTrainer(Trainer):
     Args:
         task_names: names of the tasks, by index.
         route_by_task: pass `task` on as `expert_ids`.
-        options: what `transformers.Trainer` takes.
+        options: what `transformers.Trainer` takes; the data sets are `EncodedRows`.
     """
+
+    guard: FiniteGuard | None = None
 
     def __init__(self, *, task_names: Sequence[str], route_by_task: bool, **options: Any):
         super().__init__(compute_metrics=self._validation_losses, **options)
@@ -46,6 +50,14 @@ class ManyTaskTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.balanced = has_load_balance(self.model)
         self._sums: torch.Tensor | None = None
+        self.guard = FiniteGuard(
+            self.model,
+            self.accelerator,
+            task_names=task_names,
+            origin=self.train_dataset.origin,
+            autocast=self.args.bf16,
+        )
+        self.add_callback(self.guard)
 
     def _token_losses(
         self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
@@ -81,6 +93,8 @@ class ManyTaskTrainer(Trainer):
             loss = loss + balance.loss() * (losses.numel() / items)
         if num_items_in_batch is not None:  # those of all processes, over which DDP averages the gradients
             loss = loss * self.accelerator.num_processes
+        if self.guard is not None and model.training:
+            self.guard.note(loss, losses, rows, inputs)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -99,6 +113,12 @@ class ManyTaskTrainer(Trainer):
 
     def _validation_losses(self, prediction: Any) -> dict[str, float]:
         sums, tasks = prediction.predictions, prediction.label_ids
+        if self.guard is not None:
+            rows = self.eval_dataset
+            known = len(sums) == len(rows)
+            self.guard.check_validation(
+                sums[:, 0], tasks, [rows.origin(rows.order[i]) for i in range(len(rows))] if known else []
+            )
         means = {}
         for index, name in enumerate(self.task_names):
             total, count = sums[tasks == index].sum(0) if (tasks == index).any() else (0.0, 0.0)
@@ -114,7 +134,12 @@ class ManyTaskTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter alone; the inherited way asks the Hub about the base's vocabulary at every checkpoint."""
-        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+        save_adapter(self.model, output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As inherited, but an error about the weights names the checkpoint."""
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training loss of each task since the last log."""
@@ -125,6 +150,18 @@ class ManyTaskTrainer(Trainer):
                     logs[f"loss/{name}"] = total / count
             self._sums.zero_()
         super().log(logs, start_time)
+
+
+def save_adapter(model: Any, folder: str | None, *, state_dict: dict[str, Any] | None = None) -> None:
+    """Write the active adapter, unless a weight of it is not finite: nothing good is replaced by that.
+
+    Raises:
+        ModelError: naming the weight.
+    """
+    weights = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    check_finite(weights, "The trained adapter")
+    # else PEFT asks the Hub about the base
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
 
 
 class RunRecorder(TrainerCallback):
@@ -237,6 +274,7 @@ def training_arguments(
         report_to=config.report_to,
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
+        logging_nan_inf_filter=False,  # it shows the mean of earlier losses in place of NaN
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # with more, the Trainer would multiply the batch behind the plan's back

@@ -1,0 +1,298 @@
+"""The mark of a base: all weights, the same in every type, and who compares it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from federation import bench_for, federation, rows_of, settings
+from manylora.cli import main
+from manylora.data import EMBEDDED
+from manylora.errors import ModelError, RunError
+from manylora.federated.wire import pack, unpack
+from manylora.training import (
+    RunFolder,
+    TrainConfig,
+    base_fingerprint,
+    finetune,
+    load_adapter,
+    load_base,
+    prepare,
+    same_base,
+)
+from manylora.training.fingerprint import _packed_by_torch, differing_part, weakness
+from tiny_models import bert, llama, t5
+
+DTYPES = [torch.float64, torch.bfloat16, torch.float16]
+
+
+def merged(
+    base: nn.Module, *, size: float, targets: tuple[str, ...] = ("q_proj",), seed: int = 0
+) -> nn.Module:
+    """A copy with a LoRA merged in whose change is `size` times the spread of the weights it changes."""
+    torch.manual_seed(seed)
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=list(targets)))
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "lora_B"):
+                B = module.lora_B["default"].weight.normal_()
+                B.mul_(size * module.base_layer.weight.std() / module.get_delta_weight("default").std())
+    return model.merge_and_unload()
+
+
+@pytest.mark.parametrize("make", [llama, t5, bert], ids=["llama", "t5", "bert"])
+def test_a_cast_changes_nothing(make: Any) -> None:
+    model = make()
+    mark = base_fingerprint(model)
+    for dtype in DTYPES:
+        assert base_fingerprint(copy.deepcopy(model).to(dtype)) == mark, dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_file_has_one_mark_however_it_is_loaded(dtype: str, tiny_base: Path) -> None:
+    for name in (EMBEDDED, str(tiny_base)):
+        one, other = (load_base(name, device="cpu", dtype=kind) for kind in ("float32", dtype))
+        assert base_fingerprint(one) == base_fingerprint(other)
+
+
+def test_every_weight_counts() -> None:
+    """One weight of a tensor negated, and a tensor made a fifth larger: each is noticed, in every tensor."""
+    model = llama()
+    mark = base_fingerprint(model)
+    for name, tensor in model.named_parameters():
+        before = tensor.detach().clone()
+        for change in (lambda t: t.view(-1)[-1:].neg_(), lambda t: t.mul_(1.2)):
+            with torch.no_grad():
+                change(tensor)
+            assert not same_base(mark, base_fingerprint(model)), name
+            with torch.no_grad():
+                tensor.copy_(before)
+    assert base_fingerprint(model) == mark
+
+
+def test_what_one_tensor_gains_another_cannot_lose() -> None:
+    """As where a norm's scale is moved into the layer behind it: no sign turns, and the sizes add up to the same."""
+    model = llama()
+    mark = base_fingerprint(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+        model.model.layers[0].mlp.down_proj.weight.div_(2)
+    assert not same_base(mark, base_fingerprint(model))
+
+
+def test_tensors_that_change_places_are_noticed() -> None:
+    model = llama()
+    mark = base_fingerprint(model)
+    one, other = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    one.q_proj.weight, other.q_proj.weight = other.q_proj.weight, one.q_proj.weight
+    assert not same_base(mark, base_fingerprint(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_lora_is_noticed_down_to_a_thousandth(dtype: torch.dtype) -> None:
+    base = load_base(EMBEDDED, device="cpu").to(dtype)
+    mark = base_fingerprint(base)
+    for size in (0.1, 0.01, 0.001):
+        other = base_fingerprint(merged(base, size=size))
+        assert not same_base(mark, other), size
+        assert "merged" in differing_part(mark, other)
+
+
+def test_further_training_of_an_embedding_is_told_apart_from_a_merge() -> None:
+    model = llama()
+    mark = base_fingerprint(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3].neg_()
+    assert differing_part(mark, base_fingerprint(model)) == ""
+
+
+def test_nan_has_no_sign_here() -> None:
+    """A cast keeps no sign of NaN, and the processor's own NaN has its sign bit set."""
+    model = llama()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[0, :2] = torch.tensor([float("nan"), 1e5])
+        weight[1, 0] = torch.tensor(0x7FC00000 - 2**31, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    assert weight[1, 0].isnan()
+    assert weight[1, 0].signbit()
+    marks = {base_fingerprint(copy.deepcopy(model).to(dtype)) for dtype in (torch.float32, *DTYPES)}
+    assert len(marks) == 1
+
+
+def test_bits_are_packed_alike_wherever_they_are() -> None:
+    import numpy as np
+
+    for size in (1, 7, 8, 9, 1000):
+        bits = torch.rand(size, generator=torch.Generator().manual_seed(size)) < 0.5
+        assert _packed_by_torch(bits) == np.packbits(bits.numpy()).tobytes()
+
+
+def test_of_a_quantised_base_the_rest_is_compared(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="not installed (pip install 'manylora[quantised]')")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=61
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four)
+    one, other = base_fingerprint(plain), base_fingerprint(quantised)
+    assert other.endswith(":-")
+    assert same_base(one, other)
+    assert "quantised" in weakness(one, other)
+    assert weakness(one, one) == ""
+    with torch.no_grad():
+        plain.model.norm.weight.mul_(2)
+    assert not same_base(base_fingerprint(plain), other)
+
+
+# ---- who compares it
+
+
+def trained(base: Path, data: Path, out: Path, **more: Any) -> Path:
+    values: dict[str, Any] = {
+        "epochs": 1,
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "device": "cpu",
+        "method": "lora",
+    }
+    prepared = prepare(TrainConfig(model=str(base), data=str(data), **values, **more))
+    with RunFolder.create(str(out), config=prepared.config.to_dict(), seed=0) as run:
+        finetune(prepared, run)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tiny_base, small_data, tmp_path_factory.mktemp("marked") / "run")
+
+
+def save_changed(base: Path, folder: Path, size: float = 0.05) -> Path:
+    """The base on disk, with a LoRA merged in."""
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    merged(load_base(str(base), device="cpu", dtype="float32"), size=size).save_pretrained(folder)
+    return folder
+
+
+def test_a_merged_model_is_not_taken_for_its_base(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    other = save_changed(tiny_base, tmp_path / "merged")
+    load_adapter(load_base(str(tiny_base), device="cpu"), run)
+    with pytest.raises(ModelError, match=r"was trained on another base model.*merged in"):
+        load_adapter(load_base(str(other), device="cpu"), run)
+    assert main(["export", str(run), "--to", str(tmp_path / "out"), "--merge", "--model", str(other)]) == 2
+    assert not (tmp_path / "out").exists()
+    assert main(["export", str(run), "--to", str(tmp_path / "out"), "--merge"]) == 0
+
+
+def test_an_adapter_of_an_earlier_version_loads_with_a_line(
+    run: Path, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", folder)
+    base = load_base(str(tiny_base), device="cpu")
+    path = folder / "adapter_config.json"
+    old = base_fingerprint(base, like="0123456789abcdef")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_fingerprint": old}), encoding="utf-8")
+    with caplog.at_level(logging.WARNING, logger="manylora"):
+        load_adapter(base, folder)
+    (record,) = caplog.records
+    assert "earlier version" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    other = load_base(str(tiny_base), device="cpu")
+    with torch.no_grad():
+        other.get_input_embeddings().weight[3].neg_()
+    with pytest.raises(ModelError, match="another base model"):
+        load_adapter(other, folder)
+
+
+class StopError(Exception):
+    """What ends a run on the way."""
+
+
+def interrupted(base: Path, data: Path, out: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise StopError
+
+    config = TrainConfig(
+        model=str(base), data=str(data), epochs=1, batch_size=8, learning_rate=0.01, device="cpu", method="lora",
+        save_steps=2,
+    )  # fmt: skip
+    prepared = prepare(config)
+    with (
+        RunFolder.create(str(out), config=prepared.config.to_dict(), seed=0) as run,
+        pytest.raises(StopError),
+    ):
+        finetune(prepared, run, callbacks=[Stop()])
+
+
+def test_a_run_does_not_go_on_with_a_base_that_was_replaced(
+    tiny_base: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_base, base)
+    interrupted(base, small_data, run)
+    save_changed(tiny_base, base)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "The base of" in capsys.readouterr().err
+    shutil.copytree(tiny_base, base, dirs_exist_ok=True)
+    assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_line(
+    tiny_base: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    interrupted(tiny_base, small_data, run)
+    folder = RunFolder.open(run)
+    old = base_fingerprint(load_base(str(tiny_base), device="cpu"), like="old")
+    folder.set_state("running", fingerprints={**folder.state["fingerprints"], "base": old})
+    prepared = prepare(TrainConfig(**folder.read_config()))
+    with caplog.at_level(logging.WARNING, logger="manylora"), folder:
+        folder.lock()
+        finetune(prepared, folder)
+    assert [record.getMessage() for record in caplog.records if "earlier version" in record.getMessage()]
+    folder.set_state("running", fingerprints={**folder.state["fingerprints"], "base": "0123456789abcdef"})
+    with pytest.raises(RunError, match="The base of"):
+        finetune(prepared, folder)
+
+
+def test_a_client_with_a_merged_base_is_not_one_of_the_others(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    mark = base_fingerprint(merged(load_base(str(tiny_base), device="cpu", dtype="float32"), size=0.01))
+
+    def other_base(name: str, number: int, answer: bytes) -> bytes:
+        message = unpack(answer)
+        fields = {**message.fields, "base": mark} if name == "cyd" else message.fields
+        return pack(dataclasses.replace(message, fields=fields))
+
+    rounds, _ = federation(settings(tiny_base, small_data), rows_of(small_data), tmp_path, tamper=other_base)
+    with pytest.raises(RunError, match="'cyd' has another base model"):
+        rounds.run()
+
+
+def test_a_client_knows_its_base_by_a_mark_of_an_earlier_version(tiny_base: Path, small_data: Path) -> None:
+    bench = bench_for(settings(tiny_base, small_data))
+    old = base_fingerprint(load_base(str(tiny_base), device="cpu"), like="old")
+    assert bench.is_on(old)
+    assert bench.is_on(bench.fingerprint)
+    assert not bench.is_on("0123456789abcdef")
+    assert not bench.is_on("None")
