@@ -87,7 +87,7 @@ def test_groups_and_patterns_name_tasks() -> None:
         ({"methods": {"alora": {"seed": 3}}}, "alora sets seed, which a study gives each cell itself"),
         ({"settings": {"learning_rate": 0.1}}, "sets learning_rate"),
         ({"methods": {"alora": {"r": -1}}}, "method alora: r is -1"),
-        ({"methods": {"alora": {"r": "wide"}}}, "method alora: a setting has a value of the wrong type"),
+        ({"methods": {"alora": {"r": "wide"}}}, "method alora: r is 'wide', not a whole number"),
         ({"methods": {"alora": {"match": "lora"}}}, "match raises the rank of a LoRA"),
         ({"methods": {"lora": {"match": "fedsa"}}}, "match is 'fedsa'"),
         ({"methods": {"alora": {"score_epochs": 3}}}, "score_epochs is 3"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.cli.tables import print_scores
 from manylora.errors import ConfigError, ModelError
-from manylora.evaluation import majority_scores, read_labels, score_classifier, score_labels, write_scores
+from manylora.evaluation import (
+    majority_scores,
+    read_labels,
+    read_scores,
+    score_classifier,
+    score_labels,
+    write_scores,
+)
 from manylora.training import (
     adapter_base_name,
     adapter_folder,
@@ -18,6 +24,7 @@ from manylora.training import (
     load_classifier,
     load_tokenizer,
     predict_labels,
+    read_task_facts,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +47,7 @@ def score_run_of_classes(prepared: Prepared, folder: RunFolder, model: PeftModel
         print("no test rows (give them with --test); the adapter is in " + str(folder.path / "adapter"))
         return
     scores = score_classifier(prepared, folder, model)
-    print_scores(scores, folder.read_json("scores.json")["baselines"])
+    print_scores(scores, read_scores(folder)[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +66,15 @@ class Labelled:
             ModelError: the adapter stands alone, so that nothing says which output of its head is which label.
             DataError: the file lacks them.
         """
-        facts = adapter_folder(adapter).parent / "tasks.json"
-        if not facts.is_file():
+        folder = adapter_folder(adapter)
+        facts = read_task_facts(folder)
+        if facts is None:
             raise ModelError(
                 f"{adapter} has no tasks.json beside it, so its head's labels are unknown; give the run folder."
             )
-        try:
-            known = json.loads(facts.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{facts} is damaged ({error}); train the classifier again.") from error
-        labels = read_labels(known, source=facts)
-        try:
-            return cls(labels=labels, max_length=int(known["max_length"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{facts} is damaged ({error!r}); train the classifier again.") from error
+        return cls(
+            labels=read_labels(facts, source=folder.parent / "tasks.json"), max_length=facts.max_length
+        )
 
     def load(
         self, adapter: str, *, model: str | None, dtype: str, device: str

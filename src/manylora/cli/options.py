@@ -11,6 +11,7 @@ from typing import Literal
 
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
+from manylora.files import check_values
 from manylora.training.config import TaskType, TrainConfig
 
 
@@ -75,6 +76,7 @@ class EvaluateOptions:
     """Folder for predictions.jsonl and scores.json; must not exist. Default: nothing is written."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -107,6 +109,7 @@ class PredictOptions:
     """auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.adapter is None:
             raise ConfigError("--adapter is missing; give a run folder, such as runs/train-001.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -155,6 +158,7 @@ class ExportOptions:
     """auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if not self.to:
             raise ConfigError("--to is missing; give a folder to write, such as --to exported.")
         if (self.adapter is None) == (self.from_loras is None):
@@ -220,6 +224,7 @@ class AnalyzeOptions:
     which may exist."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name in ("limit", "batch_size", "r", "epochs", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -266,6 +271,7 @@ class CompareOptions:
     """Rebuild the tables from this cells.jsonl; nothing is trained."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; give 1 or more.")
         chosen = [

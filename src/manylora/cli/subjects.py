@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,14 @@ from manylora.errors import ConfigError, ModelError
 from manylora.evaluation import MAX_LENGTH
 from manylora.training import (
     RunFolder,
+    TrainConfig,
     adapter_base_name,
     adapter_folder,
     adapter_task_type,
     load_adapter,
     load_base,
     load_tokenizer,
+    read_task_facts,
 )
 
 if TYPE_CHECKING:
@@ -62,11 +63,15 @@ class Subject:
 
 
 def run_settings(adapter: str | None) -> dict[str, Any]:
-    """The settings of the run that an adapter comes from; empty where there is no run to ask."""
+    """The settings of the run that an adapter comes from; empty where there is no run to ask.
+
+    Raises:
+        RunError, ConfigError: they are damaged.
+    """
     folder = adapter_folder(adapter).parent if adapter is not None else None
     if folder is None or not (folder / "config.yaml").is_file():
         return {}
-    return RunFolder(folder).read_config()
+    return RunFolder(folder).config(TrainConfig, verb="train").to_dict()
 
 
 def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: str) -> Subject:
@@ -96,15 +101,17 @@ def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: 
                 f"{folder} routes by task but does not name its tasks; add task_names to its adapter_config.json."
             )
         experts = {task: index for index, task in enumerate(config.task_names)}
-    facts = folder.parent / "tasks.json"
-    answer_tokens, max_length = {}, MAX_LENGTH
-    if facts.is_file():
-        try:
-            known = json.loads(facts.read_text(encoding="utf-8"))
-            max_length = int(known["max_length"])
-            answer_tokens = {task: int(values["answer_tokens"]) for task, values in known["tasks"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{facts} is damaged ({error!r}); remove it to go on without.") from error
+    facts = read_task_facts(folder)
+    answer_tokens: dict[str, int] = {}
+    max_length = MAX_LENGTH
+    if facts is not None:
+        max_length = facts.max_length
+        for task, known in facts.tasks.items():
+            if known.answer_tokens is None:
+                raise ModelError(
+                    f"{folder.parent / 'tasks.json'} names no answer_tokens of {task!r}; remove it to go on without."
+                )
+            answer_tokens[task] = known.answer_tokens
     return Subject(
         model=adapted,
         tokenizer=tokenizer,

@@ -81,15 +81,12 @@ def _resume(path: str, launch: Launch) -> int:
     from manylora.training import RunFolder, prepare
 
     folder = RunFolder.open(path)
-    if folder.state.get("state") == "finished":
+    config = folder.config(TrainConfig, verb="train")
+    if folder.state["state"] == "finished":
         print(f"{path} is finished already.")
         print_saved_scores(folder)
         draw_report(folder.path)
         return 0
-    try:
-        config = TrainConfig(**folder.read_config())
-    except TypeError as error:
-        raise ConfigError(f"{folder.path / 'config.yaml'} is not of this version ({error}).") from error
     with folder:
 
         def lock() -> str:

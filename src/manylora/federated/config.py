@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError
+from manylora.files import check_values
 from manylora.training.config import RECIPES, TrainConfig, as_list
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
@@ -167,6 +168,7 @@ class FederateConfig:
     """Longest answer in tokens. Default: per task, the longest training answer plus 8."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         positive = (
             "limit", "clients", "dirichlet_alpha", "participation", "r", "lora_alpha", "rounds", "local_epochs",
             "local_steps", "learning_rate", "batch_size", "micro_batch_size", "max_length", "deadline",

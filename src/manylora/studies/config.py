@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from manylora.errors import ConfigError
 from manylora.evaluation.claims import ClaimKind
+from manylora.files import read_yaml, reason
 from manylora.studies.presets import PRESETS
 
 MEAN = "mean"
 """Where a task may be named: the mean over all tasks."""
+
+_MOST_SEEDS = 10_000
 
 _RESERVED = frozenset({"seed", "learning_rate", "out"})
 """Settings that a study gives each cell itself."""
@@ -134,14 +135,9 @@ def load_study(path: str | Path) -> Study:
         ConfigError: the file cannot be read, or what it says cannot be; the message names the file.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise ConfigError(f"{path} cannot be read ({reason}); give a study as a YAML file.") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}).") from error
+        values = read_yaml(Path(path).expanduser())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({reason(error)}); give a study as a YAML file.") from error
     try:
         return parse_study(values)
     except ConfigError as error:
@@ -318,7 +314,7 @@ def _texts(value: object, what: str) -> list[str]:
 def _number(value: object, what: str) -> float:
     try:
         number = float(value) if not isinstance(value, bool) else None  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or not 0 <= number < float("inf"):
         raise ConfigError(f"{what} is {value!r}; give a number, 0 or more.")
@@ -327,6 +323,8 @@ def _number(value: object, what: str) -> float:
 
 def _numbers(value: object, what: str, kind: type) -> tuple[Any, ...]:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and kind is int:
+        if not 0 <= value <= _MOST_SEEDS:
+            raise ConfigError(f"{what} is {value!r}; give a list, or a number of at most {_MOST_SEEDS:,}.")
         value = list(range(int(value)))  # "seeds: 5" are 0 to 4
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{what} is {value!r}; give a list of numbers.")

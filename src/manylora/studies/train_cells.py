@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, RunError
+from manylora.files import Record, build_config, read_record
 from manylora.studies.kinds import Job, Measured
 from manylora.studies.presets import PRESETS
 from manylora.training.config import TrainConfig
@@ -27,6 +28,19 @@ _OWN = frozenset({"alone", "match", "score_epochs", "test_limit", "train_limit"}
 """Settings of this kind beside those of `manylora train`; see docs/compare.md."""
 
 SETTINGS = frozenset(field.name for field in dataclasses.fields(TrainConfig)) | _OWN
+
+
+class _Saved(Record):
+    """A `Measured` in measured.json."""
+
+    scores: dict[str, float]
+    examples: dict[str, list[float]]
+    parameters: int
+    seconds: float
+    cpu_seconds: float
+    evaluation_seconds: float
+    resumed: bool
+    extra: dict[str, Any]
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -62,7 +76,8 @@ def check_limits(settings: Mapping[str, Any]) -> None:
 
 def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
     """The settings that `manylora train` has too."""
-    return TrainConfig(**{key: value for key, value in settings.items() if key not in _OWN}, **more)
+    own = {key: value for key, value in settings.items() if key not in _OWN}
+    return build_config(TrainConfig, own, source="", remedy="see manylora train --help", **more)
 
 
 def tasks(settings: Mapping[str, Any]) -> list[str]:
@@ -209,7 +224,8 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         folder = RunFolder.create(str(path), config=prepared.config.to_dict(), seed=job.seed)
     with folder:
         if (path / "measured.json").is_file():
-            return Measured(**json.loads((path / "measured.json").read_text(encoding="utf-8")))
+            found = read_record(path / "measured.json", _Saved, remedy=f"remove {path} to run that again")
+            return Measured(**found.model_dump())
         test = rows_to_score(prepared, job)
         curve = Curve.wanted(prepared, job, folder, test)
         began, cpu = time.monotonic(), time.process_time()

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from manylora.training.config import METHODS, RECIPES, TrainConfig
 
 if TYPE_CHECKING:
+    from manylora.files import write_json, write_text
     from manylora.training.batches import ExpertCollator
+    from manylora.training.facts import TaskFacts, read_task_facts
     from manylora.training.job import Prepared, build_model, finetune, prepare
     from manylora.training.labels import LabelSets, encode_labelled, label_of, predict_labels
     from manylora.training.memory import MemoryPlan
@@ -30,11 +32,12 @@ if TYPE_CHECKING:
     )
     from manylora.training.plan import Plan, TaskPlan, plan_lines
     from manylora.training.processes import Processes
-    from manylora.training.runs import RunFolder, environment, write_json, write_text
+    from manylora.training.runs import RunFolder, environment
     from manylora.training.snapshots import find_snapshots
 
 _HOME = {
     "batches": ("ExpertCollator",),
+    "facts": ("TaskFacts", "read_task_facts"),
     "job": ("Prepared", "build_model", "finetune", "prepare"),
     "labels": ("LabelSets", "encode_labelled", "label_of", "predict_labels"),
     "memory": ("MemoryPlan",),
@@ -67,6 +70,7 @@ __all__ = [
     "Prepared",
     "Processes",
     "RunFolder",
+    "TaskFacts",
     "TaskPlan",
     "TrainConfig",
     "adapter_base_name",
@@ -89,6 +93,7 @@ __all__ = [
     "plan_lines",
     "predict_labels",
     "prepare",
+    "read_task_facts",
     "write_json",
     "write_merged",
     "write_text",

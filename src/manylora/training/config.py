@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError
+from manylora.files import check_values
 
 Method: TypeAlias = Literal["alora", "hydralora", "moelora", "lora"]
 Recipe: TypeAlias = Literal[
@@ -186,6 +187,7 @@ class TrainConfig:
     """Longest answer in tokens. Default: per task, the longest training answer plus 8."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         positive = (
             "limit", "num_experts", "r", "lora_alpha", "learning_rate", "epochs", "batch_size", "micro_batch_size",
             "max_length", "mixing_temperature", "eval_steps", "save_steps", "eval_batch_size", "max_new_tokens",

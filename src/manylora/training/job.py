@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
-import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,8 @@ from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_st
 from transformers import set_seed
 
 from manylora.data import Splits, load_splits, mixture_schedule
-from manylora.errors import ConfigError, DataError, RunError
+from manylora.errors import ConfigError, DataError, ManyLoraError, RunError
+from manylora.files import remove, write_json
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
 from manylora.training.config import TrainConfig, as_list
 from manylora.training.labels import LabelCollator, LabelSets, LabelTrainer, encode_labelled
@@ -40,7 +40,7 @@ from manylora.training.plan import (
     step_counts,
 )
 from manylora.training.processes import Processes, wait_for_all
-from manylora.training.runs import RunFolder, step_of, write_json
+from manylora.training.runs import RunFolder, step_of
 from manylora.training.snapshots import SnapshotRecorder, snapshot_steps
 from manylora.training.trainer import (
     ManyTaskTrainer,
@@ -283,7 +283,7 @@ def finetune(
         callbacks: further ones for the trainer.
 
     Raises:
-        RunError: the run was begun on other data.
+        RunError: the run was begun on other data, or none of its checkpoints is whole.
     """
     model = build_model(prepared) if model is None else model
     rows = [*prepared.train, *prepared.validation]
@@ -292,10 +292,10 @@ def finetune(
         "base": model.active_peft_config.base_fingerprint,
     }
     for what, known in run.state.get("fingerprints", prints).items():
-        if known != prints[what]:
+        if known != prints.get(what):
             raise RunError(
                 f"The {what} of {run.path} has changed since it was begun (fingerprint {known}, now "
-                f"{prints[what]}); put the old one back, or start a new run."
+                f"{prints.get(what)}); put the old one back, or start a new run."
             )
     first = Processes.here().first
     if first:
@@ -306,28 +306,46 @@ def finetune(
         kept = snapshot_steps(prepared.plan.steps, prepared.config.keep_adapters)
         trainer.add_callback(SnapshotRecorder(run.path, model, kept))
     wait_for_all()
-    checkpoint = run.newest_checkpoint()
+    checkpoint, damaged = run.whole_checkpoint()
+    wait_for_all()  # every process has looked at the damaged ones before the first one removes them
     if first:
+        for folder, damage in damaged.items():
+            begins = f"goes on from {checkpoint.name}" if checkpoint else "begins anew"
+            print(f"{folder} is damaged ({damage}); the run {begins}", file=sys.stderr, flush=True)
+            remove(folder)
         run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if (
-            checkpoint is None
-            or isinstance(error, torch.OutOfMemoryError)
-            or trainer.state.global_step > step_of(checkpoint)
-        ):
+    except ManyLoraError:
+        raise
+    except Exception as error:
+        # What a library says of a file that it cannot load has no common type.
+        if checkpoint is None or trainer.began or isinstance(error, torch.OutOfMemoryError):
             raise
         raise RunError(
-            f"{checkpoint} is damaged ({first_line(error)}); remove it to go on from an older one or anew."
+            f"{checkpoint} is damaged ({type(error).__name__}: {first_line(error)}); remove it to go on from an older "
+            "one or anew."
         ) from error
     step = trainer.state.best_global_step
     if prepared.config.keep == "best" and step is not None:
-        weights = load_peft_weights(str(run.checkpoint(step)), device=str(model.device))
-        set_peft_model_state_dict(model, weights)
+        _load_best(run, step, model)
     if first:
         _save(prepared, run, model)
     return model
+
+
+def _load_best(run: RunFolder, step: int, model: PeftModel) -> None:
+    """Put the weights of an earlier step into the model.
+
+    Raises:
+        RunError: its checkpoint is damaged.
+    """
+    best = run.checkpoint(step)
+    if damage := run.damage(best):
+        raise RunError(
+            f"{best}, which holds the best weights, is damaged ({damage}); put a copy of it back, or start a new run."
+        )
+    set_peft_model_state_dict(model, load_peft_weights(str(best), device=str(model.device)))
 
 
 def _trainer(
@@ -376,8 +394,7 @@ def _trainer(
 
 def _save(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
     partial = run.path / "adapter.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
+    remove(partial)
     model.save_pretrained(str(partial), save_embedding_layers=False)  # else PEFT asks the Hub about the base
     prepared.tokenizer.save_pretrained(str(partial))
     run.place_folder("adapter", partial)

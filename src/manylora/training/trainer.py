@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from manylora.adapters import has_load_balance, load_balance
+from manylora.files import read_json
 from manylora.training.config import TrainConfig
 from manylora.training.processes import Processes, wait_for_all
 from manylora.training.runs import RunFolder
@@ -22,6 +25,9 @@ _CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 """The argument's name: the first since transformers 5.23, the second before."""
+
+LOSSES = "losses.json"
+"""File of a checkpoint: what has been added up since the last log."""
 
 SELECTION = "eval_mean_task_loss"
 """What `keep="best"` minimises: the validation loss, averaged within each task and then over tasks."""
@@ -45,7 +51,11 @@ class ManyTaskTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.balanced = has_load_balance(self.model)
+        self.began = False
+        """Whether a first batch of rows has been read: what fails before that is the checkpoint."""
         self._sums: torch.Tensor | None = None
+        self._restored: dict[str, Any] = {}
+        self.add_callback(_LossesRestored(self))
 
     def _token_losses(
         self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
@@ -72,6 +82,7 @@ class ManyTaskTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Mean loss over the answer tokens of the whole optimizer step, with the load-balance loss where asked for."""
+        self.began = True
         with load_balance(model) if self.balanced else nullcontext() as balance:
             losses, rows = self._token_losses(model, inputs)
         self._add_up(inputs["task"][rows], losses.detach())
@@ -116,8 +127,46 @@ class ManyTaskTrainer(Trainer):
         """Write the adapter alone; the inherited way asks the Hub about the base's vocabulary at every checkpoint."""
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
+    # What is added up for the next log is in no checkpoint of transformers: a run that was killed between a log and a
+    # checkpoint would go on to log other losses than an unbroken one.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write losses.json, too."""
+        super()._save_rng_state(output_dir)
+        sums = None if self._sums is None else self.accelerator.reduce(self._sums.clone(), "sum").tolist()
+        loss = float(self.accelerator.reduce(self._tr_loss.detach().clone(), "mean"))
+        if self.args.should_save:
+            found = {
+                "tasks": sums,
+                "loss": loss,
+                "logged_loss": self._total_loss_scalar,
+                "logged_step": self._globalstep_last_logged,
+            }
+            (Path(output_dir) / LOSSES).write_text(json.dumps(found), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / LOSSES
+        if path.is_file():  # checkpoints of earlier versions have none
+            self._restored = read_json(path)
+
+    def restore_losses(self) -> None:
+        """Go on with the sums of the checkpoint, once the loop has set its own to zero."""
+        if not self._restored:
+            return
+        found, self._restored = self._restored, {}
+        device = self.args.device
+        if found["tasks"] is not None:
+            sums = torch.tensor(found["tasks"], dtype=torch.float32, device=device)
+            self._sums = sums if self.args.process_index == 0 else torch.zeros_like(sums)
+        self._tr_loss = torch.tensor(found["loss"], device=device)
+        self._total_loss_scalar = found["logged_loss"]
+        self._globalstep_last_logged = found["logged_step"]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the training loss of each task since the last log."""
+        """Add the training loss of each task since the last log; make the summary's loss that of the whole run."""
+        if "train_loss" in logs:  # transformers divides by the steps since the resume
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         if "loss" in logs and self._sums is not None:
             sums = self.accelerator.reduce(self._sums.clone(), "sum")
             for name, (total, count) in zip(self.task_names, sums.tolist(), strict=True):
@@ -125,6 +174,14 @@ class ManyTaskTrainer(Trainer):
                     logs[f"loss/{name}"] = total / count
             self._sums.zero_()
         super().log(logs, start_time)
+
+
+class _LossesRestored(TrainerCallback):
+    def __init__(self, trainer: ManyTaskTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.restore_losses()
 
 
 class RunRecorder(TrainerCallback):
