@@ -13,7 +13,7 @@ from manylora.cli.options import AnalyzeOptions
 from manylora.cli.subjects import load_subject, run_settings
 from manylora.data import EMBEDDED, TaskData, available_splits, encode, evenly, load_examples, load_splits
 from manylora.errors import ConfigError, ManyLoraError
-from manylora.training import adapter_base_name, encode_labelled
+from manylora.training import adapter_base_name, context_of, encode_labelled
 from manylora.training.config import as_list
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _writing(
     subject = load_subject(
         str(source.folder), model=options.model, dtype=options.dtype, device=options.device
     )
-    context = getattr(subject.model.config, "max_position_embeddings", None)
+    context = context_of(subject.model.config)
     rows = {
         task: [
             encode(row, subject.tokenizer, max_length=subject.max_length, context_length=context)
@@ -129,7 +129,7 @@ def _choosing(
     model, tokenizer = head.load(
         str(source.folder), model=options.model, dtype=options.dtype, device=options.device
     )
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     tasks = encode_labelled(
         examples, tokenizer, head.labels, max_length=head.max_length, context_length=context
     )
@@ -178,11 +178,13 @@ def _rows(source: Source, options: AnalyzeOptions) -> TaskData:
 
 def _put_snapshot(model: PeftModel, source: Source, step: int) -> None:
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
+
+    from manylora.adapters import read_any
 
     if step not in source.snapshots:
         raise ConfigError(
             f"{source.name} kept no weights of step {step}; it kept "
             f"{', '.join(map(str, source.snapshots)) or 'none (train with --keep-adapters 4)'}."
         )
-    set_peft_model_state_dict(model, load_file(source.snapshots[step]))
+    _, weights = read_any(source.folder, weights=source.snapshots[step])
+    set_peft_model_state_dict(model, weights)

@@ -58,7 +58,8 @@ def _run(arguments: Sequence[str], launch: Launch) -> int:
     check_test(prepared)
     if options.dry_run:
         return 0
-    check_memory(prepared.plan.memory, device=pick_device(config.device))
+    if not isinstance(prepared.plan.memory, str):
+        check_memory(prepared.plan.memory, device=pick_device(config.device))
     with contextlib.ExitStack() as stack:
 
         def create() -> str:

@@ -16,7 +16,7 @@ from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import State
 from manylora.federated.initial import Shapes
 from manylora.federated.strategies import Strategy, strategy_for
-from manylora.training import base_fingerprint, load_base, load_config, load_tokenizer
+from manylora.training import base_fingerprint, context_of, load_base, load_config, load_tokenizer
 from manylora.training.batches import EncodedTask, encode_tasks
 from manylora.training.plan import adapter_config
 
@@ -41,7 +41,7 @@ class Workbench:
         self.config = config
         self.strategy: Strategy = strategy_for(config.strategy, unequal=config.ranks is not None)
         self.tokenizer = load_tokenizer(config.model)
-        self.context: int | None = getattr(load_config(config.model), "max_position_embeddings", None)
+        self.context = context_of(load_config(config.model))
         base = load_base(config.model, dtype=config.dtype, device=config.device)
         self.fingerprint = base_fingerprint(base)
         self.train_config = config.train_config().resolved()

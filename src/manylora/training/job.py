@@ -20,9 +20,10 @@ from manylora.files import remove, write_json
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
 from manylora.training.config import TrainConfig, as_list
 from manylora.training.labels import LabelCollator, LabelSets, LabelTrainer, encode_labelled
-from manylora.training.memory import estimate_memory
+from manylora.training.memory import MemoryPlan, MemoryUnknownError, estimate_memory
 from manylora.training.models import (
     base_fingerprint,
+    context_of,
     first_line,
     head_modules,
     load_base,
@@ -35,7 +36,9 @@ from manylora.training.plan import (
     Plan,
     TaskPlan,
     adapter_config,
+    count_fused,
     count_modules,
+    left_out_layers,
     shadow_model,
     step_counts,
 )
@@ -111,7 +114,7 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
     config = _with_experts(config, tasks=len(splits.train))
     tokenizer = load_tokenizer(config.model, task_type=config.task_type)
     architecture = load_config(config.model, task_type=config.task_type)
-    context = getattr(architecture, "max_position_embeddings", None)
+    context = context_of(architecture)
     labels = _labels(splits) if config.task_type == "SEQ_CLS" else None
     lengths: dict[str, Any] = {"max_length": config.max_length, "context_length": context}
     train, validation = (
@@ -202,7 +205,7 @@ def _plan(
     adapter = adapter_config(config, task_names=[task.name for task in train])
     model = shadow_model(config, adapter, labels=labels.count if labels else 0)
     trainable, total = model.get_nb_trainable_parameters()
-    modules = count_modules(model)
+    modules, fused = count_modules(model), count_fused(model)
     lengths = [len(row.input_ids) for task in train for row in task.rows]
     steps, warmup = step_counts(len(order), config)
     return Plan(
@@ -224,18 +227,35 @@ def _plan(
         steps=steps,
         warmup_steps=warmup,
         tokens=sum(lengths[index] for index in order),
-        memory=estimate_memory(
+        memory=_memory(config, model, train, validation, rows=len(order)),
+        leaks=splits.leaks,
+        dropped=splits.dropped,
+        left_out=left_out_layers(config, adapter),
+        fused=fused,
+    )
+
+
+def _memory(
+    config: TrainConfig,
+    model: PeftModel,
+    train: Sequence[EncodedTask],
+    validation: Sequence[EncodedTask],
+    *,
+    rows: int,
+) -> MemoryPlan | str:
+    longest = max(len(row.input_ids) for task in train for row in task.rows)
+    try:
+        return estimate_memory(
             model,
-            rows=min(Processes.here().rows_per_pass(config), len(order)),
-            length=max(lengths),
-            answer=max(task.longest_answer for task in train) if config.loss_on == "answer" else max(lengths),
+            rows=min(Processes.here().rows_per_pass(config), rows),
+            length=longest,
+            answer=max(task.longest_answer for task in train) if config.loss_on == "answer" else longest,
             checkpointing=config.gradient_checkpointing,
             validation_rows=min(config.eval_batch_size, sum(len(task.rows) for task in validation)),
             on_cpu=pick_device(config.device).type == "cpu",
-        ),
-        leaks=splits.leaks,
-        dropped=splits.dropped,
-    )
+        )
+    except MemoryUnknownError as error:
+        return str(error)
 
 
 def build_model(prepared: Prepared) -> PeftModel:

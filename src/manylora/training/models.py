@@ -118,6 +118,12 @@ def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PretrainedC
     return config
 
 
+def context_of(config: PretrainedConfig) -> int | None:
+    """Tokens that a model reads, of its text part where it has several; None where nothing says."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def load_tokenizer(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a padding token (the end token where it has none of its own).
 

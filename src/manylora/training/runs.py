@@ -66,7 +66,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokeniz
 
 
 _RESULTS = ("config.yaml", "tasks.json", "scores.json", "predictions.jsonl")
-"""Files whose checksums a finished run notes, beside those in adapter/."""
+"""Files whose checksums a finished run notes, beside those in adapter/ and adapters/."""
 _VERB_OF = {"strategy": "federate", "measure": "analyze", "learning_rate": "train"}
 """A setting to the verb whose run it tells; the first that is there."""
 _REMEDIES = {
@@ -153,8 +153,9 @@ class RunFolder:
         notes = known.get(NOTES)
         sums = {name: notes[name] for name in ("config.yaml",) if isinstance(notes, dict) and name in notes}
         if state == "finished":
-            adapter = (place.relative_to(self.path).as_posix() for place in (self.path / "adapter").glob("*"))
-            sums = folder_sums(self.path, [*_RESULTS, *adapter]) | sums
+            weights = [*self.path.glob("adapter/*"), *self.path.glob("adapters/*.safetensors")]
+            names = [*_RESULTS, *(place.relative_to(self.path).as_posix() for place in weights)]
+            sums = folder_sums(self.path, names) | sums
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_json(path, {**known, "state": state, "time": now, "pid": os.getpid(), NOTES: sums, **facts})
 
