@@ -304,7 +304,7 @@ def _check_patterns(config: ManyLoraConfig) -> None:
             raise ConfigError(f"{setting}={pattern!r} is no mapping; give {{module name or regex: value}}.")
         _check_count(setting, pattern)
         for key, value in pattern.items():
-            check_pattern(f"{setting} key", key)
+            check_pattern(f"{setting} key ", key)
             if not (_is_rank(value) if setting == "rank_pattern" else _is_scale(value)):
                 kind = "a positive integer" if setting == "rank_pattern" else "a positive number"
                 raise ConfigError(f"{setting}[{key!r}]={value!r} cannot be used; give {kind}.")
@@ -317,7 +317,7 @@ def _check_targets(config: ManyLoraConfig) -> None:
         if value is None:
             continue
         if isinstance(value, str):
-            check_pattern(setting, value)
+            check_pattern(f"{setting}=", value)
         elif not isinstance(value, Iterable) or not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{setting}={value!r} cannot be used; give a list of names or one string.")
         else:
@@ -369,7 +369,7 @@ def _check_layers(config: ManyLoraConfig) -> None:
         )
     patterns = config.layers_pattern or ()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        check_pattern("layers_pattern", pattern)
+        check_pattern("layers_pattern=", pattern)
     if config.layers_pattern and layers is None:
         raise ConfigError(
             f"layers_pattern={config.layers_pattern!r} without layers_to_transform does nothing; give both."

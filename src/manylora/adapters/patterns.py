@@ -32,20 +32,24 @@ for pattern in patterns:
 def check_pattern(setting: str, pattern: object) -> None:
     """Refuse what is no regular expression, or one of absurd length.
 
+    Args:
+        setting: how the message begins, such as "target_modules=".
+        pattern: the expression.
+
     Raises:
         ConfigError: naming the setting and the expression.
     """
     if not isinstance(pattern, str):
-        raise ConfigError(f"{setting} {pattern!r:.80} is no regular expression; give text.")
+        raise ConfigError(f"{setting}{pattern!r:.80} is no regular expression; give text.")
     if len(pattern) > LONGEST:
         raise ConfigError(
-            f"{setting} {pattern[:40]!r}… has {len(pattern):,} characters; give at most {LONGEST:,}."
+            f"{setting}{pattern[:40]!r}… has {len(pattern):,} characters; give at most {LONGEST:,}."
         )
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         reason = str(error) if isinstance(error, re.error) else "it is nested too deeply or repeats too often"
-        raise ConfigError(f"{setting} {pattern!r:.80} is no regular expression: {reason}.") from error
+        raise ConfigError(f"{setting}{pattern!r:.80} is no regular expression: {reason}.") from error
 
 
 def check_time(patterns: Mapping[str, Collection[str]], names: Collection[str]) -> None:

@@ -211,7 +211,8 @@ def _check_size(config: ManyLoraConfig, found: dict[str, nn.Module]) -> None:
         if any(parameter.is_meta for parameter in module.parameters()):
             continue
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-        inputs, outputs = _get_in_out_features(module)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        inputs, outputs = _get_in_out_features(base)
         numbers += (counts.a_count * rank + routers) * inputs + counts.b_count * rank * outputs
     there = psutil.virtual_memory().total + psutil.swap_memory().total
     if numbers * _BYTES > _TOO_MUCH * there:

@@ -158,9 +158,9 @@ class ExportOptions:
     """auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        check_values(self)
         if not self.to:
             raise ConfigError("--to is missing; give a folder to write, such as --to exported.")
+        check_values(self)
         if (self.adapter is None) == (self.from_loras is None):
             raise ConfigError(
                 "Give either an adapter to export (manylora export runs/train-001 --to exported) or LoRA folders to "

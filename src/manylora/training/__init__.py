@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from manylora.training.job import Prepared, build_model, finetune, prepare
     from manylora.training.labels import LabelSets, encode_labelled, label_of, predict_labels
     from manylora.training.memory import MemoryPlan
-    from manylora.training.merge import check_mergeable, write_merged
+    from manylora.training.merge import write_merged
     from manylora.training.models import (
         adapter_base_name,
         adapter_folder,
@@ -42,7 +42,7 @@ _HOME = {
     "job": ("Prepared", "build_model", "finetune", "prepare"),
     "labels": ("LabelSets", "encode_labelled", "label_of", "predict_labels"),
     "memory": ("MemoryPlan",),
-    "merge": ("check_mergeable", "write_merged"),
+    "merge": ("write_merged",),
     "models": (
         "adapter_base_name",
         "adapter_folder",
@@ -81,7 +81,6 @@ __all__ = [
     "base_fingerprint",
     "base_location",
     "build_model",
-    "check_mergeable",
     "context_of",
     "encode_labelled",
     "environment",
