@@ -110,9 +110,7 @@ EMBEDDINGS = {
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.filterwarnings(
-    "ignore:Unsupported layer type:UserWarning"
-)  # PEFT's own wrapper in its other one
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", EMBEDDINGS)
 def test_changed_embeddings_are_merged(

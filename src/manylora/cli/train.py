@@ -83,7 +83,10 @@ def _resume(path: str, launch: Launch) -> int:
 
     folder = RunFolder.open(path)
     config = folder.config(TrainConfig, verb="train")
-    if folder.state["state"] == "finished":
+    missing = folder.missing_result() if folder.state["state"] == "finished" else None
+    if missing:
+        print(f"{path} was finished, but its {missing} is gone; it is made again from the last checkpoint.")
+    elif folder.state["state"] == "finished":
         print(f"{path} is finished already.")
         print_saved_scores(folder)
         draw_report(folder.path)

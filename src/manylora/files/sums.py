@@ -63,10 +63,18 @@ def check_noted(path: Path) -> None:
     for run in (place.parent, place.parent.parent):
         known = noted(run).get(place.relative_to(run).as_posix())
         if known is not None and path.is_file() and file_sum(path) != known:
-            raise RunError(
-                f"{path} is not what the run wrote: it was damaged or changed since. Put a copy of it back; if you "
-                f'changed it yourself, remove its line under "{NOTES}" in {run / _STATE} to use it as it is.'
+            again = (
+                ", or remove it and go on with --resume, which makes it again" if _is_made(place, run) else ""
             )
+            raise RunError(
+                f"{path} is not what the run wrote: it was damaged or changed since. Put a copy of it back{again}; if "
+                f'you changed it yourself, remove its line under "{NOTES}" in {run / _STATE} to use it as it is.'
+            )
+
+
+def _is_made(path: Path, run: Path) -> bool:
+    """Whether a run of `manylora train` makes the file again when it is continued: all but its settings."""
+    return path.name != "config.yaml" and path.parent.name != "adapters" and (run / "checkpoints").is_dir()
 
 
 def noted(run: Path) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from manylora.files import (
     dump_yaml,
     folder_sums,
     make_folder,
+    noted,
     open_own,
     parse_json,
     read_json,
@@ -158,6 +159,11 @@ class RunFolder:
             sums = folder_sums(self.path, names) | sums
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_json(path, {**known, "state": state, "time": now, "pid": os.getpid(), NOTES: sums, **facts})
+
+    def missing_result(self) -> str | None:
+        """The first file that the finished run noted, or had to write, and that is not there; None where all are."""
+        wanted = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", *noted(self.path))
+        return next((name for name in wanted if not (self.path / name).is_file()), None)
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the run.
