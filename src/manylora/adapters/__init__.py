@@ -20,7 +20,15 @@ from manylora.adapters.config import (
 )
 from manylora.adapters.export import PlainLora, expert_names, export_lora
 from manylora.adapters.factored import FactoredBank
-from manylora.adapters.folders import find_loras, read_adapter, read_any, read_lora, write_folder
+from manylora.adapters.folders import (
+    check_folder,
+    find_loras,
+    read_adapter,
+    read_any,
+    read_lora,
+    read_settings,
+    write_folder,
+)
 from manylora.adapters.from_lora import import_loras
 from manylora.adapters.gates import (
     COLLAPSE,
@@ -56,6 +64,7 @@ __all__ = [
     "PlainLora",
     "RouterKind",
     "Share",
+    "check_folder",
     "expert_names",
     "export_lora",
     "find_loras",
@@ -67,5 +76,6 @@ __all__ = [
     "read_adapter",
     "read_any",
     "read_lora",
+    "read_settings",
     "write_folder",
 ]

@@ -16,7 +16,7 @@ from manylora.errors import ConfigError
 
 LONGEST = 2_000
 """Characters of an expression."""
-_SECONDS = 10.0
+_SECONDS = 5.0
 """For all expressions over all names. Honest ones take milliseconds, and the process some tens."""
 _REPEATS = re.compile(r"[*+{]")
 _TRIAL = """\

@@ -85,7 +85,7 @@ def _resume(path: str, launch: Launch) -> int:
     config = folder.config(TrainConfig, verb="train")
     missing = folder.missing_result() if folder.state["state"] == "finished" else None
     if missing:
-        print(f"{path} was finished, but its {missing} is gone; it is made again from the last checkpoint.")
+        print(f"{path} was finished, but its {missing} is gone; it is made again.")
     elif folder.state["state"] == "finished":
         print(f"{path} is finished already.")
         print_saved_scores(folder)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,10 +20,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 
+from manylora.adapters import check_folder, read_settings
 from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED
-from manylora.errors import ModelError
+from manylora.errors import ManyLoraError, ModelError
 from manylora.training.pooling import pool_as_told
+from manylora.training.runs import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -238,13 +239,25 @@ def adapter_folder(adapter: str | Path) -> Path:
         return path
     if (path / "adapter" / "adapter_config.json").is_file():
         return path / "adapter"
-    if (path / "state.json").is_file():
+    if clients := sorted(path.glob("clients/*/adapter/adapter_config.json")):
         raise ModelError(
-            f"{adapter} has no adapter yet; finish the run with: manylora train --resume {adapter}"
+            f"{adapter} is a federated run, with an adapter for each client; give one of them, such as "
+            f"{shlex.quote(str(clients[0].parents[1]))}"
         )
+    if (path / "state.json").is_file():
+        raise ModelError(_unfinished(path))
     raise ModelError(
         f"{adapter} is neither a run folder nor a PEFT adapter folder (no adapter_config.json in it)."
     )
+
+
+def _unfinished(run: Path) -> str:
+    """What to do with a run that has no adapter."""
+    settings = RunFolder(run).read_config() if (run / "config.yaml").is_file() else {}
+    verb = "federate" if "strategy" in settings else "train"
+    if "measure" in settings:
+        return f"{run} is an analysis and has no adapter; give a run of manylora train."
+    return f"{run} has no adapter yet; finish the run with: manylora {verb} --resume {shlex.quote(str(run))}"
 
 
 def adapter_base_name(adapter: str | Path) -> str:
@@ -254,10 +267,10 @@ def adapter_base_name(adapter: str | Path) -> str:
         ModelError: the folder's configuration is broken or names none.
     """
     path = adapter_folder(adapter) / "adapter_config.json"
-    name = _adapter_fact(path, "base_model_name_or_path")
-    if not name:
+    name = read_settings(path.parent).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
         raise ModelError(f"{path} names no base model; give it with --model.")
-    return str(name)
+    return name
 
 
 def adapter_task_type(adapter: str | Path) -> str | None:
@@ -266,16 +279,8 @@ def adapter_task_type(adapter: str | Path) -> str | None:
     Raises:
         ModelError: the folder's configuration is broken.
     """
-    return _adapter_fact(adapter_folder(adapter) / "adapter_config.json", "task_type")
-
-
-def _adapter_fact(path: Path, key: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get(key)
-    except (ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{path} is not valid JSON ({first_line(error)}); save the adapter again."
-        ) from error
+    found = read_settings(adapter_folder(adapter)).get("task_type")
+    return found if isinstance(found, str) else None
 
 
 def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
@@ -285,8 +290,7 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
         ModelError: broken files, or an adapter that was trained on another base.
     """
     folder = adapter_folder(adapter)
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ModelError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
+    check_folder(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         expected = getattr(config, "base_fingerprint", None)
@@ -296,16 +300,14 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
                 f"{expected}); this one has fingerprint {base_fingerprint(base)}. Give that base with --model."
             )
         return PeftModel.from_pretrained(base, str(folder)).eval()
-    except ModelError:
+    except ManyLoraError:
         raise
     except RuntimeError as error:  # PEFT reports unequal shapes and keys this way
         raise ModelError(
             f"{adapter} does not fit this base model ({first_line(error)}); give the base it was trained on "
             "with --model."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"Cannot load the adapter in {folder} ({first_line(error)}).") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise ModelError(f"The weights in {folder} are broken ({first_line(error)}).") from error
-        raise
+    except Exception as error:  # settings of a stranger, in PEFT's hands: any type can come back
+        raise ModelError(
+            f"Cannot load the adapter in {folder} ({type(error).__name__}: {first_line(error)})."
+        ) from error
