@@ -10,7 +10,6 @@ from pathlib import Path
 
 from manylora.errors import ManyLoraError
 
-
 _LONGEST = 2_000
 """Characters of an error line; a name or value in it may be a stranger's and of any length."""
 
