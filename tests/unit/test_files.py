@@ -77,6 +77,7 @@ MERGES = "a: &a {k: 1}\n" + "".join(
         ("a: !!set {b}", "holds a set"),
         ("a: " + "9" * 5000, "digits"),
         ("a: [", "no YAML"),
+        ("a: 1\nb: 2\na: 3", "'a' stands twice"),
         ("a: !!python/object/apply:os.system [ls]", "no YAML"),
         ("a: 2020-13-45", "month"),
         ("? [a]\n: b", "no YAML"),

@@ -152,6 +152,17 @@ def _text(path: Path, *, most: int) -> str:
 
 
 class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Of a key that stands twice, PyYAML would take the last in silence."""
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key in keys[:index] and key[1] != "<<":
+                raise yaml.composer.ComposerError(
+                    None, None, f"the key {key[1]!r} stands twice", node.start_mark
+                )
+        return node
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merge keys ("<<") copy what they name, each time: ten lines can ask for thousands of millions of copies."""
         super().flatten_mapping(node)

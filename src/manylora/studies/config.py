@@ -19,6 +19,7 @@ MEAN = "mean"
 """Where a task may be named: the mean over all tasks."""
 
 _MOST_SEEDS = 10_000
+_LARGEST = 1e15
 
 _RESERVED = frozenset({"seed", "learning_rate", "out"})
 """Settings that a study gives each cell itself."""
@@ -257,13 +258,13 @@ def _method(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Met
     own = dict(own)
     single = own.pop("single", None)
     preset = own.pop("preset", name if name in PRESETS and "kind" not in own else None)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise ConfigError(f"method {name}: preset is {preset!r}{guess(str(preset), PRESETS)}.")
     kind, settings = PRESETS[preset] if preset is not None else ("train", {})
     if preset is None and not own:
         raise ConfigError(f"method {name!r} has no settings and is no preset{guess(name, PRESETS)}.")
     kind = own.pop("kind", kind)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"method {name}: kind is {kind!r}{guess(str(kind), KINDS)}.")
     if reserved := sorted(_RESERVED & (set(own) | set(common))):
         raise ConfigError(
@@ -316,7 +317,7 @@ def _number(value: object, what: str) -> float:
         number = float(value) if not isinstance(value, bool) else None  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = None
-    if number is None or not 0 <= number < float("inf"):
+    if number is None or not 0 <= number <= _LARGEST:
         raise ConfigError(f"{what} is {value!r}; give a number, 0 or more.")
     return number
 

@@ -56,7 +56,8 @@ def check(settings: Mapping[str, Any]) -> None:
     if match is not None and settings.get("method") != "lora":
         raise ConfigError("match raises the rank of a LoRA; set method to lora.")
     if epochs is not None and (
-        not isinstance(epochs, list) or not all(isinstance(e, (int, float)) and e > 0 for e in epochs)
+        not isinstance(epochs, list)
+        or not all(isinstance(e, (int, float)) and 0 < e < math.inf for e in epochs)
     ):
         raise ConfigError(f"score_epochs is {epochs!r}; give a list of numbers of epochs.")
     check_limits(settings)
@@ -70,7 +71,7 @@ def check_limits(settings: Mapping[str, Any]) -> None:
     """
     for name in ("train_limit", "test_limit"):
         limit = settings.get(name)
-        if limit is not None and not (isinstance(limit, int) and limit > 0):
+        if limit is not None and not (type(limit) is int and limit > 0):
             raise ConfigError(f"{name} is {limit!r}; give a number of rows.")
 
 
