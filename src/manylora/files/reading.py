@@ -74,11 +74,17 @@ def parse_yaml(text: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"it is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"it is no YAML: {_yaml_reason(error)}") from error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     check_plain(value, finite=False, most=_MOST_SETTINGS)
     return value
+
+
+def _yaml_reason(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem}, line {error.problem_mark.line + 1}"
+    return " ".join(str(error).split())
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
@@ -155,12 +161,14 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Of a key that stands twice, PyYAML would take the last in silence."""
         node = super().compose_mapping_node(anchor)
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key in keys[:index] and key[1] != "<<":
-                raise yaml.composer.ComposerError(
-                    None, None, f"the key {key[1]!r} stands twice", node.start_mark
-                )
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                known = (key.tag, key.value)
+                if known in seen and key.value != "<<":
+                    problem = f"the key {key.value!r} stands twice"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add(known)
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
