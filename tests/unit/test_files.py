@@ -205,7 +205,10 @@ def test_a_noted_file_is_checked_and_one_without_a_note_is_not(tmp_path: Path) -
     write_json(tmp_path / "state.json", {"files": folder_sums(tmp_path)})
     check_noted(adapter)
     adapter.write_bytes(b"1235")
-    with pytest.raises(RunError, match=r"weights is not what the run wrote.*state\.json"):
+    with pytest.raises(RunError, match=r"weights is broken or was changed.*state\.json"):
+        check_noted(adapter)
+    adapter.unlink()
+    with pytest.raises(RunError, match="weights is missing"):
         check_noted(adapter)
     write_json(tmp_path / "state.json", {"files": {}})
     check_noted(adapter)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ModelError
 from manylora.evaluation import MAX_LENGTH
+from manylora.files import check_noted
 from manylora.training import (
     RunFolder,
     TrainConfig,
@@ -68,8 +69,11 @@ def run_settings(adapter: str | None) -> dict[str, Any]:
     Raises:
         RunError, ConfigError: they are damaged.
     """
-    folder = adapter_folder(adapter).parent if adapter is not None else None
-    if folder is None or not (folder / "config.yaml").is_file():
+    if adapter is None:
+        return {}
+    folder = adapter_folder(adapter).parent
+    check_noted(folder / "config.yaml")
+    if not (folder / "config.yaml").is_file():
         return {}
     return RunFolder(folder).config(TrainConfig, verb="train").to_dict()
 

@@ -51,7 +51,7 @@ def changed_file(folder: Path, sums: Mapping[str, Any]) -> str | None:
 
 
 def check_noted(path: Path) -> None:
-    """Refuse a file whose run noted another checksum of it.
+    """Refuse a file that is missing, or of which its run noted another checksum.
 
     Args:
         path: a file of a run folder, or of a folder in one, such as adapter/adapter_config.json.
@@ -62,14 +62,18 @@ def check_noted(path: Path) -> None:
     place = path.absolute()
     for run in (place.parent, place.parent.parent):
         known = noted(run).get(place.relative_to(run).as_posix())
-        if known is not None and path.is_file() and file_sum(path) != known:
-            again = (
-                ", or remove it and go on with --resume, which makes it again" if _is_made(place, run) else ""
-            )
+        if known is None or (path.is_file() and file_sum(path) == known):
+            continue
+        again = "go on with --resume, which makes it again" if _is_made(place, run) else ""
+        if not path.is_file():
             raise RunError(
-                f"{path} is not what the run wrote: it was damaged or changed since. Put a copy of it back{again}; if "
-                f'you changed it yourself, remove its line under "{NOTES}" in {run / _STATE} to use it as it is.'
+                f"{path} is missing, though the run wrote it. Put a copy of it back{f', or {again}' if again else ''}."
             )
+        raise RunError(
+            f"{path} is broken or was changed: it is not what the run wrote. Put a copy of it back"
+            f"{f', or remove it and {again}' if again else ''}; if you changed it yourself, remove its line under "
+            f'"{NOTES}" in {run / _STATE} to use it as it is.'
+        )
 
 
 def _is_made(path: Path, run: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from manylora.files import Record, read_record
+from manylora.files import Record, check_noted, read_record
 
 _LONGEST = 2**31
 """Tokens of a prompt or an answer: more than any model reads."""
@@ -38,6 +38,7 @@ def read_task_facts(adapter: Path) -> TaskFacts | None:
         RunError: it is damaged.
     """
     path = adapter.parent / "tasks.json"
+    check_noted(path)
     if not path.is_file():
         return None
     return read_record(path, TaskFacts, remedy="put a copy of it back, or train again")

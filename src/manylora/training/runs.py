@@ -161,9 +161,17 @@ class RunFolder:
         write_json(path, {**known, "state": state, "time": now, "pid": os.getpid(), NOTES: sums, **facts})
 
     def missing_result(self) -> str | None:
-        """The first file that the finished run noted, or had to write, and that is not there; None where all are."""
-        wanted = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", *noted(self.path))
-        return next((name for name in wanted if not (self.path / name).is_file()), None)
+        """The first file that the finished run noted, or had to write, and that is not there; None where all are.
+
+        Raises:
+            RunError: all are, but one is not what the run noted.
+        """
+        notes = noted(self.path)
+        wanted = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", *notes)
+        missing = next((name for name in wanted if not (self.path / name).is_file()), None)
+        for name in () if missing else notes:
+            check_noted(self.path / name)
+        return missing
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the run.
