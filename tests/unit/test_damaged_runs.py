@@ -1,7 +1,8 @@
-"""Whatever happened to a file of a run: the same result as before, or one line. Never a traceback, never another result.
+"""Whatever happened to a file of a run: the same result as before, or one line. No traceback, no other result.
 
 Every file is deleted, emptied, halved, cut, bit-flipped, filled with garbage, and given values of wrong types; then
-the run is resumed, evaluated, asked and exported.
+the run is resumed, evaluated, asked and exported. A few of these cases are drawn here; FUZZ=3 in the environment runs
+all of them, with three draws of each damage that is drawn.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,69 +25,7 @@ from manylora.cli import main
 from manylora.cli.scoring import score_run
 from manylora.training import RunFolder, TrainConfig, finetune, prepare
 
-SETTINGS = [
-    "--device",
-    "cpu",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "4",
-    "--save-steps",
-    "2",
-    "--max-new-tokens",
-    "3",
-]
-WRONG = [None, True, -1, 0, 10**30, 1e308, float("nan"), "", "x", "\ud800", [], [[]], {}, {"": None}, [1] * 3]
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What happened to a file."""
-
-    name: str
-    do: Callable[[Path, random.Random], None]
-    to: str = ""
-    """Endings of the files that it can happen to; all where empty."""
-
-
-def _rewrite(change: Callable[[bytes, random.Random], bytes]) -> Callable[[Path, random.Random], None]:
-    return lambda path, dice: path.write_bytes(change(path.read_bytes(), dice)) and None  # type: ignore[func-returns-value]
-
-
-def _flipped(raw: bytes, dice: random.Random) -> bytes:
-    place = dice.randrange(len(raw))
-    return raw[:place] + bytes([raw[place] ^ (1 << dice.randrange(8))]) + raw[place + 1 :]
-
-
-def _without_a_line(raw: bytes, dice: random.Random) -> bytes:
-    lines = raw.splitlines(keepends=True)
-    del lines[dice.randrange(len(lines))]
-    return b"".join(lines)
-
-
-def _wrong_value(path: Path, dice: random.Random) -> None:
-    load, dump = (yaml.safe_load, yaml.safe_dump) if path.suffix == ".yaml" else (json.loads, json.dumps)
-    whole = place = load(path.read_text(encoding="utf-8"))
-    for _ in range(3):  # down to an object somewhere in the middle
-        inner = [item for item in place.values() if isinstance(item, dict)]
-        if not inner or dice.random() < 0.5:
-            break
-        place = dice.choice(inner)
-    place[dice.choice([*place, "new"])] = dice.choice(WRONG)
-    path.write_bytes(dump(whole).encode("utf-8", "surrogatepass"))
-
-
-DAMAGES = [
-    Damage("deleted", lambda path, _: path.unlink()),
-    Damage("emptied", _rewrite(lambda raw, _: b"")),
-    Damage("halved", _rewrite(lambda raw, _: raw[: len(raw) // 2])),
-    Damage("cut", _rewrite(lambda raw, dice: raw[: -dice.randrange(1, 20)])),
-    Damage("flipped", _rewrite(_flipped)),
-    Damage("garbage", _rewrite(lambda raw, dice: dice.randbytes(200))),
-    Damage("a folder", lambda path, _: None),  # type: ignore[func-returns-value]
-    Damage("a line less", _rewrite(_without_a_line), ".yaml .json .jsonl"),
-    Damage("a wrong value", _wrong_value, ".yaml .json"),
-]
+VERBS = ("resume", "evaluate", "predict", "export")
 FILES = [
     "config.yaml",
     "state.json",
@@ -106,14 +45,86 @@ FILES = [
     "checkpoints/N/scheduler.pt",
     "checkpoints/N/trainer_state.json",
 ]
+WRONG = [None, True, -1, 0, 10**30, 1e308, float("nan"), "", "x", "\ud800", [], [[]], {}, {"": None}, [1] * 3]
 
 
 @dataclass(frozen=True)
-class Runs:
-    """A run as it ended, and the same as it was killed between two checkpoints."""
+class Damage:
+    """What happened to a file."""
 
-    finished: Path
-    killed: Path
+    name: str
+    do: Callable[[Path, random.Random], object]
+    to: str = ""
+    """Endings of the files that it can happen to; all where empty."""
+    drawn: bool = False
+    """Whether it differs from draw to draw."""
+
+
+def rewrite(change: Callable[[bytes, random.Random], bytes]) -> Callable[[Path, random.Random], object]:
+    return lambda path, dice: path.write_bytes(change(path.read_bytes(), dice))
+
+
+def flipped(raw: bytes, dice: random.Random) -> bytes:
+    place = dice.randrange(len(raw))
+    return raw[:place] + bytes([raw[place] ^ (1 << dice.randrange(8))]) + raw[place + 1 :]
+
+
+def without_a_line(raw: bytes, dice: random.Random) -> bytes:
+    lines = raw.splitlines(keepends=True)
+    del lines[dice.randrange(len(lines))]
+    return b"".join(lines)
+
+
+def put_wrong_value(path: Path, dice: random.Random) -> None:
+    load, dump = (yaml.safe_load, yaml.safe_dump) if path.suffix == ".yaml" else (json.loads, json.dumps)
+    whole = place = load(path.read_text(encoding="utf-8"))
+    for _ in range(3):  # down to an object somewhere in the middle
+        inner = [item for item in place.values() if isinstance(item, dict)]
+        if not inner or dice.random() < 0.5:
+            break
+        place = dice.choice(inner)
+    place[dice.choice([*place, "new"])] = dice.choice(WRONG)
+    path.write_bytes(dump(whole).encode("utf-8", "surrogatepass"))
+
+
+def put_folder(path: Path, _: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = [
+    Damage("deleted", lambda path, _: path.unlink()),
+    Damage("emptied", rewrite(lambda raw, _: b"")),
+    Damage("halved", rewrite(lambda raw, _: raw[: len(raw) // 2])),
+    Damage("cut", rewrite(lambda raw, dice: raw[: -dice.randrange(1, 20)]), drawn=True),
+    Damage("flipped", rewrite(flipped), drawn=True),
+    Damage("garbage", rewrite(lambda raw, dice: dice.randbytes(200))),
+    Damage("a folder", put_folder),
+    Damage("a line less", rewrite(without_a_line), ".yaml .json .jsonl", drawn=True),
+    Damage("a wrong value", put_wrong_value, ".yaml .json", drawn=True),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    run: str
+    verb: str
+    damage: Damage
+    draw: int
+
+    def __str__(self) -> str:
+        return f"{self.run} {self.verb} {self.damage.name} {self.draw}"
+
+
+def cases(file: str, draws: int) -> list[Case]:
+    return [
+        Case(f"{age}{run}", verb, damage, draw)
+        for damage in DAMAGES
+        if not damage.to or Path(file).suffix in damage.to.split()
+        for draw in range(draws if damage.drawn else 1)
+        for age in ("", "old ")
+        for run, verb in (*(("finished", verb) for verb in VERBS), ("killed", "resume"))
+    ]
 
 
 class Kill(TrainerCallback):
@@ -125,7 +136,9 @@ class Kill(TrainerCallback):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a run that ended and the same killed between two checkpoints; and the two as earlier versions wrote
+    them, without checksums, so that damage may go unnoticed."""
     folder = tmp_path_factory.mktemp("runs")
     config = TrainConfig(
         model=str(tiny_base),
@@ -143,127 +156,107 @@ def runs(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPathFac
     for name in ("finished", "killed"):
         prepared = prepare(config)
         with RunFolder.create(str(folder / name), config=prepared.config.to_dict(), seed=0) as run:
-            with contextlib.suppress(KeyboardInterrupt):
-                model = finetune(prepared, run, callbacks=[Kill()] if name == "killed" else [])
             if name == "killed":
+                with contextlib.suppress(KeyboardInterrupt):
+                    finetune(prepared, run, callbacks=[Kill()])
                 run.set_state("failed", error="killed")
             else:
-                score_run(prepared, run, model)
+                score_run(prepared, run, finetune(prepared, run))
                 run.set_state("finished")
-    return Runs(finished=folder / "finished", killed=folder / "killed")
+        shutil.copytree(folder / name, folder / f"old {name}")
+        for path in (folder / f"old {name}").rglob("*.json"):
+            if path.name in ("state.json", "complete.json"):
+                values = json.loads(path.read_text(encoding="utf-8"))
+                del values["files"]
+                path.write_text(json.dumps(values), encoding="utf-8")
+    return folder
 
 
-def verbs(run: Path, out: Path) -> dict[str, list[str]]:
-    """What can be done with a run, by name."""
-    return {
-        "resume": ["train", "--resume", str(run)],
-        "evaluate": ["evaluate", "--adapter", str(run), "--device", "cpu", "--out", str(out)],
-        "predict": ["predict", "--adapter", str(run), "--device", "cpu", "--raw", "First of: red cat"],
-        "export": ["export", str(run), "--to", str(out)],
-    }
-
-
-@contextlib.contextmanager
-def workplace(run: Path, place: Path) -> Iterator[Path]:
-    """A copy of a run under one and the same name, as the name is printed."""
-    copy = place / "run"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.rmtree(place / "out", ignore_errors=True)
-    shutil.copytree(run, copy)
-    yield copy
-
-
-def outcome(
-    verb: str, run: Path, place: Path, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, dict[str, bytes]]:
-    """Exit code, error text, and what was found: printed scores and answers, or written weights."""
+def use(verb: str, run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, dict[str, bytes]]:
+    """Exit code, error text, and what was found: scores and answers, or written weights."""
+    out = run.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    words = {
+        "resume": ["train", "--resume", run],
+        "evaluate": ["evaluate", "--adapter", run, "--device", "cpu", "--out", out],
+        "predict": ["predict", "--adapter", run, "--device", "cpu", "--raw", "First of: red cat"],
+        "export": ["export", run, "--to", out],
+    }[verb]
     capsys.readouterr()
-    code = main(verbs(run, place / "out")[verb])
+    code = main(list(map(str, words)))
     told = capsys.readouterr()
     found: dict[str, bytes] = {}
     if code == 0 and verb == "resume":
-        found = {"weights": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
-        found["scores"] = json.dumps(
-            json.loads((run / "scores.json").read_text(encoding="utf-8"))["tasks"]
-        ).encode()
+        found["weights"] = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+        found["predictions"] = (run / "predictions.jsonl").read_bytes()
     elif code == 0 and verb in ("export", "evaluate"):
-        found = {p.name: p.read_bytes() for p in (place / "out").glob("*") if p.name != "README.md"}
+        found = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "README.md"}
     elif code == 0:
-        found = {"printed": told.out.encode()}
+        found["answer"] = told.out.encode()
     return code, told.err, found
 
 
 @pytest.fixture(scope="module")
-def expected(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, bytes]]:
+def expected() -> dict[tuple[str, str], dict[str, bytes]]:
+    """What the whole runs give, filled as it is asked for."""
     return {}
-
-
-def check(
-    runs: Runs,
-    expected: dict[tuple[str, str], dict[str, bytes]],
-    case: tuple[str, str, str, Damage, int],
-    place: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> str:
-    """Damage a file, use the run, compare; returns what is wrong, "" where nothing is."""
-    which, verb, file, damage, seed = case
-    run = getattr(runs, which)
-    if (which, verb) not in expected:
-        with workplace(run, place) as whole:
-            code, err, found = outcome(verb, whole, place, capsys)
-            assert code == 0, err
-            expected[which, verb] = found
-    with workplace(run, place) as copy:
-        path = next(iter(copy.glob(file.replace("/N/", "/checkpoint-*/"))), None)
-        if path is None:
-            return ""
-        damage.do(path, random.Random(f"{file} {damage.name} {seed}"))
-        try:
-            code, err, found = outcome(verb, copy, place, capsys)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-    lines = [line for line in err.splitlines() if line.startswith("manylora: ")]
-    if code == 2:
-        return "" if len(lines) == 1 and "Traceback" not in err else f"not one line: {err}"
-    if code != 0:
-        return f"exit code {code}"
-    return "" if found == expected[which, verb] else "another result"
-
-
-def cases(count: int) -> list[tuple[str, str, str, Damage, int]]:
-    found = []
-    for file in FILES:
-        for damage in DAMAGES:
-            if damage.to and Path(file).suffix not in damage.to.split():
-                continue
-            for seed in range(
-                count if damage.name in ("cut", "flipped", "a line less", "a wrong value") else 1
-            ):
-                found += [
-                    ("finished", verb, file, damage, seed)
-                    for verb in ("resume", "evaluate", "predict", "export")
-                ]
-                found.append(("killed", "resume", file, damage, seed))
-    return found
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_file_gives_the_same_result_or_one_line(
     file: str,
-    runs: Runs,
+    runs: Path,
     expected: dict[tuple[str, str], dict[str, bytes]],
     tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    place = tmp_path_factory.getbasetemp() / "damaged"
-    place.mkdir(exist_ok=True)
-    monkeypatch.chdir(place)
-    wanted = [case for case in cases(int(os.environ.get("FUZZ", "1"))) if case[2] == file]
-    chosen = wanted if "FUZZ" in os.environ else random.Random(file).sample(wanted, 3)
+    place = (
+        tmp_path_factory.getbasetemp() / "damaged"
+    )  # one place for all, as its name stands in what is printed
+    every = cases(file, int(os.environ.get("FUZZ", "1")))
+    chosen = every if "FUZZ" in os.environ else random.Random(file).sample(every, 1)
+
+    def used(case: Case, *, damaged: bool) -> tuple[int, str, dict[str, bytes]]:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(runs / case.run, place / "run")
+        path = next(iter((place / "run").glob(file.replace("/N/", "/checkpoint-*/"))), None)
+        if damaged and path is not None:
+            case.damage.do(path, random.Random(f"{file} {case}"))
+        return use(case.verb, place / "run", capsys)
+
     wrong = {}
     for case in chosen:
-        problem = check(runs, expected, case, place, capsys)
-        if problem:
-            wrong[f"{case[0]} {case[1]} {case[3].name} {case[4]}"] = problem
+        if (case.run, case.verb) not in expected:
+            code, err, expected[case.run, case.verb] = used(case, damaged=False)
+            assert code == 0, err
+        try:
+            code, err, found = used(case, damaged=True)
+        except Exception as error:
+            wrong[str(case)] = f"{type(error).__name__}: {error}"
+            continue
+        lines = [line for line in err.splitlines() if line.startswith("manylora: ")]
+        if code == 2 and len(lines) != 1:
+            wrong[str(case)] = f"not one line: {err}"
+        elif code == 0 and found != expected[case.run, case.verb] and "old" not in case.run:
+            wrong[str(case)] = "another result"
+        elif code not in (0, 2):
+            wrong[str(case)] = f"exit code {code}"
     assert wrong == {}
+
+
+def test_the_older_checkpoint_is_taken_where_the_newest_is_damaged(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "killed", run)
+    newer = run / "checkpoints" / "checkpoint-3"
+    shutil.copytree(run / "checkpoints" / "checkpoint-2", newer)
+    (newer / "optimizer.pt").write_bytes(b"")
+    code, err, found = use("resume", run, capsys)
+    assert code == 0, err
+    assert (
+        "checkpoint-3 is damaged (optimizer.pt is not what the run wrote); the run goes on from checkpoint-2"
+        in err
+    )
+    assert not newer.exists()
+    assert found == use("resume", runs / "finished", capsys)[2]
