@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from manylora.cli import main
 from manylora.cli.scoring import score_run
+from manylora.files import remove
 from manylora.training import RunFolder, TrainConfig, finetune, prepare
 
 VERBS = ("resume", "evaluate", "predict", "export")
@@ -260,3 +261,64 @@ def test_the_older_checkpoint_is_taken_where_the_newest_is_damaged(
     )
     assert not newer.exists()
     assert found == use("resume", runs / "finished", capsys)[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        (".lock", "file"),
+        ("state.json.partial", "file"),
+        ("metrics.jsonl", "file"),
+        ("report.html.partial", "file"),
+        ("figures", "folder"),
+        ("checkpoints/checkpoint-9", "folder"),
+        ("adapter.partial", "folder"),
+    ],
+)
+@pytest.mark.parametrize("which", ["finished", "killed"])
+def test_a_stranger_s_run_cannot_make_resume_write_elsewhere(
+    which: str, name: str, to: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(runs / which, run)
+    mine.mkdir()
+    (mine / "file").write_text("precious", encoding="utf-8")
+    before = sorted(mine.rglob("*"))
+    remove(run / name)
+    (run / name).symlink_to(mine / "file" if to == "file" else mine)
+    code, err, _ = use("resume", run, capsys)
+    assert code == 2
+    assert f"{name} is a link that leads out of its folder" in err
+    assert sorted(mine.rglob("*")) == before
+    assert (mine / "file").read_text(encoding="utf-8") == "precious"
+
+
+def test_a_finished_run_whose_adapter_is_gone_makes_it_again(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "finished", run)
+    shutil.rmtree(run / "adapter")
+    code, err, _ = use("predict", run, capsys)
+    assert code == 2
+    assert f"manylora train --resume {run}" in err
+    assert use("resume", run, capsys)[2] == use("resume", runs / "finished", capsys)[2]
+    assert use("predict", run, capsys)[0] == 0
+
+
+def test_settings_that_were_changed_are_refused_until_their_note_is_removed(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "killed", run)
+    path = run / "config.yaml"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("lora_alpha: 16.0", "lora_alpha: 32.0"), encoding="utf-8"
+    )
+    code, err, _ = use("resume", run, capsys)
+    assert code == 2
+    assert 'remove its line under "files" in' in err
+    state = json.loads((run / "state.json").read_text(encoding="utf-8"))
+    del state["files"]["config.yaml"]
+    (run / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    assert use("resume", run, capsys)[0] == 0
