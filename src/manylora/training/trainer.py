@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from manylora.adapters import has_load_balance, load_balance
-from manylora.files import read_json
+from manylora.errors import RunError
+from manylora.files import Record, read_record
 from manylora.training.config import TrainConfig
 from manylora.training.processes import Processes, wait_for_all
 from manylora.training.runs import RunFolder
@@ -28,9 +29,22 @@ _CHECKPOINTING = (
 
 LOSSES = "losses.json"
 """File of a checkpoint: what has been added up since the last log."""
+_REMOVE = "remove that checkpoint to go on from an older one or anew"
 
 SELECTION = "eval_mean_task_loss"
 """What `keep="best"` minimises: the validation loss, averaged within each task and then over tasks."""
+
+
+class _Losses(Record):
+    """What has been added up since the last log."""
+
+    tasks: list[list[float]] | None
+    """Sum of the losses and number of the items of each task; None before the first batch."""
+    loss: float
+    """Sum of the steps' losses."""
+    logged_loss: float
+    """The same of all steps up to the last log."""
+    logged_step: int
 
 
 class ManyTaskTrainer(Trainer):
@@ -54,7 +68,7 @@ class ManyTaskTrainer(Trainer):
         self.began = False
         """Whether a first batch of rows has been read: what fails before that is the checkpoint."""
         self._sums: torch.Tensor | None = None
-        self._restored: dict[str, Any] = {}
+        self._restored: _Losses | None = None
         self.add_callback(_LossesRestored(self))
 
     def _token_losses(
@@ -147,21 +161,28 @@ class ManyTaskTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / LOSSES
-        if path.is_file():  # checkpoints of earlier versions have none
-            self._restored = read_json(path)
+        if not path.is_file():  # checkpoints of earlier versions have none
+            return
+        found = read_record(path, _Losses, remedy=_REMOVE)
+        shape = [len(row) for row in found.tasks or []]
+        if found.tasks is not None and shape != [2] * len(self.task_names):
+            raise RunError(
+                f"{path} is damaged (it has {shape} sums of {len(self.task_names)} tasks); {_REMOVE}."
+            )
+        self._restored = found
 
     def restore_losses(self) -> None:
         """Go on with the sums of the checkpoint, once the loop has set its own to zero."""
-        if not self._restored:
+        found, self._restored = self._restored, None
+        if found is None:
             return
-        found, self._restored = self._restored, {}
         device = self.args.device
-        if found["tasks"] is not None:
-            sums = torch.tensor(found["tasks"], dtype=torch.float32, device=device)
+        if found.tasks is not None:
+            sums = torch.tensor(found.tasks, dtype=torch.float32, device=device)
             self._sums = sums if self.args.process_index == 0 else torch.zeros_like(sums)
-        self._tr_loss = torch.tensor(found["loss"], device=device)
-        self._total_loss_scalar = found["logged_loss"]
-        self._globalstep_last_logged = found["logged_step"]
+        self._tr_loss = torch.tensor(found.loss, device=device)
+        self._total_loss_scalar = found.logged_loss
+        self._globalstep_last_logged = found.logged_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training loss of each task since the last log; make the summary's loss that of the whole run."""
