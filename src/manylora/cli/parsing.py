@@ -81,7 +81,9 @@ def parse(
         usage=f"manylora {verb} [options]",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="YAML file with any of the options below.")
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with any of the options below."
+    )
     parser.add_class_arguments(config_class, None)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     arguments, files = _without_files(arguments)

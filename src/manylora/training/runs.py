@@ -64,8 +64,6 @@ if TYPE_CHECKING:
 
 COMPLETE = "complete.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
-
-
 _RESULTS = ("config.yaml", "tasks.json", "scores.json", "predictions.jsonl")
 """Files whose checksums a finished run notes, beside those in adapter/ and adapters/."""
 _VERB_OF = {"strategy": "federate", "measure": "analyze", "learning_rate": "train"}
@@ -161,12 +159,13 @@ class RunFolder:
         write_json(path, {**known, "state": state, "time": now, "pid": os.getpid(), NOTES: sums, **facts})
 
     def missing_result(self) -> str | None:
-        """The first file that the finished run noted, or had to write, and that is not there; None where all are.
+        """The first file of a finished run's result that is not there; None where all are.
 
         Raises:
             RunError: all are, but one is not what the run noted.
         """
-        notes = noted(self.path)
+        # Snapshots are not made again, and may be removed to save space.
+        notes = [name for name in noted(self.path) if not name.startswith("adapters/")]
         wanted = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", *notes)
         missing = next((name for name in wanted if not (self.path / name).is_file()), None)
         for name in () if missing else notes:
