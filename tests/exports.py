@@ -18,8 +18,10 @@ TASKS = ["first_word", "last_word", "swap"]
 LOGITS = 1e-5
 
 
-def make_adapter(base: Path, folder: Path, *, factor: float = 0.5, **settings: Any) -> Path:
-    """An adapter with random weights on the tiny base, saved as a training run saves it."""
+def make_adapter(
+    base: Path, folder: Path, *, factor: float = 0.5, embeddings_by: float = 0.0, **settings: Any
+) -> Path:
+    """An adapter with random weights on the tiny base, saved as a training run saves it; its embeddings have moved."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(base)
     settings = {"r": 2, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"], **settings}
@@ -28,6 +30,8 @@ def make_adapter(base: Path, folder: Path, *, factor: float = 0.5, **settings: A
         for name, parameter in model.named_parameters():
             if "manylora_experts" in name:
                 parameter.mul_(factor)
+            elif parameter.requires_grad:
+                parameter.add_(embeddings_by)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 

@@ -46,6 +46,19 @@ CASES: dict[str, tuple[str | None, list[str], list[str]]] = {
     "micro batch": (GOOD, ["--batch-size", "16", "--micro-batch-size", "5"], ["5", "16"]),
     "missing config file": (GOOD, ["--config", "absent.yaml"], ["absent.yaml"]),
     "experts against tasks": (GOOD, ["--router", "task", "--num-experts", "4"], ["4", "task"]),
+    "experts beyond all use": (
+        GOOD,
+        ["--num-experts", "1000000000", "--dry-run"],
+        ["num_experts=1000000000"],
+    ),
+    "epochs beyond all time": (GOOD, ["--epochs", "1e12"], ["epochs 1e+12", "fewer"]),
+    "an expression that backtracks": (
+        GOOD,
+        ["--target-modules", r"(a|aa|\w|\.|\w\w)+(\w+)+(\w+)+\$", "--dry-run"],
+        ["target_modules", "backtracks"],
+    ),
+    "no data": (GOOD, ["--data", ""], ["data is empty"]),
+    "a name that is no UTF-8": (GOOD, ["--out", "run\udcff"], ["out is", "UTF-8"]),
 }
 
 
@@ -72,6 +85,11 @@ def test_bad_input_to_train_is_one_line_and_exit_code_2(
     for text in wanted:
         assert text in line
     assert set(in_empty_folder.iterdir()) == before, "something was written"
+
+
+def test_a_line_has_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--data", "a" * 100_000]) == 2
+    assert len(only_line(capsys)) < 2_100
 
 
 def test_in_a_process_of_its_own_it_is_one_line_too(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from exports import LOGITS, TASKS, logits, logits_of, make_adapter, only_line
+from exports import LOGITS, TASKS, logits, logits_of, make_adapter
 from manylora.adapters import read_lora
 from manylora.cli import main
 from manylora.cli.subjects import load_subject
@@ -94,20 +94,40 @@ def test_merged_weights_load_with_transformers_alone(
     )
 
 
+def embeddings_base(tiny_base: Path, *, tied: bool) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, tie_word_embeddings=tied)
+    model.config.tie_word_embeddings = tied
+    model.save_pretrained("base")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained("base")
+    return Path("base").absolute()
+
+
+EMBEDDINGS = {
+    "LoRA on the head": {"target_modules": ["lm_head", "q_proj"]},
+    "input embedding in full": {"modules_to_save": ["embed_tokens"]},
+    "token rows": {"trainable_token_indices": [5, 9]},
+}
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-def test_merging_into_tied_embeddings_is_refused(
-    tiny_base: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_changed_embeddings_are_merged(
+    kind: str, tied: bool, tiny_base: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_base, tie_word_embeddings=True)
-    model.config.tie_word_embeddings = True
-    model.save_pretrained("tied")
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained("tied")
-    make_adapter(Path("tied"), Path("adapter"), router="uniform", target_modules=["lm_head", "q_proj"])
-    assert main(["export", "adapter", "--to", "out", "--merge"]) == 2
-    line = only_line(capsys)
-    assert "lm_head" in line
-    assert "without --merge" in line
-    assert not Path("out").exists()
+    base = embeddings_base(tiny_base, tied=tied)
+    make_adapter(base, Path("adapter"), router="uniform", embeddings_by=0.3, **EMBEDDINGS[kind])
+    capsys.readouterr()
+    assert main(["export", "adapter", "--to", "lora"]) == 0
+    if kind != "LoRA on the head":  # which is a plain LoRA
+        assert "--merge" in capsys.readouterr().out
+    assert main(["export", "adapter", "--to", "out", "--merge"]) == 0
+    wanted = logits_of(Path("adapter"), base)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained("out").eval()), wanted, rtol=0, atol=5e-5
+    )
+    assert (wanted - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.01
 
 
 def test_loras_become_one_adapter_and_come_out_again(

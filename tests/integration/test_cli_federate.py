@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -99,6 +100,30 @@ def test_a_personal_model_is_scored_by_evaluate(
     again = json.loads((out / "scores.json").read_text(encoding="utf-8"))["tasks"]
     first = json.loads((finished / "scores.json").read_text(encoding="utf-8"))["clients"]["swap"]["tasks"]
     assert again == first
+
+
+@pytest.mark.parametrize(
+    "words", [["evaluate", "--adapter"], ["predict", "hi", "--adapter"], ["export", "--to", "x", "--adapter"]]
+)
+def test_a_federated_run_stands_for_its_clients_adapters(
+    words: list[str], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main([*words, str(finished)]) == 2
+    line = capsys.readouterr().err
+    assert "an adapter for each client" in line
+    assert str(finished / "clients" / "first_word") in line
+    assert main(["train", "--resume", str(finished)]) == 2
+    assert f"manylora federate --resume {finished}" in capsys.readouterr().err
+
+
+def test_the_recipe_quotes_a_host_for_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    address = "a b$(id);c:80"
+    assert main(["federate", "--engine", "flower", "--superlink", address, "--clients", "2", "--recipe"]) == 0
+    lines = capsys.readouterr().out.replace("\\\n", " ").splitlines()
+    words = [word for line in lines for word in shlex.split(line, comments=True)]
+    assert words.count(address) == 2
+    assert "/CN=a b$(id);c" in words
 
 
 def kill_at(process: subprocess.Popen[str], ready: Path, *, pause: float) -> None:

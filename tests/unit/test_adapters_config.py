@@ -67,6 +67,19 @@ BAD = [
     ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform=[0]"),
     ({"format_version": FORMAT_VERSION + 1}, f"format_version {FORMAT_VERSION + 1}"),
     ({"format_version": 0}, "format_version 0"),
+    ({"r": 10**12}, "r=1000000000000"),
+    ({"lora_alpha": 1e308}, "lora_alpha=1e+308"),
+    ({"lora_alpha": 1e-308}, "lora_alpha=1e-308"),
+    ({"alpha_pattern": {"q_proj": 1e308}}, "alpha_pattern['q_proj']=1e+308"),
+    ({"rank_pattern": {"q_proj": 10**12}}, "rank_pattern['q_proj']=1000000000000"),
+    ({"num_experts": 10**9}, "num_experts=1000000000"),
+    ({"router_temperature": 1e-300}, "router_temperature=1e-300"),
+    ({"trainable_token_indices": [-1]}, "trainable_token_indices=[-1]"),
+    ({"trainable_token_indices": "abc"}, "trainable_token_indices='abc'"),
+    ({"trainable_token_indices": {"embed_tokens": 3}}, "trainable_token_indices={'embed_tokens': 3}"),
+    ({"target_modules": "(" * 900 + "a" + ")" * 900}, "nested too deeply"),
+    ({"target_modules": "a" * 3000}, "3,000 characters"),
+    ({"target_modules": ["q"] * 10_001}, "10,001 entries"),
 ]
 
 

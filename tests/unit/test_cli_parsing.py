@@ -17,7 +17,12 @@ def train(*words: str) -> tuple[TrainOptions, set[str]]:
 
 def predict(*words: str) -> PredictOptions:
     return parse(
-        PredictOptions, ["--adapter", "x", *words], verb="predict", description="", positional=("prompt",)
+        PredictOptions,
+        ["--adapter", "x", *words],
+        verb="predict",
+        description="",
+        positional=("prompt",),
+        texts=("prompt", "input"),
     )[0]
 
 
@@ -63,6 +68,62 @@ def test_unknown_keys_of_a_config_file_are_refused(tmp_path: Path) -> None:
     path.write_text("r: 3\n", encoding="utf-8")
     assert train("--config", str(path))[0].r == 3
     assert train("--config", str(path), "--r", "5")[0].r == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: null", r"run\.yaml: data is null, not text"),
+        ("epochs: .inf", r"run\.yaml: epochs is inf, not a finite number"),
+        ("r: eight", r"run\.yaml: r is 'eight', not a whole number"),
+        ("share: C", r"run\.yaml: share is 'C', not one of 'A', 'B', 'none'"),
+        ("r: 4\nr: 8", r"run\.yaml cannot be read.*'r' stands twice"),
+        ("&a [*a]", r"run\.yaml cannot be read"),
+        ("- r", r"run\.yaml holds no options"),
+    ],
+)
+def test_values_of_a_config_file_are_checked_like_given_ones(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        train("--config", str(path))
+
+
+def test_options_win_over_files_wherever_they_stand_and_later_files_over_earlier(tmp_path: Path) -> None:
+    for name, text in (("a", "r: 3\nlora_alpha: 4"), ("b", "r: 5\nlearning_rate: 1e-3")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    config, given = train("--r", "7", "--config", str(tmp_path / "a"), f"--config={tmp_path / 'b'}")
+    assert (config.r, config.lora_alpha, config.learning_rate) == (7, 4.0, 0.001)
+    assert given == {"r"}
+    config, _ = train("--config", str(tmp_path / "a"), "--config", str(tmp_path / "b"))
+    assert (config.r, config.lora_alpha) == (5, 4.0)
+
+
+@pytest.mark.parametrize("name", ["data", "model", "test", "out", "resume", "tasks", "target-modules"])
+@pytest.mark.parametrize(("value", "message"), [("", "is empty"), ("x\udcff", r"\\udcff"), ("x\0", "x00")])
+def test_texts_that_cannot_be_are_named(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name.replace('-', '_')} is.*{message}|{message}"):
+        train(f"--{name}", value)
+
+
+def test_a_prompt_may_hold_any_bytes() -> None:
+    options = predict("caf\udce9", "--input", "null \udcff")
+    assert (options.prompt, options.input) == ("caf?", "null ?")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epochs", "1e308"], r"epochs is 1e\+308; give a finite number"),
+        (["--epochs", ".inf"], "epochs is inf"),
+        (["--batch-size", "1" + "0" * 30], "batch_size is 1000"),
+        (["--warmup", "1e300"], r"warmup is 1e\+300"),
+        (["--lora-alpha", "1e308"], r"lora_alpha is 1e\+308"),
+    ],
+)
+def test_numbers_have_bounds(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(*words)
 
 
 def test_target_modules_as_names_or_expression() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from manylora.data import IGNORED_LABEL, Example, Message, encode, encode_prompt, prompt_text, render_prompt
+from manylora.data import (
+    IGNORED_LABEL,
+    Example,
+    Message,
+    encode,
+    encode_prompt,
+    options_of,
+    prompt_text,
+    render_prompt,
+)
 from manylora.errors import ConfigError, DataError, ModelError
 
 CHATML = (
@@ -257,3 +267,28 @@ def test_generation_prompt_keeps_its_end(example: Example, max_length: int) -> N
     assert len(ids) == min(len(prompt), max_length)
     assert truncated == (len(prompt) > max_length)
     assert ids[-1] == prompt[-1] or len(ids) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["- " + " " * 200_000, "- a" + " " * 200_000 + "\u00a0", "- " + "a " * 100_000]
+)
+def test_a_long_option_is_read_in_a_moment(line: str) -> None:
+    began = time.perf_counter()
+    options_of(f"OPTIONS:\n{line}\n- b")
+    assert time.perf_counter() - began < 2  # of one that grows with the square: minutes
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("- a b ", "a b"),
+        ("\t-  a", "a"),
+        ("-\ta\t", "a"),
+        ("- -a", "-a"),
+        ("-a", None),
+        ("-  ", None),
+        ("- \x0ca", "\x0ca"),
+    ],
+)
+def test_an_option_is_what_stands_between_the_blanks(line: str, option: str | None) -> None:
+    assert options_of(f"OPTIONS:\n{line}\n") == ([] if option is None else [option])

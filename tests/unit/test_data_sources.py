@@ -517,3 +517,14 @@ def test_the_room_imports_no_heavy_library() -> None:
         [sys.executable, "-c", code, package], capture_output=True, text=True, timeout=300
     )
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize(("kind", "value"), [("date32", 2**31 - 1), ("duration", 2**62)])
+def test_a_parquet_date_that_python_cannot_hold_is_one_line(kind: str, value: int, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    far = pa.array([value], type=pa.duration("s") if kind == "duration" else pa.date32())
+    pq.write_table(pa.table({"instruction": ["a"], "output": ["b"], "when": far}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet is not a readable Parquet file"):
+        load_examples(tmp_path / "rows.parquet")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from manylora.errors import DataError
@@ -156,6 +158,24 @@ def test_a_known_name_with_some_foreign_labels_is_an_error_and_with_all_foreign_
         rules_for("boolq", ["true", "maybe"])
     assert rules_for("boolq", ["yes", "no"]) is None
     assert names("boolq", ["answer1", "answer2"]) == ["answer", "answer"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "answer is" + " " * 200_000,
+        "answer:" + " " * 200_000 + "x",
+        "answer " * 30_000,
+        "(" * 200_000,
+        "1." * 100_000,
+    ],
+)
+def test_a_long_text_is_read_in_a_moment(text: str) -> None:
+    began = time.perf_counter()
+    for rule in RULES:
+        rule.correct(text, "1")
+        rule.strictly_correct(text, "1")
+    assert time.perf_counter() - began < 5  # of one that grows with the square: minutes
 
 
 def test_rules_are_values() -> None:

@@ -23,10 +23,12 @@ from manylora.adapters.config import (
 from manylora.adapters.export import PlainLora, expert_names, export_lora
 from manylora.adapters.factored import FactoredBank
 from manylora.adapters.folders import (
+    check_folder,
     find_loras,
     read_adapter,
     read_any,
     read_lora,
+    read_settings,
     read_weights,
     write_folder,
 )
@@ -66,6 +68,7 @@ __all__ = [
     "RouterKind",
     "Share",
     "check_finite",
+    "check_folder",
     "check_result",
     "expert_names",
     "export_lora",
@@ -80,6 +83,7 @@ __all__ = [
     "read_adapter",
     "read_any",
     "read_lora",
+    "read_settings",
     "read_weights",
     "write_folder",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import enum
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from manylora.adapters.card import add_loading_section
+from manylora.adapters.patterns import check_pattern
 from manylora.errors import ConfigError, TargetModulesError
 
 Share = Literal["A", "B", "none"]
@@ -25,6 +25,14 @@ FORMAT_VERSION = 2
 """The newest version of the saved adapter's keys and fields that this code reads. It writes the oldest that can
 say what the adapter computes: 1, or 2 where `router_top_k` or `router_temperature` is set, which a reader of
 version 1 would drop with a warning."""
+
+MOST_EXPERTS = 10_000
+_LARGEST_RANK = 10**9
+"""Of no use, and yet few enough that sizes stay below 2**63: the plan can say how much memory that would take."""
+_LARGEST_SCALE = 1e15
+_TEMPERATURES = (1e-6, 1e9)
+_MOST_NAMES = 10_000
+"""Of modules or patterns in one setting: each is tried on every module."""
 
 _BIASES = ("none", "all", "manylora_only", "lora_only")
 
@@ -192,11 +200,23 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST_RANK
+
+
+def _is_scale(value: object) -> bool:
+    """A positive number that float32 can hold, and whose quotient by a rank, too."""
+    return _is_number(value) and 1 / _LARGEST_SCALE <= value <= _LARGEST_SCALE  # type: ignore[operator]
+
+
 def _check_numbers(config: ManyLoraConfig) -> None:
-    if not _is_int(config.r) or config.r < 1:
-        raise ConfigError(f"r={config.r!r} is no rank; give a positive integer such as 8.")
-    if not _is_number(config.lora_alpha) or not 0 < config.lora_alpha < float("inf"):
-        raise ConfigError(f"lora_alpha={config.lora_alpha!r} is no scale; give a positive number such as 16.")
+    if not _is_rank(config.r):
+        raise ConfigError(f"r={config.r!r:.40} is no rank; give a positive integer such as 8.")
+    if not _is_scale(config.lora_alpha):
+        raise ConfigError(
+            f"lora_alpha={config.lora_alpha!r:.40} is no scale; give a positive number such as 16, at most "
+            f"{_LARGEST_SCALE:g}."
+        )
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"lora_dropout={config.lora_dropout!r} is outside [0, 1); give one such as 0.05.")
     if config.bias not in _BIASES:
@@ -209,8 +229,10 @@ def _check_numbers(config: ManyLoraConfig) -> None:
 
 def _check_experts(config: ManyLoraConfig) -> None:
     n = config.num_experts
-    if not _is_int(n) or n < 1:
-        raise ConfigError(f"num_experts={n!r} is no number of experts; give 1 (plain LoRA) or more.")
+    if not _is_int(n) or not 1 <= n <= MOST_EXPERTS:
+        raise ConfigError(
+            f"num_experts={n!r:.40} is no number of experts; give 1 (plain LoRA) to {MOST_EXPERTS:,}."
+        )
     if config.share not in get_args(Share):
         raise ConfigError(f"share={config.share!r} is unknown; choose one of 'A', 'B', 'none'.")
     if config.router is not None and config.router not in get_args(RouterKind):
@@ -250,11 +272,13 @@ def _check_router(config: ManyLoraConfig) -> None:
     n = config.num_experts
     if k is not None and (not _is_int(k) or not 1 <= k <= n):
         raise ConfigError(f"router_top_k={k!r} is no number of experts; give 1 to {n}, or None for all.")
-    if not _is_number(temperature) or not 0 < temperature < float("inf"):
+    low, high = _TEMPERATURES
+    if not _is_number(temperature) or not low <= temperature <= high:
         raise ConfigError(
-            f"router_temperature={temperature!r} cannot be used; give a positive number such as 1."
+            f"router_temperature={temperature!r:.40} cannot be used; give a positive number such as 1, from {low:g} to "
+            f"{high:g}."
         )
-    if not _is_number(balance) or not 0 <= balance < float("inf"):
+    if not _is_number(balance) or not 0 <= balance <= _LARGEST_SCALE:
         raise ConfigError(f"load_balance_weight={balance!r} cannot be used; give 0 or more, such as 0.01.")
     if config.router == "token" and n > 1:
         return
@@ -278,13 +302,10 @@ def _check_patterns(config: ManyLoraConfig) -> None:
             continue
         if not isinstance(pattern, dict):
             raise ConfigError(f"{setting}={pattern!r} is no mapping; give {{module name or regex: value}}.")
+        _check_count(setting, pattern)
         for key, value in pattern.items():
-            try:
-                re.compile(key)
-            except (re.error, TypeError) as error:
-                raise ConfigError(f"{setting} key {key!r} is no regular expression: {error}.") from error
-            good = _is_int(value) if setting == "rank_pattern" else _is_number(value)
-            if not good or not 0 < value < float("inf"):
+            check_pattern(f"{setting} key ", key)
+            if not (_is_rank(value) if setting == "rank_pattern" else _is_scale(value)):
                 kind = "a positive integer" if setting == "rank_pattern" else "a positive number"
                 raise ConfigError(f"{setting}[{key!r}]={value!r} cannot be used; give {kind}.")
 
@@ -296,12 +317,11 @@ def _check_targets(config: ManyLoraConfig) -> None:
         if value is None:
             continue
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ConfigError(f"{setting}={value!r} is no regular expression: {error}.") from error
+            check_pattern(f"{setting}=", value)
         elif not isinstance(value, Iterable) or not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{setting}={value!r} cannot be used; give a list of names or one string.")
+        else:
+            _check_count(setting, list(value))
     if targets is not None and len(targets) == 0:
         raise TargetModulesError("target_modules is empty; name linear layers or use 'all-linear'.")
     saved: Any = config.modules_to_save
@@ -312,7 +332,30 @@ def _check_targets(config: ManyLoraConfig) -> None:
         or not all(isinstance(name, str) and name for name in saved)
     ):
         raise ConfigError(f"modules_to_save={saved!r} cannot be used; give a list of names.")
+    _check_tokens(config)
     _check_layers(config)
+
+
+def _check_count(setting: str, found: Sized) -> None:
+    if len(found) > _MOST_NAMES:
+        raise ConfigError(
+            f"{setting} has {len(found):,} entries; give at most {_MOST_NAMES:,}, or one regular expression."
+        )
+
+
+def _check_tokens(config: ManyLoraConfig) -> None:
+    """Of the form alone; the model's vocabulary is looked at when the adapter is put on."""
+    tokens: Any = config.trainable_token_indices
+    if tokens is None:
+        return
+    lists = tokens if isinstance(tokens, dict) else {"": tokens}
+    for name, indices in lists.items():
+        good = isinstance(name, str) and isinstance(indices, (list, tuple))
+        if not good or not all(_is_int(index) and index >= 0 for index in indices):
+            raise ConfigError(
+                f"trainable_token_indices={tokens!r:.80} cannot be used; give a list of token ids, or one for each "
+                "named embedding."
+            )
 
 
 def _check_layers(config: ManyLoraConfig) -> None:
@@ -324,6 +367,9 @@ def _check_layers(config: ManyLoraConfig) -> None:
         raise ConfigError(
             f"layers_to_transform={layers!r} cannot be used; give a layer's index or a list of them, from 0 on."
         )
+    patterns = config.layers_pattern or ()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        check_pattern("layers_pattern=", pattern)
     if config.layers_pattern and layers is None:
         raise ConfigError(
             f"layers_pattern={config.layers_pattern!r} without layers_to_transform does nothing; give both."

@@ -209,7 +209,9 @@ def _factors(module: str, bank: _Bank, choice: ops.Choice | Collapsed) -> tuple[
 def _lora_config(config: ManyLoraConfig, ranks: Mapping[str, int], scaling: float) -> LoraConfig:
     rank = max(ranks.values())
     rank_pattern = pattern(ranks, rank)
-    by_name = not isinstance(config.target_modules, str) and config.target_modules is not None
+    # Servers want names that have weights: a regular expression, or names of which some are excluded, become those.
+    named = not isinstance(config.target_modules, str) and config.target_modules is not None
+    by_name = named and not config.exclude_modules
     return LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -221,9 +223,7 @@ def _lora_config(config: ManyLoraConfig, ranks: Mapping[str, int], scaling: floa
         rank_pattern=rank_pattern,
         alpha_pattern={key: plain_number(scaling * value) for key, value in rank_pattern.items()},
         lora_dropout=config.lora_dropout,
-        # servers want names: a regular expression becomes the names that it found
         target_modules=sorted(config.target_modules or ()) if by_name else sorted(ranks),
-        exclude_modules=config.exclude_modules if by_name else None,
         layers_to_transform=config.layers_to_transform if by_name else None,
         layers_pattern=config.layers_pattern if by_name else None,
         modules_to_save=config.modules_to_save,

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +18,10 @@ from manylora.adapters.arrival import check_finite
 from manylora.adapters.config import ManyLoraConfig, ManyLoraType
 from manylora.adapters.export import PlainLora
 from manylora.errors import ManyLoraError, ModelError
+from manylora.files import check_noted, read_json, reason
+
+_LARGEST_SIDE, _SIDES = 4096, 64
+"""Ranks up to the first, or so many times a side of a weight, cost no memory to speak of."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -25,7 +29,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         ModelError: the file is damaged, or holds values that are not finite.
+        RunError: it is not what its run wrote.
     """
+    check_noted(path)
     try:
         # copies: the loaded tensors are the file itself, which another program may replace
         weights = {key: tensor.clone() for key, tensor in load_file(path).items()}
@@ -89,6 +95,45 @@ def read_any(
     return config, _weights(folder) if weights is None else read_weights(weights)
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter of any PEFT method, as its file has them.
+
+    Raises:
+        ModelError: there are none, or they are damaged.
+        RunError: they are not what the folder's run wrote.
+    """
+    return _settings(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse an adapter folder, before PEFT builds what its settings say, that is damaged or asks for absurd sizes.
+
+    Raises:
+        ModelError: no weights, pickled ones, damaged files, or ranks that have nothing to do with the weights.
+        RunError: a file is not what the folder's run wrote.
+    """
+    values, path = _settings(folder), _weights_file(folder)
+    check_noted(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            sides = [side for key in file.keys() for side in file.get_slice(key).get_shape()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"The weights in {path} are broken ({error}).") from error
+    if values.get("peft_type") == ManyLoraType.MANYLORA.value:
+        return  # whose size is looked at when it is put onto a model
+    pattern = values.get("rank_pattern")
+    largest = max([_LARGEST_SIDE, *(_SIDES * side for side in sides)])
+    for rank in (values.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())):
+        if isinstance(rank, int) and rank > largest:
+            raise ModelError(
+                f"{folder / CONFIG_NAME} asks for rank {rank:,}, which its weights do not have; save the adapter again."
+            )
+    if values.get("layer_replication"):
+        raise ModelError(
+            f"{folder / CONFIG_NAME} repeats layers of the base (layer_replication); merge it with PEFT."
+        )
+
+
 def find_loras(folder: Path) -> list[Path]:
     """The LoRA folder meant: itself, or the adapter folders in it, by name.
 
@@ -126,12 +171,13 @@ def write_folder(folder: Path, config: PeftConfig, weights: Mapping[str, Tensor]
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
+    check_noted(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); give an adapter folder.") from error
     except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); save the adapter again.") from error
+        raise ModelError(f"{path} is not valid JSON ({reason(error)}); save the adapter again.") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no settings; save the adapter again.")
     return values
@@ -142,12 +188,16 @@ def _built(kind: type[Any], values: dict[str, Any], folder: Path) -> Any:
         return kind.from_peft_type(**values)
     except ManyLoraError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / CONFIG_NAME} cannot be used ({error}).") from error
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ModelError(f"{folder / CONFIG_NAME} cannot be used ({reason(error)}).") from error
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights_file(folder: Path) -> Path:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise ModelError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
-    return read_weights(path)
+    return path
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return read_weights(_weights_file(folder))

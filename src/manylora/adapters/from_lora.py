@@ -25,7 +25,7 @@ _UNDERSTOOD = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora",
+    "target_modules", "task_type", "trainable_token_indices", "use_rslora",
 }  # fmt: skip
 """Settings of a LoRA that an expert can follow, or that only matter before and during its training."""
 
@@ -154,9 +154,11 @@ def _check_alike(first: str, one: PlainLora, name: str, other: PlainLora) -> Non
         ("base_model_name_or_path", "only LoRAs of one base can share an adapter"),
         ("task_type", "only LoRAs of one kind of model can share an adapter"),
         ("bias", "the experts of an adapter have their other trained weights in common"),
+        ("trainable_token_indices", "the experts of an adapter have their trained token rows in common"),
         ("fan_in_fan_out", "only LoRAs of one base can share an adapter"),
     ):
-        mine, theirs = getattr(one.config, setting), getattr(other.config, setting)
+        # LoRAs of an older PEFT have no token rows
+        mine, theirs = getattr(one.config, setting, None), getattr(other.config, setting, None)
         if mine != theirs:
             raise ModelError(f"{first} has {setting} {mine!r} and {name} has {theirs!r}; {remedy}.")
 
@@ -231,6 +233,7 @@ def _config(
         alpha_pattern=pattern(alphas, alpha),
         lora_dropout=first.lora_dropout,
         modules_to_save=first.modules_to_save,
+        trainable_token_indices=getattr(first, "trainable_token_indices", None),
         bias={"lora_only": "manylora_only"}.get(first.bias, first.bias),
         fan_in_fan_out=first.fan_in_fan_out,
         num_experts=len(names),

@@ -20,7 +20,7 @@ from manylora.adapters.config import ManyLoraConfig
 from manylora.adapters.routes import Routes
 from manylora.adapters.routing import RoutingState
 from manylora.adapters.targets import stores_transposed
-from manylora.errors import NotMergeableError, RoutingError
+from manylora.errors import NotMergeableError, RoutingError, TargetModulesError
 
 
 class ManyLoraLinear(nn.Module, BaseTunerLayer):
@@ -86,6 +86,11 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         y: Tensor = self.base_layer(x, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise TargetModulesError(
+                f"A layer of class {type(self.get_base_layer()).__name__} returns a {type(y).__name__}, not one "
+                "tensor, so it cannot carry an adapter; leave it out of target_modules."
+            )
         if self.merged:
             self._check_merged_ids()
             return y

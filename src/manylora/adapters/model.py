@@ -8,6 +8,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
@@ -83,9 +84,12 @@ class ManyLoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ManyLoraConfig, model: nn.Module) -> None:
         # Once per adapter, before a layer is touched: the plan is checked first, then the model is changed.
+        all_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         _maybe_include_all_linear_layers(peft_config, model)
+        if all_linear:
+            targets.leave_out_others(peft_config, model)
         found = targets.check_targets(peft_config, model, self._check_target_module_exists)
-        peft_config.fan_in_fan_out = any(targets.stores_transposed(layer) for layer in found)
+        peft_config.fan_in_fan_out = any(targets.stores_transposed(layer) for layer in found.values())
         keep_plain_layout(model)
         self.routing = install(model)
 

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+import psutil
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapters.config import ManyLoraConfig
+from manylora.adapters.ops import Layout
+from manylora.adapters.patterns import check_time
 from manylora.errors import ConfigError, TargetModulesError
 
 Matches = Callable[[ManyLoraConfig, str], Any]
+
+_BYTES = 4
+"""Of a number of an adapter, which is made in float32."""
+_TOO_MUCH = 1.25
+"""Times all memory: some of it may be elsewhere, as in the training's own check."""
 
 _HEADS = {"classifier", "score", "qa_outputs"}
 """What PEFT itself adds to modules_to_save by the task type, whichever of them the model has."""
@@ -73,7 +82,28 @@ def default_targets(
     return present
 
 
-def check_targets(config: ManyLoraConfig, model: nn.Module, matches: Matches) -> list[nn.Module]:
+def leave_out_others(config: ManyLoraConfig, model: nn.Module) -> None:
+    """Take out of resolved "all-linear" targets what is excluded, and what only derives from nn.Linear.
+
+    A subclass with a forward of its own need not compute W x: Llama 4's router returns two tensors.
+    """
+    if isinstance(config.target_modules, set):
+        names = dict(model.named_modules())
+        excluded = config.exclude_modules if isinstance(config.exclude_modules, set) else set()
+        config.target_modules = {
+            name for name in config.target_modules if name not in excluded and is_plain(names[name])
+        }
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer's output is known to be W x + b: by its class, or as a quantised layer's."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if type(base).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    return resolve_quantization_backend(base) is not None
+
+
+def check_targets(config: ManyLoraConfig, model: nn.Module, matches: Matches) -> dict[str, nn.Module]:
     """The layers that will get an adapter; every target, layer index and pattern must match one.
 
     Args:
@@ -81,13 +111,18 @@ def check_targets(config: ManyLoraConfig, model: nn.Module, matches: Matches) ->
         model: the base model, unchanged so far.
         matches: PEFT's own rule, so that what is checked is what will happen.
 
+    Returns:
+        Name to layer.
+
     Raises:
         TargetModulesError: a target matches no module, or one that is not linear.
-        ConfigError: a pattern for ranks or alphas matches no target, or a module to save none of the model's.
+        ConfigError: a pattern for ranks or alphas matches no target, a module to save none of the model's, or a token
+            none of its embedding's; an expression takes too long; the adapter is larger than all memory.
     """
     if config.target_modules == DUMMY_TARGET_MODULES:  # PEFT's own way to load an adapter without layers
-        return []
+        return {}
     names = candidates(model)
+    check_expressions(config, list(names))
     targeted = [name for name in names if matches(config, name)]
     if not isinstance(config.target_modules, str):
         missing = sorted(
@@ -119,7 +154,72 @@ def check_targets(config: ManyLoraConfig, model: nn.Module, matches: Matches) ->
                 f"modules_to_save {saved!r} matches no module of this model; its parts are "
                 f"{sorted({name.rpartition('.')[2] for name in names if not name.rpartition('.')[2].isdigit()})}."
             )
-    return [names[name] for name in targeted]
+    _check_tokens(config, model, names)
+    found = {name: names[name] for name in targeted}
+    _check_size(config, found)
+    return found
+
+
+def check_expressions(config: ManyLoraConfig, names: Collection[str]) -> None:
+    """Refuse regular expressions that backtrack on any of the names for too long; PEFT matches without a limit.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    layers = config.layers_pattern or ()
+    expressions = {
+        "target_modules": [config.target_modules] if isinstance(config.target_modules, str) else [],
+        "exclude_modules": [config.exclude_modules] if isinstance(config.exclude_modules, str) else [],
+        "layers_pattern": [
+            rf"(?:^|.*?\.){one}\.\d+\..*" for one in ((layers,) if isinstance(layers, str) else layers)
+        ],
+        "rank_pattern": [rf"(.*\.)?({key})" for key in config.rank_pattern],
+        "alpha_pattern": [rf"(.*\.)?({key})" for key in config.alpha_pattern],
+        "modules_to_save": [rf"(^|.*\.){name}($|\..*)" for name in config.modules_to_save or ()],
+    }
+    check_time(expressions, names)
+
+
+def _check_tokens(config: ManyLoraConfig, model: nn.Module, names: dict[str, nn.Module]) -> None:
+    tokens = config.trainable_token_indices
+    if tokens is None:
+        return
+    lists = tokens if isinstance(tokens, dict) else {"": tokens}
+    for target, indices in lists.items():
+        if target:
+            modules = [module for name, module in names.items() if _ends_with(name, target)]
+        else:
+            find = getattr(model, "get_input_embeddings", None)
+            modules = [find()] if find is not None else []
+        if not modules:
+            raise ConfigError(f"trainable_token_indices names {target!r}, which is no module of this model.")
+        for module in modules:
+            rows = int(getattr(getattr(module, "weight", None), "shape", (0,))[0])
+            if outside := [index for index in indices if index >= rows]:
+                raise ConfigError(
+                    f"trainable_token_indices names the token {outside[0]}, but {target or 'the input embedding'} has "
+                    f"{rows} rows, 0 to {rows - 1}."
+                )
+
+
+def _check_size(config: ManyLoraConfig, found: dict[str, nn.Module]) -> None:
+    """Refuse an adapter that no memory holds before the first of its matrices is made; on meta, all is free."""
+    counts = Layout(num_experts=config.num_experts, rank=1, share=config.share)
+    routers = config.num_experts if config.router == "token" and config.num_experts > 1 else 0
+    numbers = 0
+    for name, module in found.items():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            continue
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        inputs, outputs = _get_in_out_features(base)
+        numbers += (counts.a_count * rank + routers) * inputs + counts.b_count * rank * outputs
+    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    if numbers * _BYTES > _TOO_MUCH * there:
+        raise ConfigError(
+            f"an adapter of r={config.r} with num_experts={config.num_experts} takes {numbers * _BYTES / 2**20:,.0f} "
+            f"MiB on this model, and there are {there / 2**20:,.0f}; lower r, ranks in rank_pattern, or num_experts."
+        )
 
 
 def _check_layers(config: ManyLoraConfig, targeted: list[str], matches: Matches) -> None:

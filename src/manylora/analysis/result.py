@@ -14,7 +14,7 @@ from manylora.analysis.routers import ALL, Gates, differences, overall
 from manylora.analysis.sources import Source
 from manylora.analysis.subspaces import DRAWS
 from manylora.analysis.summary import change_lines, similarity_lines
-from manylora.training.runs import without_nan
+from manylora.files import without_nan
 
 
 @dataclass(frozen=True, kw_only=True)

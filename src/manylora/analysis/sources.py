@@ -21,13 +21,18 @@ from torch import Tensor
 from manylora.adapters import ManyLoraConfig, expert_names, read_any
 from manylora.adapters.export import PREFIX
 from manylora.adapters.ops import Layout
-from manylora.errors import ModelError, RunError
-from manylora.training import RunFolder, adapter_folder, check_layers, find_snapshots
+from manylora.errors import ModelError
+from manylora.files import Record, read_record
+from manylora.training import RunFolder, adapter_folder, check_layers, find_snapshots, read_task_facts
 
 Format = Literal["manylora", "lora"]
 
 _CONFIG = "adapter_config.json"
 _BANK = ".manylora_experts."
+
+
+class _Score(Record):
+    mean: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,20 +208,18 @@ def _run_facts(run: Path, folder: Path) -> dict[str, Any]:
         return {}
     known = RunFolder(run)
     settings = known.read_config()
-    tasks = settings.get("tasks") or ()
-    if (run / "tasks.json").is_file():
-        try:
-            tasks = list(known.read_json("tasks.json")["tasks"])
-        except (KeyError, TypeError) as error:
-            raise RunError(f"{run / 'tasks.json'} is damaged ({error!r}); remove it to go on.") from error
+    facts = read_task_facts(run / "adapter")
+    listed = settings.get("tasks")
+    tasks = list(facts.tasks) if facts is not None else listed if isinstance(listed, list) else []
     seed = settings.get("seed")
     # where the best weights were kept, it is not known which step's they are
     last = known.state.get("steps") if settings.get("keep", "last") == "last" else None
-    score = known.read_json("scores.json").get("mean") if (run / "scores.json").is_file() else None
+    scored = (run / "scores.json").is_file()
+    score = read_record(run / "scores.json", _Score, remedy="put a copy of it back").mean if scored else None
     return {
-        "tasks": tuple(tasks),
+        "tasks": tuple(map(str, tasks)),
         "seed": seed if isinstance(seed, int) else None,
-        "score": float(score) if isinstance(score, (int, float)) else None,
+        "score": score,
         "last_step": last,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from manylora.evaluation import (
     chance_notes,
     majority_scores,
     read_labels,
+    read_scores,
     score_classifier,
     score_labels,
     write_scores,
@@ -27,6 +27,7 @@ from manylora.training import (
     load_classifier,
     load_tokenizer,
     predict_labels,
+    read_task_facts,
 )
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def score_run_of_classes(prepared: Prepared, folder: RunFolder, model: PeftModel
         print("no test rows (give them with --test); the adapter is in " + str(folder.path / "adapter"))
         return
     scores = score_classifier(prepared, folder, model)
-    saved = folder.read_json("scores.json")
-    print_scores(scores, saved["baselines"], saved["notes"])
+    print_scores(scores, *read_scores(folder)[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,20 +69,15 @@ class Labelled:
             ModelError: the adapter stands alone, so that nothing says which output of its head is which label.
             DataError: the file lacks them.
         """
-        facts = adapter_folder(adapter).parent / "tasks.json"
-        if not facts.is_file():
+        folder = adapter_folder(adapter)
+        facts = read_task_facts(folder)
+        if facts is None:
             raise ModelError(
                 f"{adapter} has no tasks.json beside it, so its head's labels are unknown; give the run folder."
             )
-        try:
-            known = json.loads(facts.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{facts} is damaged ({error}); train the classifier again.") from error
-        labels = read_labels(known, source=facts)
-        try:
-            return cls(labels=labels, max_length=int(known["max_length"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{facts} is damaged ({error!r}); train the classifier again.") from error
+        return cls(
+            labels=read_labels(facts, source=folder.parent / "tasks.json"), max_length=facts.max_length
+        )
 
     def load(
         self, adapter: str, *, model: str | None, dtype: str, device: str

@@ -15,7 +15,7 @@ from manylora.cli.tables import print_loss
 from manylora.data import DataNotes, TaskData, available_splits, load_examples, load_splits, sample_rows
 from manylora.errors import ConfigError, NotMergeableError
 from manylora.evaluation import Loss, Scores, collapse_router, paired_loss
-from manylora.training import RunFolder, write_json
+from manylora.training import RunFolder, TrainConfig, write_json
 from manylora.training.config import as_list
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _rows(options: ExportOptions, source: Path) -> tuple[TaskData, TaskData, str
             f"{options.adapter} has a token router, which no LoRA equals; give rows of its tasks with --data to "
             "measure an approximation on."
         )
-    run = RunFolder(source.parent).read_config()
+    run = RunFolder(source.parent).config(TrainConfig, verb="train").to_dict()
     names = ("data", "test", "validation", "tasks", "task_column", "seed", "validation_fraction", "limit")
     splits_of_run = load_splits(**{name: run[name] for name in names if name in run})
     train, held_out = splits_of_run.train, splits_of_run.validation

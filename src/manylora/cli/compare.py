@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.cli.options import CompareOptions
 from manylora.cli.parsing import parse
 from manylora.errors import RunError
+from manylora.files import dump_yaml, parse_yaml, refuse_links, write_json, write_text
 
 if TYPE_CHECKING:
     from manylora.studies import Study
@@ -40,6 +41,8 @@ def run(arguments: Sequence[str]) -> int:
         return _from_cells(options)
     study, text = _study(options)
     out = Path(options.out or f"runs/compare-{study.name}").expanduser()
+    if out.is_dir():
+        refuse_links(out)
     if options.cell is not None:
         return _cell(study, out, options.cell)
     from manylora.studies.config import check_tasks
@@ -54,7 +57,6 @@ def run(arguments: Sequence[str]) -> int:
         return _finish(study, out)
     from manylora.studies.cells import check_folder
     from manylora.studies.runner import launched
-    from manylora.training import write_text
 
     launched([], options.launcher)  # refuse one without a place for the command before anything is written
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "study.yaml").is_file())):
@@ -70,16 +72,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def _study(options: CompareOptions) -> tuple[Study, str]:
     """The study, and its text as it is kept in its folder."""
-    import yaml
-
     from manylora.studies import load_study, parse_study
     from manylora.studies.default import DEFAULT
 
-    study = load_study(options.study) if options.study else parse_study(yaml.safe_load(DEFAULT))
+    study = load_study(options.study) if options.study else parse_study(parse_yaml(DEFAULT))
     text = Path(options.study).expanduser().read_text(encoding="utf-8") if options.study else DEFAULT
     if options.model is not None:
         changed = {**study.source, "model": options.model}
-        study, text = parse_study(changed), yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+        study, text = parse_study(changed), dump_yaml(changed)
     return study, text
 
 
@@ -177,7 +177,6 @@ def _write(study: Study, head: Mapping[str, Any], rows: Sequence[Mapping[str, An
     from manylora.cli.console import draw_report
     from manylora.cli.studying import print_study
     from manylora.studies import summarise
-    from manylora.training import write_json
 
     facts = {key: value for key, value in head.items() if key not in ("kind", "study")}
     summary = summarise(study, rows, facts)

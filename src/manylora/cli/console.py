@@ -10,10 +10,15 @@ from pathlib import Path
 
 from manylora.errors import ManyLoraError
 
+_LONGEST = 2_000
+"""Characters of an error line; a name or value in it may be a stranger's and of any length."""
+
 
 def complain(line: str) -> None:
     """Print one error line to standard error."""
-    print(f"manylora: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    text = " ".join(line.split())
+    shown = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    print(f"manylora: {shown}", file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str | None:

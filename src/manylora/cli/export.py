@@ -148,11 +148,8 @@ def _write(
     """Fill `folder` and print what it holds; how to ask goes along."""
     from manylora.adapters import write_folder
     from manylora.adapters.card import lora_card, server_rank
-    from manylora.training import check_mergeable, write_merged
+    from manylora.training import write_merged
 
-    if options.merge:
-        for lora in loras.values():
-            check_mergeable(base, lora)
     places = _places(list(loras))
     obstacles: list[str] = []
     for task, lora in loras.items():

@@ -93,11 +93,8 @@ def _resume(path: str) -> int:
     from manylora.training import RunFolder
 
     folder = RunFolder.open(path)
-    try:
-        config = FederateConfig(**folder.read_config()).resolved()
-    except TypeError as error:
-        raise ConfigError(f"{folder.path / 'config.yaml'} is not of this version ({error}).") from error
-    if folder.state.get("state") == "finished":
+    config = folder.config(FederateConfig, verb="federate").resolved()
+    if folder.state["state"] == "finished":
         print(f"{path} is finished already.")
         print_result(folder.path)
         draw_report(folder.path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import uuid
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from manylora.errors import ConfigError, RunError
 from manylora.federated.config import FederateConfig
 from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import FlowerLink
+from manylora.files import read_json
 
 _PATIENCE = 600.0
 """Seconds that a run without a deadline waits for a client whose node is away."""
@@ -40,8 +40,8 @@ def flower_clients(config: FederateConfig, folder: Path, *, inside: str = "") ->
     if not about.exists():
         write_json(about, {"run": uuid.uuid4().hex})
     try:
-        run = json.loads(about.read_text(encoding="utf-8"))["run"]
-    except (ValueError, KeyError, TypeError) as error:
+        run = read_json(about)["run"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{about} is damaged ({error}); put a copy of it back.") from error
     link = FlowerLink(config.superlink, certificate=Path(config.certificate) if config.certificate else None)
     failed = "the server ended"

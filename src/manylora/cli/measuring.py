@@ -24,7 +24,7 @@ from manylora.data import (
 )
 from manylora.errors import ConfigError, ManyLoraError
 from manylora.evaluation.generation import NO_LIMIT
-from manylora.training import adapter_base_name, encode_labelled
+from manylora.training import adapter_base_name, context_of, encode_labelled
 from manylora.training.config import as_list
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _writing(
     subject = load_subject(
         str(source.folder), model=options.model, dtype=options.dtype, device=options.device
     )
-    context = getattr(subject.model.config, "max_position_embeddings", None)
+    context = context_of(subject.model.config)
     rows = {
         task: [
             encode(
@@ -147,7 +147,7 @@ def _choosing(
     model, tokenizer = head.load(
         str(source.folder), model=options.model, dtype=options.dtype, device=options.device
     )
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     tasks = encode_labelled(
         examples, tokenizer, head.labels, max_length=head.max_length, context_length=context
     )

@@ -11,6 +11,7 @@ from typing import Literal
 
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
+from manylora.files import check_values
 from manylora.training.config import TaskType, TrainConfig
 
 
@@ -82,6 +83,7 @@ class EvaluateOptions:
     """Folder for predictions.jsonl and scores.json; must not exist. Default: nothing is written."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -120,6 +122,7 @@ class PredictOptions:
     """auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.adapter is None:
             raise ConfigError("--adapter is missing; give a run folder, such as runs/train-001.")
         for name in ("max_new_tokens", "max_length"):
@@ -180,6 +183,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if not self.to:
             raise ConfigError("--to is missing; give a folder to write, such as --to exported.")
+        check_values(self)
         if (self.adapter is None) == (self.from_loras is None):
             raise ConfigError(
                 "Give either an adapter to export (manylora export runs/train-001 --to exported) or LoRA folders to "
@@ -244,6 +248,7 @@ class AnalyzeOptions:
     which may exist."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name in ("limit", "batch_size", "r", "epochs", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -290,6 +295,7 @@ class CompareOptions:
     """Rebuild the tables from this cells.jsonl; nothing is trained."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; give 1 or more.")
         chosen = [

@@ -7,11 +7,13 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from manylora.errors import ConfigError
+from manylora.files import check_types, read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -51,6 +53,7 @@ def parse(
     description: str,
     positional: Sequence[str] = (),
     several: Sequence[str] = (),
+    texts: Sequence[str] = (),
 ) -> tuple[Config, set[str]]:
     """Read options and `--config FILE.yaml` into `config_class`; options win over the file.
 
@@ -61,6 +64,7 @@ def parse(
         description: first paragraph of the help.
         positional: fields that may also be given without their name, in this order.
         several: fields that may be given many times, as lists of texts; further words without a name go to the first.
+        texts: fields that hold any text, taken as it stands; bytes that are no UTF-8 become "?".
 
     Returns:
         The configuration, and the names of the fields given on the command line.
@@ -77,36 +81,81 @@ def parse(
         usage=f"manylora {verb} [options]",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with any of the options below."
+    )
     parser.add_class_arguments(config_class, None)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    words, verbatim = _normalise(arguments, fields, positional, several)
+    arguments, files = _without_files(arguments)
+    words, verbatim = _normalise(arguments, fields, [*positional, *texts], several, free=positional)
+    for name in set(texts) & set(verbatim):
+        verbatim[name] = verbatim[name].encode("utf-8", "replace").decode("utf-8")
     try:
-        namespace = parser.parse_args(words)
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        values = parser.parse_args(words).as_dict()
+    except (argparse.ArgumentError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(_reason(error, verb, list(fields))) from error
-    except OSError as error:
-        raise ConfigError(f"--config {error.filename}: {error.strerror}.") from error
-    values = namespace.as_dict()
     values.pop("config", None)
     given = {word[2:].partition("=")[0].rstrip("+") for word in words if word.startswith("--")} & set(fields)
-    return config_class(**{**values, **verbatim}), given | set(verbatim)
+    given |= set(verbatim)
+    written = {key: value for file in files for key, value in _read_file(file, config_class, verb).items()}
+    values |= {key: value for key, value in written.items() if key not in given}
+    return config_class(**{**values, **verbatim}), given
+
+
+def _without_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without every `--config FILE`, and the files.
+
+    Read here and not by the parser, whose YAML has no bounds.
+    """
+    words, files, queue = list[str](), list[str](), list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if word == "--config" and queue:
+            files.append(queue.pop(0))
+        elif word.startswith("--config="):
+            files.append(word.partition("=")[2])
+        else:
+            words.append(word)
+    return words, files
+
+
+def _read_file(path: str, config_class: type[DataclassInstance], verb: str) -> dict[str, Any]:
+    """Options from a YAML file, as strictly checked as given ones.
+
+    Raises:
+        ConfigError: the file cannot be read, or an option in it cannot be.
+    """
+    try:
+        values = read_yaml(Path(path).expanduser())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"--config {path} cannot be read ({reason}); give a YAML file of options."
+        ) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f'--config {path} holds no options; write one "name: value" a line.')
+    check_types(config_class, values, source=f"--config {path}", remedy=f"see manylora {verb} --help")
+    return values
 
 
 def _normalise(
     arguments: Sequence[str],
     fields: dict[str, dataclasses.Field[Any]],
-    positional: Sequence[str],
+    plain: Sequence[str],
     several: Sequence[str],
+    *,
+    free: Sequence[str],
 ) -> tuple[list[str], dict[str, Any]]:
     """Dashes become underscores, `--flag` alone `--flag=true`, `--option value` one word.
 
-    Texts of the `positional` and `several` options, named or not, are returned apart: the parser reads values as YAML,
-    to which "null" and "# c" are nothing.
+    Texts of the `plain` and `several` options, named or not, are returned apart: the parser reads values as YAML, to
+    which "null" and "# c" are nothing. Words without a name belong to the `free` ones, in this order.
     """
     words: list[str] = []
     verbatim: dict[str, Any] = {}
-    free = list(positional)
+    free = list(free)
     waiting = False  # whether the last option still wants its value
     queue = list(arguments)
     while queue:
@@ -119,7 +168,7 @@ def _normalise(
                 equals, value = "=", "true"
             if not equals and name in fields and queue and not _is_option(queue[0]):
                 equals, value = "=", queue.pop(0)  # joined, so that a value may begin with a dash
-            if equals and name in positional:
+            if equals and name in plain:
                 verbatim[name] = value
             elif equals and name in several:
                 verbatim.setdefault(name, []).append(value)

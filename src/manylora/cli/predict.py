@@ -34,7 +34,12 @@ field "prediction"."""
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
     options, _ = parse(
-        PredictOptions, arguments, verb="predict", description=DESCRIPTION, positional=("prompt",)
+        PredictOptions,
+        arguments,
+        verb="predict",
+        description=DESCRIPTION,
+        positional=("prompt",),
+        texts=("prompt", "input"),
     )
     text = None if options.file is not None else _text(options)
     if options.file == "-" and sys.stdin is None:
@@ -143,7 +148,7 @@ def _rows(subject: Subject, options: PredictOptions) -> Iterator[tuple[dict[str,
             try:
                 text = line.decode("utf-8-sig").strip()
                 row = json.loads(text) if text else None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{place} is not valid JSON ({error}); write one object per line, in UTF-8."
                 ) from error

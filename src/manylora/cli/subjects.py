@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from manylora.data import EMBEDDED, PromptRecord, find_prompts
 from manylora.errors import ConfigError, ModelError
+from manylora.files import check_noted
 from manylora.training import (
     RunFolder,
+    TrainConfig,
     adapter_base_name,
     adapter_folder,
     adapter_task_type,
     load_adapter,
     load_base,
     load_tokenizer,
+    read_task_facts,
 )
 
 if TYPE_CHECKING:
@@ -63,11 +65,18 @@ class Subject:
 
 
 def run_settings(adapter: str | None) -> dict[str, Any]:
-    """The settings of the run that an adapter comes from; empty where there is no run to ask."""
-    folder = adapter_folder(adapter).parent if adapter is not None else None
-    if folder is None or not (folder / "config.yaml").is_file():
+    """The settings of the run that an adapter comes from; empty where there is no run to ask.
+
+    Raises:
+        RunError, ConfigError: they are damaged.
+    """
+    if adapter is None:
         return {}
-    return RunFolder(folder).read_config()
+    folder = adapter_folder(adapter).parent
+    check_noted(folder / "config.yaml")
+    if not (folder / "config.yaml").is_file():
+        return {}
+    return RunFolder(folder).config(TrainConfig, verb="train").to_dict()
 
 
 def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: str) -> Subject:
@@ -100,15 +109,17 @@ def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: 
                 f"{folder} routes by task but does not name its tasks; add task_names to its adapter_config.json."
             )
         experts = {task: index for index, task in enumerate(config.task_names)}
-    facts = folder.parent / "tasks.json"
-    answer_tokens, max_length = {}, prompts.max_length if prompts else None
-    if facts.is_file():
-        try:
-            known = json.loads(facts.read_text(encoding="utf-8"))
-            max_length = int(known["max_length"])
-            answer_tokens = {task: int(values["answer_tokens"]) for task, values in known["tasks"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{facts} is damaged ({error!r}); remove it to go on without.") from error
+    facts = read_task_facts(folder)
+    answer_tokens: dict[str, int] = {}
+    max_length = prompts.max_length if prompts else None
+    if facts is not None:
+        max_length = facts.max_length
+        for task, known in facts.tasks.items():
+            if known.answer_tokens is None:
+                raise ModelError(
+                    f"{folder.parent / 'tasks.json'} names no answer_tokens of {task!r}; remove it to go on without."
+                )
+            answer_tokens[task] = known.answer_tokens
     return Subject(
         model=adapted,
         tokenizer=tokenizer,

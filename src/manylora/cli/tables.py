@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from manylora.evaluation import Loss, Scores, scores_table
+from manylora.evaluation import Loss, Scores, read_scores, scores_table
 
 if TYPE_CHECKING:
     from manylora.training import Plan, RunFolder, TrainConfig
@@ -95,5 +95,4 @@ def print_saved_scores(folder: RunFolder) -> None:
     """The table of a finished run, from its scores.json; nothing where the run had no test rows."""
     if not (folder.path / "scores.json").is_file():
         return
-    saved = folder.read_json("scores.json")
-    print_scores(Scores.from_dict(saved), saved.get("baselines", {}), saved.get("notes", ()))
+    print_scores(*read_scores(folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -16,9 +15,10 @@ from rich.table import Table
 from manylora.cli.console import duration
 from manylora.cli.tables import console
 from manylora.errors import DataError, RunError
-from manylora.evaluation import Scores, delta_m
+from manylora.evaluation import Scores, delta_m, read_client_scores
 from manylora.evaluation.table import METRIC_LABELS
 from manylora.federated.config import FederateConfig
+from manylora.files import parse_json, reason
 
 if TYPE_CHECKING:
     from manylora.federated import ClientData
@@ -114,15 +114,8 @@ def print_result(path: Path) -> None:
     Raises:
         RunError: one of the two is missing or damaged.
     """
-    try:
-        saved = json.loads((path / "scores.json").read_text(encoding="utf-8"))
-        scores = {name: Scores.from_dict(value) for name, value in saved["clients"].items()}
-        reference = {name: Scores.from_dict(value) for name, value in saved["reference"].items()}
-        up, down = _bytes_per_round(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"the results in {path} cannot be read ({error!r}); put copies of the files back."
-        ) from error
+    scores, reference = read_client_scores(path)
+    up, down = _bytes_per_round(path)
     out = console()
     table = Table(
         title="personal models on their own tasks", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
@@ -193,12 +186,16 @@ def _by_task(scores: Mapping[str, Scores]) -> dict[str, float]:
 
 def _bytes_per_round(path: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Mean bytes of a message by client, up and down, over the rounds it took part in."""
+    file = path / "metrics.jsonl"
     sums: dict[str, dict[str, list[int]]] = {"up": {}, "down": {}}
-    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row: dict[str, Any] = json.loads(line)
-        for way, found in sums.items():
-            for name, size in row[way].items():
-                found.setdefault(name, []).append(size)
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row: dict[str, Any] = parse_json(line, finite=False)
+            for way, found in sums.items():
+                for name, size in row[way].items():
+                    found.setdefault(name, []).append(int(size))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{file} is damaged ({reason(error)}); put a copy of it back.") from error
     up, down = ({name: _mean(sizes) for name, sizes in found.items()} for found in sums.values())
     return up, down
 

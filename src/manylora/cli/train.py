@@ -58,7 +58,8 @@ def _run(arguments: Sequence[str], launch: Launch) -> int:
     check_test(prepared)
     if options.dry_run:
         return 0
-    check_memory(prepared.plan.memory, device=pick_device(config.device))
+    if not isinstance(prepared.plan.memory, str):
+        check_memory(prepared.plan.memory, device=pick_device(config.device))
     with contextlib.ExitStack() as stack:
 
         def create() -> str:
@@ -81,15 +82,15 @@ def _resume(path: str, launch: Launch) -> int:
     from manylora.training import RunFolder, prepare
 
     folder = RunFolder.open(path)
-    if folder.state.get("state") == "finished":
+    config = folder.config(TrainConfig, verb="train")
+    missing = folder.missing_result() if folder.state["state"] == "finished" else None
+    if missing:
+        print(f"{path} was finished, but its {missing} is gone; it is made again.")
+    elif folder.state["state"] == "finished":
         print(f"{path} is finished already.")
         print_saved_scores(folder)
         draw_report(folder.path)
         return 0
-    try:
-        config = TrainConfig(**folder.read_config())
-    except TypeError as error:
-        raise ConfigError(f"{folder.path / 'config.yaml'} is not of this version ({error}).") from error
     with folder:
 
         def lock() -> str:

@@ -17,6 +17,8 @@ Strategy: TypeAlias = Literal["proportional", "uniform", "temperature"]
 
 STRATEGIES: tuple[Strategy, ...] = ("proportional", "uniform", "temperature")
 """How tasks can be mixed."""
+_MOST_READINGS = 10**8
+"""Rows of a plan, over all its epochs: a list of so many takes some GiB and a minute or two."""
 
 
 def mixture_shares(
@@ -70,6 +72,11 @@ def mixture_schedule(
         raise ConfigError(f"epochs {epochs} must be above 0 and finite.")
     shares = mixture_shares(sizes, strategy=strategy, temperature=temperature)
     rows = sum(sizes.values())
+    if epochs * rows > _MOST_READINGS:
+        raise ConfigError(
+            f"epochs {epochs:g} over {rows:,} rows are {epochs * rows:.0e} readings; at most {_MOST_READINGS:.0e} are "
+            "planned at once. Take fewer epochs."
+        )
     total = max(1, round(epochs * rows))
     if strategy == "proportional":
         endless = _passes(rows, key=f"{seed}:all rows")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 _HEADING = re.compile(r"OPTIONS:[ \t]*\r?\n")
-_OPTION = re.compile(r"[ \t]*-[ \t]+(?P<text>.*\S)[ \t]*")
+# The text begins with no blank, so that no blank can stand on either side of the border: the time stays linear.
+_OPTION = re.compile(r"[ \t]*-[ \t]+(?P<text>(?![ \t]).*\S)[ \t]*")
 
 
 def options_of(text: str) -> list[str]:

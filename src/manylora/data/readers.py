@@ -247,7 +247,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise
     except PermissionError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: a date after 9999
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path} is not a readable Parquet file ({reason}). Write it again.") from error
     for number, value in enumerate(values, start=1):

@@ -21,7 +21,7 @@ from manylora.evaluation.generation import (
     stream_answer,
 )
 from manylora.evaluation.metrics import chosen_option, exact_match, normalise, option_accuracy, rouge1
-from manylora.evaluation.results import write_scores
+from manylora.evaluation.results import read_client_scores, read_scores, write_scores
 from manylora.evaluation.rules import RULES, TASK_RULES, AnswerRule, rules_for
 from manylora.evaluation.score import (
     Estimate,
@@ -58,7 +58,9 @@ __all__ = [
     "normalise",
     "option_accuracy",
     "paired_loss",
+    "read_client_scores",
     "read_labels",
+    "read_scores",
     "rouge1",
     "rules_for",
     "score_all",

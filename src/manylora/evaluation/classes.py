@@ -6,12 +6,12 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from manylora.data import TaskData, prompt_text
 from manylora.errors import ConfigError, DataError
 from manylora.evaluation.chance import chance_notes
-from manylora.evaluation.results import write_scores
+from manylora.evaluation.results import read_scores, write_scores
 from manylora.evaluation.score import ACCURACY, Estimate, ScoredExample, Scores, TaskScore
 from manylora.evaluation.statistics import standard_error
 from manylora.training import RunFolder, TrainConfig
@@ -20,7 +20,7 @@ from manylora.training.config import filled
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from manylora.training import LabelSets, Prepared
+    from manylora.training import LabelSets, Prepared, TaskFacts
 
 
 def score_labels(data: TaskData, predictions: Mapping[str, list[str]]) -> Scores:
@@ -139,7 +139,7 @@ def classify(
         raise ConfigError(f"{path} holds a run with other settings; give another folder.")
     else:
         if run.state.get("state") == "finished":
-            return Scores.from_dict(run.read_json("scores.json"))
+            return read_scores(run)[0]
         run.lock()
     with run:
         try:
@@ -162,11 +162,11 @@ def check_classes(prepared: Prepared) -> None:
     prepared.labels.check(prepared.splits.test, what="test")
 
 
-def read_labels(facts: Any, *, source: Path) -> LabelSets:
+def read_labels(facts: TaskFacts, *, source: Path) -> LabelSets:
     """The labels that a run noted in its tasks.json.
 
     Args:
-        facts: contents of the file.
+        facts: what the file says.
         source: its path, for the error.
 
     Raises:
@@ -174,11 +174,10 @@ def read_labels(facts: Any, *, source: Path) -> LabelSets:
     """
     from manylora.training import LabelSets
 
-    try:
-        tasks = facts["tasks"]
-        return LabelSets(
-            tasks={task: [str(label) for label in values["labels"]] for task, values in tasks.items()},
-            majority={task: str(values["majority"]) for task, values in tasks.items()},
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{source} names no labels ({error!r}); train the classifier again.") from error
+    for task, known in facts.tasks.items():
+        if not known.labels or known.majority is None:
+            raise DataError(f"{source} names no labels of task {task!r}; train the classifier again.")
+    return LabelSets(
+        tasks={task: list(known.labels or ()) for task, known in facts.tasks.items()},
+        majority={task: known.majority or "" for task, known in facts.tasks.items()},
+    )

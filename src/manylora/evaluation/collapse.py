@@ -63,10 +63,11 @@ def collapse_router(
     import torch
 
     from manylora.adapters import Collapse
+    from manylora.training import context_of
 
     layers = _routed_layers(model)
     groups = _groups({name: Collapse(bank, how).memory() for name, bank in layers.items()}, memory)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     length, rows_known = max_length or context or NO_LIMIT, model.get_input_embeddings().weight.shape[0]
     done, total = 0, len(groups) * sum(map(len, data.values()))
     collapsed: dict[str, dict[str, Tensor | Fitted]] = {}

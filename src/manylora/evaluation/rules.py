@@ -24,7 +24,8 @@ NUMBER_TOLERANCE = 1e-3
 
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _LETTER = re.compile(r"[A-E]")
-_LETTER_AS_ANSWER = re.compile(r"\b[Aa]nswer\s*(?:is|:|=)\s*:?\s*(?:[Oo]ption\s*)?\(?([A-E])(?![\w'’])")
+# Only one part may take a run of white space: with two side by side the time grows with its square.
+_LETTER_AS_ANSWER = re.compile(r"\b[Aa]nswer\s*(?:is|:|=)\s*(?::\s*)?(?:[Oo]ption\s*)?\(?([A-E])(?![\w'’])")
 _LETTER_IN_BRACKETS = re.compile(r"\(([A-E])\)")
 _LETTER_ALONE = re.compile(r"\(?([A-E])[).:]?")
 _SPLIT_SUFFIX = re.compile(r"\.(?:train|validation|valid|val|dev|test)$", re.IGNORECASE)

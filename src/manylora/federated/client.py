@@ -26,7 +26,7 @@ from manylora.federated.initial import initial_state, seed_of
 from manylora.federated.personal import save_personal
 from manylora.federated.wire import Message, pack, unpack
 from manylora.federated.workbench import Workbench, total_rows
-from manylora.training import json_text, write_json, write_text
+from manylora.files import json_text, write_json, write_text
 from manylora.training.passes import PassResult, train_pass
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from manylora.data import EMBEDDED, check_date, today
 from manylora.errors import ConfigError
+from manylora.files import check_values
 from manylora.training.config import RECIPES, TrainConfig, Words, as_list
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
@@ -173,6 +174,7 @@ class FederateConfig:
     """What ROUGE-1 counts as words: "all", those of every script; "published", runs of a-z and 0-9 alone."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         positive = (
             "limit", "clients", "dirichlet_alpha", "participation", "r", "lora_alpha", "rounds", "local_epochs",
             "local_steps", "learning_rate", "batch_size", "micro_batch_size", "max_length", "deadline",

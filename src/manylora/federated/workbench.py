@@ -18,6 +18,7 @@ from manylora.federated.initial import Shapes
 from manylora.federated.strategies import Strategy, strategy_for
 from manylora.training import (
     base_fingerprint,
+    context_of,
     load_base,
     load_config,
     load_tokenizer,
@@ -51,7 +52,7 @@ class Workbench:
         self.tokenizer = load_tokenizer(config.model)
         fix_date(self.tokenizer, config.date)
         architecture = load_config(config.model)
-        self.context: int | None = getattr(architecture, "max_position_embeddings", None)
+        self.context = context_of(architecture)
         self.vocabulary = token_rows(architecture)
         base = load_base(config.model, dtype=config.dtype, device=config.device)
         self.fingerprint = base_fingerprint(base)

@@ -1,4 +1,4 @@
-"""Read a run folder without trusting it, write a page whole or not at all.
+"""Read a run folder without trusting it.
 
 Whatever stands in these files may come from strangers: a value of another type than expected is a missing value, a
 file that cannot be read is one line that names it.
@@ -6,18 +6,15 @@ file that cannot be read is one line that names it.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from manylora.errors import RunError
+from manylora.files import check_noted, parse_json, read_json, read_yaml, reason
 
 _BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """They would let a task name reorder the text around it."""
@@ -41,10 +38,11 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         RunError: it is missing, broken, or holds something else.
     """
+    check_noted(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read ({_reason(error)}); mend or remove it.") from error
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({reason(error)}); mend or remove it.") from error
     if not isinstance(found, dict):
         raise RunError(f"{path} holds {type(found).__name__} where an object is expected; mend or remove it.")
     return found
@@ -59,11 +57,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file, none where it is absent; half-written lines and other values are left out."""
     if not path.is_file():
         return
+    check_noted(path)
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = parse_json(line, finite=False)
+            except ValueError:
                 continue
             if isinstance(row, dict):
                 yield row
@@ -77,10 +76,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
+    check_noted(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RunError(f"{path} cannot be read ({_reason(error)}); mend or remove it.") from error
+        found = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({reason(error)}); mend or remove it.") from error
     if not isinstance(found, dict):
         raise RunError(f"{path} holds no settings; mend or remove it.")
     return found
@@ -143,16 +143,6 @@ def mean(values: Iterable[float]) -> float | None:
     return math.fsum(found) / len(found) if found else None
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` so that it holds either what it held or all of `data`, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def stem(name: str) -> str:
     """`name` as the beginning of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "part"
@@ -160,9 +150,3 @@ def stem(name: str) -> str:
 
 def _cut(words: str, limit: int) -> str:
     return words if len(words) <= limit else words[: limit - 1] + "…"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manylora.report.files import clean, write_bytes
+from manylora.files import make_folder, refuse_links, write_bytes
+from manylora.report.files import clean
 from manylora.report.page import Figure, Page
 from manylora.report.style import css_variables, drawing, lay_out, to_inline, to_png, to_svg
 from manylora.report.tables import is_numeric, shown, to_csv, to_latex
@@ -25,16 +26,18 @@ def write_page(page: Page, folder: Path) -> Path:
     """Write figures/, tables/ and at last report.html into `folder`; returns the last one's path.
 
     Raises:
+        RunError: a link in the folder leads out of it.
         OSError: the folder cannot be written.
     """
+    refuse_links(folder)
     figures, tables = folder / "figures", folder / "tables"
     drawn: dict[str, str] = {}
     for section in page.sections:
         for figure in section.figures:
-            figures.mkdir(exist_ok=True)
+            make_folder(figures)
             drawn[figure.name] = _draw(figure, figures)
         for table in section.tables:
-            tables.mkdir(exist_ok=True)
+            make_folder(tables)
             write_bytes(tables / f"{table.name}.csv", to_csv(table).encode())
             write_bytes(tables / f"{table.name}.tex", to_latex(table).encode())
     path = folder / "report.html"

@@ -21,17 +21,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from pydantic import Field
+
 from manylora.data import check_date, today
 from manylora.errors import ConfigError, RunError
+from manylora.files import (
+    Record,
+    check_record,
+    json_text,
+    parse_json,
+    read_json,
+    reason,
+    write_json,
+    write_text,
+)
 from manylora.studies.config import Study
 from manylora.studies.kinds import Job, held, kind_of
-from manylora.training.runs import json_text, write_json, write_text
 
 Stage: TypeAlias = Literal["screen", "final"]
 _MEASURED = ("parameters", "seconds", "peak_bytes")
 """What every cell has beside its scores."""
 WORKERS = "MANYLORA_STUDY_WORKERS"
 """Environment variable in which the runner tells a cell how many ran side by side."""
+
+
+class _Result(Record):
+    """What the choice of a learning rate needs of a result.json; a table asks for more (`read_cells`)."""
+
+    stage: Stage
+    method: str
+    learning_rate: float | None
+    scores: dict[str, float] = Field(min_length=1)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -62,10 +82,24 @@ class Cell:
         path = self.folder(out) / "result.json"
         if not path.is_file():
             return None
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise RunError(f"{path} is damaged ({error}); remove it to run the cell again.") from error
+        found = _read(path)
+        check_record(found, _Result, source=path, remedy="remove it to run the cell again")
+        return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An object that a cell wrote.
+
+    Raises:
+        RunError: the file is broken.
+    """
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+        return found
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({reason(error)}); remove it to run the cell again.") from error
 
 
 def screening_cells(study: Study) -> list[Cell]:
@@ -205,7 +239,7 @@ def check_folder(study: Study, out: Path) -> None:
     for cell in final_cells(study, rates):
         path, settings = cell.folder(out) / "cell.json", cell_settings(study, cell)
         if len(study.learning_rates) > 1 and path.is_file():  # not chosen yet; the cell itself will look
-            settings["learning_rate"] = json.loads(path.read_text(encoding="utf-8"))["learning_rate"]
+            settings["learning_rate"] = _read(path).get("learning_rate")
         check_same(cell.folder(out), settings)
 
 
@@ -218,12 +252,13 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / "cell.json"
     if not path.is_file():
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(settings))
+    known, wanted = _read(path), json.loads(json.dumps(settings))
     if known == wanted:
         return
+    if not isinstance(known.get("settings"), dict):
+        raise RunError(f"{path} is damaged (it has no settings); remove {folder} to run the cell again.")
     old, new = ({**side, **side["settings"]} for side in (known, wanted))
-    differs = next(key for key in sorted({*old, *new} - {"settings"}) if old.get(key) != new.get(key))
+    differs = next((key for key in sorted({*old, *new} - {"settings"}) if old.get(key) != new.get(key)), "")
     raise RunError(
         f"{folder} was run with {differs} {old.get(differs)!r}, now it is {new.get(differs)!r}; give another --out, "
         "or remove that folder to run the cell again."
@@ -310,11 +345,11 @@ def read_cells(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         ConfigError: it cannot be read or is no such file.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a study's cells.jsonl.") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}); give a study's cells.jsonl.") from error
+        raise ConfigError(f"{path} is damaged ({reason(error)}); give a study's cells.jsonl.") from error
     head = rows[0] if rows and isinstance(rows[0], dict) else {}
     if head.get("kind") != "cells" or not isinstance(head.get("study"), dict):
         raise ConfigError(f"{path} is no cells file; give a cells.jsonl that manylora compare wrote.")

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from manylora.errors import ConfigError
 from manylora.evaluation.claims import ClaimKind
+from manylora.files import read_yaml, reason
 from manylora.studies.presets import PRESETS
 
 MEAN = "mean"
 """Where a task may be named: the mean over all tasks."""
+
+_MOST_SEEDS = 10_000
+_LARGEST = 1e15
 
 _RESERVED = frozenset({"seed", "learning_rate", "out"})
 """Settings that a study gives each cell itself."""
@@ -134,14 +136,9 @@ def load_study(path: str | Path) -> Study:
         ConfigError: the file cannot be read, or what it says cannot be; the message names the file.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise ConfigError(f"{path} cannot be read ({reason}); give a study as a YAML file.") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}).") from error
+        values = read_yaml(Path(path).expanduser())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({reason(error)}); give a study as a YAML file.") from error
     try:
         return parse_study(values)
     except ConfigError as error:
@@ -262,13 +259,13 @@ def _method(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Met
     own = dict(own)
     single = own.pop("single", None)
     preset = own.pop("preset", name if name in PRESETS and "kind" not in own else None)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise ConfigError(f"method {name}: preset is {preset!r}{guess(str(preset), PRESETS)}.")
     kind, settings = PRESETS[preset] if preset is not None else ("train", {})
     if preset is None and not own:
         raise ConfigError(f"method {name!r} has no settings and is no preset{guess(name, PRESETS)}.")
     kind = own.pop("kind", kind)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"method {name}: kind is {kind!r}{guess(str(kind), KINDS)}.")
     if reserved := sorted(_RESERVED & (set(own) | set(common))):
         raise ConfigError(
@@ -327,15 +324,17 @@ def _texts(value: object, what: str) -> list[str]:
 def _number(value: object, what: str) -> float:
     try:
         number = float(value) if not isinstance(value, bool) else None  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
-    if number is None or not 0 <= number < float("inf"):
+    if number is None or not 0 <= number <= _LARGEST:
         raise ConfigError(f"{what} is {value!r}; give a number, 0 or more.")
     return number
 
 
 def _numbers(value: object, what: str, kind: type) -> tuple[Any, ...]:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and kind is int:
+        if not 0 <= value <= _MOST_SEEDS:
+            raise ConfigError(f"{what} is {value!r}; give a list, or a number of at most {_MOST_SEEDS:,}.")
         value = list(range(int(value)))  # "seeds: 5" are 0 to 4
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{what} is {value!r}; give a list of numbers.")

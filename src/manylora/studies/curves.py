@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from manylora.errors import RunError
+from manylora.files import Record, append_line, check_record, json_text, parse_json
+
 if TYPE_CHECKING:
     from manylora.data import TaskData
     from manylora.studies.kinds import Job
     from manylora.training import Prepared, RunFolder
+
+
+class _Point(Record):
+    step: int
+    epoch: float
+    scores: dict[str, float]
 
 
 class Curve(TrainerCallback):
@@ -42,7 +51,6 @@ class Curve(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score where this step is one of the wanted."""
         from manylora.studies.train_cells import score
-        from manylora.training import json_text
 
         if state.global_step not in self.steps or state.global_step in self._known():
             return
@@ -53,8 +61,7 @@ class Curve(TrainerCallback):
             scores = score(self.prepared, model, self.test).by_task()
         model.train(was_training)
         epoch = self.steps[state.global_step]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json_text({"step": state.global_step, "epoch": epoch, "scores": scores}) + "\n")
+        append_line(self.path, json_text({"step": state.global_step, "epoch": epoch, "scores": scores}))
         self.seconds += time.monotonic() - began
         self.cpu_seconds += time.process_time() - cpu
 
@@ -62,11 +69,9 @@ class Curve(TrainerCallback):
         points: dict[int, dict[str, Any]] = {}
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    point = json.loads(line)
-                except ValueError:  # half a line, from a kill
-                    continue
-                points[point["step"]] = point
+                with contextlib.suppress(ValueError, RunError):  # half a line, from a kill
+                    found = check_record(parse_json(line), _Point, source=self.path, remedy="remove it")
+                    points[found.step] = found.model_dump()
         return points
 
     def points(self) -> list[dict[str, Any]]:

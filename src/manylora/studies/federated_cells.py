@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, RunError
 from manylora.federated.config import FederateConfig
+from manylora.files import build_config
 from manylora.studies.kinds import Job, Measured
 from manylora.studies.train_cells import check_limits
 
@@ -42,7 +43,7 @@ def _config(settings: Mapping[str, Any], **more: Any) -> FederateConfig:
     own = {key: value for key, value in settings.items() if key != "train_limit"}
     if settings.get("train_limit") is not None:
         own["limit"] = settings["train_limit"]
-    return FederateConfig(**{**own, **more})
+    return build_config(FederateConfig, own, source="", remedy="see manylora federate --help", **more)
 
 
 def tasks(settings: Mapping[str, Any]) -> list[str]:

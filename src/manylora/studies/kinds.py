@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from manylora.errors import ConfigError
+from manylora.files import open_own
 
 KINDS: Mapping[str, str] = {
     "train": "manylora.studies.train_cells",
@@ -83,7 +84,7 @@ def held(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no such lock
         yield
         return
-    with (folder / ".held").open("w", encoding="utf-8") as file:
+    with open_own(folder / ".held", os.O_WRONLY) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -122,7 +123,4 @@ def check_settings(kind: str, settings: Mapping[str, Any], *, own: Collection[st
     module = kind_of(kind)
     refuse_unknown({key: settings[key] for key in own if key in settings}, module.SETTINGS, f"kind {kind}")
     refuse_unknown(settings, module.SETTINGS, f"kind {kind} (settings of the whole study)")
-    try:
-        module.check(settings)
-    except TypeError as error:
-        raise ConfigError(f"a setting has a value of the wrong type ({error}).") from error
+    module.check(settings)

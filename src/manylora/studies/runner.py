@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from manylora.errors import ConfigError
+from manylora.files import open_own
 from manylora.studies.cells import (
     WORKERS,
     Cell,
@@ -218,7 +219,7 @@ class _Pool:
         if self.launcher is None:  # a cluster's machines have their own cores
             environment |= thread_settings(self.workers)
         command = launched(cell_command(self.study_file, self.out, cell), self.launcher)
-        with (folder / "log.txt").open("ab") as log:
+        with open_own(folder / "log.txt", os.O_APPEND | os.O_WRONLY) as log:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, RunError
+from manylora.files import Record, build_config, read_record
 from manylora.studies.kinds import Job, Measured
 from manylora.studies.presets import PRESETS
 from manylora.training.config import TrainConfig
@@ -29,6 +29,19 @@ _OWN = frozenset({"alone", "match", "score_epochs", "test_limit", "train_limit"}
 SETTINGS = frozenset(field.name for field in dataclasses.fields(TrainConfig)) | _OWN
 
 
+class _Saved(Record):
+    """A `Measured` in measured.json."""
+
+    scores: dict[str, float]
+    examples: dict[str, list[float]]
+    parameters: int
+    seconds: float
+    cpu_seconds: float
+    evaluation_seconds: float
+    resumed: bool
+    extra: dict[str, Any]
+
+
 def check(settings: Mapping[str, Any]) -> None:
     """Refuse values that cannot be.
 
@@ -42,7 +55,8 @@ def check(settings: Mapping[str, Any]) -> None:
     if match is not None and settings.get("method") != "lora":
         raise ConfigError("match raises the rank of a LoRA; set method to lora.")
     if epochs is not None and (
-        not isinstance(epochs, list) or not all(isinstance(e, (int, float)) and e > 0 for e in epochs)
+        not isinstance(epochs, list)
+        or not all(isinstance(e, (int, float)) and 0 < e < math.inf for e in epochs)
     ):
         raise ConfigError(f"score_epochs is {epochs!r}; give a list of numbers of epochs.")
     check_limits(settings)
@@ -56,13 +70,14 @@ def check_limits(settings: Mapping[str, Any]) -> None:
     """
     for name in ("train_limit", "test_limit"):
         limit = settings.get(name)
-        if limit is not None and not (isinstance(limit, int) and limit > 0):
+        if limit is not None and not (type(limit) is int and limit > 0):
             raise ConfigError(f"{name} is {limit!r}; give a number of rows.")
 
 
 def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
     """The settings that `manylora train` has too."""
-    return TrainConfig(**{key: value for key, value in settings.items() if key not in _OWN}, **more)
+    own = {key: value for key, value in settings.items() if key not in _OWN}
+    return build_config(TrainConfig, own, source="", remedy="see manylora train --help", **more)
 
 
 def tasks(settings: Mapping[str, Any]) -> list[str]:
@@ -213,7 +228,8 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         if (path / "measured.json").is_file():
             if (kept := path / "adapter" / "adapter_model.safetensors").is_file():
                 read_weights(kept)  # what an earlier version scored may not be finite
-            return Measured(**json.loads((path / "measured.json").read_text(encoding="utf-8")))
+            found = read_record(path / "measured.json", _Saved, remedy=f"remove {path} to run that again")
+            return Measured(**found.model_dump())
         test = rows_to_score(prepared, job)
         curve = Curve.wanted(prepared, job, folder, test)
         began, cpu = time.monotonic(), time.process_time()

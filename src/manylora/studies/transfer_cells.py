@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, ModelError
+from manylora.files import build_config
 from manylora.studies.kinds import Job, Measured, held
 from manylora.studies.train_cells import check_limits, joined, one_run, only, shortened
 from manylora.training.config import TrainConfig
@@ -71,7 +72,8 @@ def check(settings: Mapping[str, Any]) -> None:
 
 
 def _config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
-    return TrainConfig(**{**{k: v for k, v in settings.items() if k not in _OWN}, **more})
+    own = {key: value for key, value in settings.items() if key not in _OWN}
+    return build_config(TrainConfig, own, source="", remedy="see manylora train --help", **more)
 
 
 def tasks(settings: Mapping[str, Any]) -> list[str]:
@@ -119,7 +121,7 @@ def run(job: Job) -> Measured:
 
 def _donor(job: Job, splits: Splits, task: str) -> dict[str, Tensor]:
     """Module name to the matrix that training on the other tasks gives, from this study's shared folder or made now."""
-    from manylora.adapters import read_weights
+    from manylora.adapters import read_adapter
     from manylora.training import prepare
 
     own = {**DEFAULTS, **job.settings}
@@ -135,7 +137,7 @@ def _donor(job: Job, splits: Splits, task: str) -> dict[str, Tensor]:
         others = shortened(others, own["train_limit"])
         other_job = dataclasses.replace(job, settings={}, split="validation")
         one_run(prepare(config, splits=others), other_job, folder)
-    weights = read_weights(folder / "adapter" / "adapter_model.safetensors")
+    _, weights = read_adapter(folder / "adapter")
     leaf = f"lora_{own['frozen']}"
     return {name: value for name, value in weights.items() if name.endswith(f".manylora_experts.{leaf}")}
 

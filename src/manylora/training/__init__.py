@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 from manylora.training.config import METHODS, RECIPES, TrainConfig
 
 if TYPE_CHECKING:
+    from manylora.files import write_json, write_text
     from manylora.training.batches import ExpertCollator
+    from manylora.training.facts import TaskFacts, read_task_facts
     from manylora.training.fingerprint import base_fingerprint, same_base
     from manylora.training.job import Prepared, build_model, finetune, prepare
     from manylora.training.labels import LabelSets, encode_labelled, label_of, predict_labels
     from manylora.training.layers import check_layers
     from manylora.training.memory import MemoryPlan
-    from manylora.training.merge import check_mergeable, write_merged
+    from manylora.training.merge import write_merged
     from manylora.training.models import (
         adapter_base_name,
         adapter_folder,
         adapter_task_type,
         base_location,
+        context_of,
         load_adapter,
         load_base,
         load_classifier,
@@ -32,22 +35,24 @@ if TYPE_CHECKING:
     )
     from manylora.training.plan import Plan, TaskPlan, plan_lines
     from manylora.training.processes import Processes
-    from manylora.training.runs import RunFolder, environment, json_text, write_json, write_text
+    from manylora.training.runs import RunFolder, environment
     from manylora.training.snapshots import find_snapshots
 
 _HOME = {
     "batches": ("ExpertCollator",),
+    "facts": ("TaskFacts", "read_task_facts"),
     "job": ("Prepared", "build_model", "finetune", "prepare"),
     "fingerprint": ("base_fingerprint", "same_base"),
     "labels": ("LabelSets", "encode_labelled", "label_of", "predict_labels"),
     "layers": ("check_layers",),
     "memory": ("MemoryPlan",),
-    "merge": ("check_mergeable", "write_merged"),
+    "merge": ("write_merged",),
     "models": (
         "adapter_base_name",
         "adapter_folder",
         "adapter_task_type",
         "base_location",
+        "context_of",
         "load_adapter",
         "load_base",
         "load_classifier",
@@ -57,7 +62,7 @@ _HOME = {
     ),
     "plan": ("Plan", "TaskPlan", "plan_lines"),
     "processes": ("Processes",),
-    "runs": ("RunFolder", "environment", "json_text", "write_json", "write_text"),
+    "runs": ("RunFolder", "environment"),
     "snapshots": ("find_snapshots",),
 }
 
@@ -71,6 +76,7 @@ __all__ = [
     "Prepared",
     "Processes",
     "RunFolder",
+    "TaskFacts",
     "TaskPlan",
     "TrainConfig",
     "adapter_base_name",
@@ -80,12 +86,11 @@ __all__ = [
     "base_location",
     "build_model",
     "check_layers",
-    "check_mergeable",
+    "context_of",
     "encode_labelled",
     "environment",
     "find_snapshots",
     "finetune",
-    "json_text",
     "label_of",
     "load_adapter",
     "load_base",
@@ -95,6 +100,7 @@ __all__ = [
     "plan_lines",
     "predict_labels",
     "prepare",
+    "read_task_facts",
     "same_base",
     "token_rows",
     "write_json",

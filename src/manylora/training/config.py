@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from manylora.data import EMBEDDED, check_date
 from manylora.errors import ConfigError
+from manylora.files import check_values
 
 Method: TypeAlias = Literal["alora", "hydralora", "moelora", "lora"]
 Recipe: TypeAlias = Literal[
@@ -194,6 +195,7 @@ class TrainConfig:
     other scripts are nothing. Equal where answers are plain English."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         positive = (
             "limit", "num_experts", "r", "lora_alpha", "learning_rate", "epochs", "batch_size", "micro_batch_size",
             "max_length", "mixing_temperature", "eval_steps", "save_steps", "eval_batch_size", "max_new_tokens",

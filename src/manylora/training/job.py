@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +26,15 @@ from manylora.data import (
     today,
     unread_note,
 )
-from manylora.errors import ConfigError, DataError, RunError
+from manylora.errors import ConfigError, DataError, ManyLoraError, RunError
+from manylora.files import remove
 from manylora.training.batches import Collator, EncodedRows, EncodedTask, data_fingerprint, encode_tasks
 from manylora.training.config import TrainConfig, as_list
 from manylora.training.fingerprint import base_fingerprint, comparable, same_base, weakness
 from manylora.training.labels import LabelCollator, LabelSets, LabelTrainer, encode_labelled
-from manylora.training.memory import estimate_memory
+from manylora.training.memory import MemoryPlan, MemoryUnknownError, estimate_memory
 from manylora.training.models import (
+    context_of,
     first_line,
     head_modules,
     load_base,
@@ -46,7 +48,9 @@ from manylora.training.plan import (
     Plan,
     TaskPlan,
     adapter_config,
+    count_fused,
     count_modules,
+    left_out_layers,
     shadow_model,
     step_counts,
 )
@@ -130,7 +134,7 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
         config = dataclasses.replace(config, date=config.date or today())
         fix_date(tokenizer, config.date)
     architecture = load_config(config.model, task_type=config.task_type)
-    context = getattr(architecture, "max_position_embeddings", None)
+    context = context_of(architecture)
     labels = _labels(splits) if config.task_type == "SEQ_CLS" else None
     lengths: dict[str, Any] = {
         "max_length": config.max_length,
@@ -233,7 +237,7 @@ def _plan(
     adapter = adapter_config(config, task_names=[task.name for task in train])
     model = shadow_model(config, adapter, labels=labels.count if labels else 0)
     trainable, total = model.get_nb_trainable_parameters()
-    modules = count_modules(model)
+    modules, fused = count_modules(model), count_fused(model)
     lengths = [len(row.input_ids) for task in train for row in task.rows]
     steps, warmup = step_counts(len(order), config)
     return Plan(
@@ -255,19 +259,36 @@ def _plan(
         steps=steps,
         warmup_steps=warmup,
         tokens=sum(lengths[index] for index in order),
-        memory=estimate_memory(
+        memory=_memory(config, model, train, validation, rows=len(order)),
+        leaks=splits.leaks,
+        dropped=splits.dropped,
+        left_out=left_out_layers(config, adapter),
+        fused=fused,
+        notes=notes,
+    )
+
+
+def _memory(
+    config: TrainConfig,
+    model: PeftModel,
+    train: Sequence[EncodedTask],
+    validation: Sequence[EncodedTask],
+    *,
+    rows: int,
+) -> MemoryPlan | str:
+    longest = max(len(row.input_ids) for task in train for row in task.rows)
+    try:
+        return estimate_memory(
             model,
-            rows=min(Processes.here().rows_per_pass(config), len(order)),
-            length=max(lengths),
-            answer=max(task.longest_answer for task in train) if config.loss_on == "answer" else max(lengths),
+            rows=min(Processes.here().rows_per_pass(config), rows),
+            length=longest,
+            answer=max(task.longest_answer for task in train) if config.loss_on == "answer" else longest,
             checkpointing=config.gradient_checkpointing,
             validation_rows=min(config.eval_batch_size, sum(len(task.rows) for task in validation)),
             on_cpu=pick_device(config.device).type == "cpu",
-        ),
-        leaks=splits.leaks,
-        dropped=splits.dropped,
-        notes=notes,
-    )
+        )
+    except MemoryUnknownError as error:
+        return str(error)
 
 
 def build_model(prepared: Prepared) -> PeftModel:
@@ -315,7 +336,7 @@ def finetune(
         callbacks: further ones for the trainer.
 
     Raises:
-        RunError: the run was begun on other data.
+        RunError: the run was begun on other data, or none of its checkpoints is whole.
     """
     model = build_model(prepared) if model is None else model
     rows = [*prepared.train, *prepared.validation]
@@ -333,25 +354,29 @@ def finetune(
         kept = snapshot_steps(prepared.plan.steps, prepared.config.keep_adapters)
         trainer.add_callback(SnapshotRecorder(run.path, model, kept))
     wait_for_all()
-    checkpoint = run.newest_checkpoint()
+    checkpoint, damaged = run.whole_checkpoint()
+    wait_for_all()  # every process has looked at the damaged ones before the first one removes them
     if first:
+        for folder, damage in damaged.items():
+            begins = f"goes on from {checkpoint.name}" if checkpoint else "begins anew"
+            print(f"{folder} is damaged ({damage}); the run {begins}", file=sys.stderr, flush=True)
+            remove(folder)
         run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if (
-            checkpoint is None
-            or isinstance(error, torch.OutOfMemoryError)
-            or trainer.state.global_step > step_of(checkpoint)
-        ):
+    except ManyLoraError:
+        raise
+    except Exception as error:
+        # What a library says of a file that it cannot load has no common type.
+        if checkpoint is None or trainer.began or isinstance(error, torch.OutOfMemoryError):
             raise
         raise RunError(
-            f"{checkpoint} is damaged ({first_line(error)}); remove it to go on from an older one or anew."
+            f"{checkpoint} is damaged ({type(error).__name__}: {first_line(error)}); remove it to go on from an older "
+            "one or anew."
         ) from error
     step = trainer.state.best_global_step
     if prepared.config.keep == "best" and step is not None:
-        best = run.checkpoint(step) / SAFETENSORS_WEIGHTS_NAME
-        put_weights(model, read_weights(best), source=best)
+        _load_best(run, step, model)
     if first:
         save_result(prepared, run, model)
     return model
@@ -374,6 +399,21 @@ def _check_unchanged(run: RunFolder, model: PeftModel, now: Mapping[str, str | N
                 f"{found.get(what)}); put the old one back, or start a new run (earlier versions took "
                 "other rows under --limit)."
             )
+
+
+def _load_best(run: RunFolder, step: int, model: PeftModel) -> None:
+    """Put the weights of an earlier step into the model.
+
+    Raises:
+        RunError: its checkpoint is damaged.
+    """
+    best = run.checkpoint(step)
+    if damage := run.damage(best):
+        raise RunError(
+            f"{best}, which holds the best weights, is damaged ({damage}); put a copy of it back, or start a new run."
+        )
+    weights = best / SAFETENSORS_WEIGHTS_NAME
+    put_weights(model, read_weights(weights), source=weights)
 
 
 def _trainer(

@@ -20,6 +20,7 @@ from manylora.data import Encoded, Example, TaskData, check_token_rows, without_
 from manylora.errors import DataError
 from manylora.training.batches import Collator, EncodedTask
 from manylora.training.finite import refuse_output
+from manylora.training.models import context_of
 from manylora.training.trainer import ManyTaskTrainer
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def predict_labels(
     allowed_KC, names = labels.allowed(), [label for own in labels.tasks.values() for label in own]
     config = model.active_peft_config
     route = getattr(config, "router", None) == "task" and config.num_experts > 1
-    length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+    length = min(max_length, context_of(model.config) or max_length)
     chosen: dict[str, list[str]] = {}
     for task, examples in data.items():
         number = list(labels.tasks).index(task)

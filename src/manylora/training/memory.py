@@ -11,12 +11,12 @@ import psutil
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manylora.adapters import load_balance
 from manylora.errors import ConfigError
+from manylora.training.reach import give_shapes, without_data
 
 _ADAM_BYTES = 12
 """Per trainable float32 parameter: the weight and Adam's two moments; its gradient belongs to the step."""
@@ -117,30 +117,25 @@ def estimate_memory(
         checkpointing: whether activations are recomputed.
         validation_rows: rows of one validation batch; 0: there is no validation.
         on_cpu: whether the CPU's allocator serves the training.
+
+    Raises:
+        MemoryUnknownError: the step cannot be simulated, as that of a base whose operators have results that depend
+            on data; the training itself may well run.
     """
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _give_shapes(model)
-        model.train()
-        if checkpointing:
-            # the second is its name before transformers 5.23
-            enable = (
-                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        with without_data():
+            step, forward, validation = _simulated(
+                model,
+                rows=rows,
+                length=length,
+                answer=answer,
+                checkpointing=checkpointing,
+                validation_rows=validation_rows,
             )
-            enable()
-            model.enable_input_require_grads()
-        step = LiveBytes(model)
-        with step:
-            loss = training_loss(model, rows=rows, length=length, answer=answer)
-            forward = step.now
-            loss.backward()
-            del loss
-        validation = LiveBytes(model)
-        if validation_rows:
-            model.eval()
-            with torch.no_grad(), validation:
-                training_loss(model, rows=validation_rows, length=length, answer=answer)
+    except Exception as error:  # whatever a library says of an operator without a rule
+        raise MemoryUnknownError(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
     return MemoryPlan(
         base=sum(p.nbytes for p in parameters if not p.requires_grad),
         adapter=trainable * _ADAM_BYTES,
@@ -150,6 +145,37 @@ def estimate_memory(
         slack=round(_HOLES * max(step.allocated, validation.allocated)) if on_cpu else 0,
         process=psutil.Process().memory_info().rss,
     )
+
+
+def _simulated(
+    model: PeftModel, *, rows: int, length: int, answer: int, checkpointing: bool, validation_rows: int
+) -> tuple[LiveBytes, int, LiveBytes]:
+    """A training step, the bytes that its forward pass left, and a validation batch."""
+    give_shapes(model)
+    model.train()
+    if checkpointing:
+        # the second is its name before transformers 5.23
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable()
+        model.enable_input_require_grads()
+    step = LiveBytes(model)
+    with step:
+        loss = training_loss(model, rows=rows, length=length, answer=answer)
+        forward = step.now
+        loss.backward()
+        del loss
+    validation = LiveBytes(model)
+    if validation_rows:
+        model.eval()
+        with torch.no_grad(), validation:
+            training_loss(model, rows=validation_rows, length=length, answer=answer)
+    return step, forward, validation
+
+
+class MemoryUnknownError(Exception):
+    """A step cannot be simulated; the message is the reason. No user's error: the plan says so and goes on."""
 
 
 def check_memory(plan: MemoryPlan, *, device: torch.device) -> None:
@@ -187,17 +213,3 @@ def training_loss(model: PeftModel, *, rows: int, length: int, answer: int) -> t
     place = torch.arange(length - 1 - answer, length - 1).repeat(rows)
     loss = F.cross_entropy(logits[:, :-1][row, place].float(), torch.zeros_like(row), reduction="none").sum()
     return loss + balance.loss()
-
-
-def _give_shapes(model: torch.nn.Module) -> None:
-    """Swap meta tensors for fake CPU ones: same shapes, still no data, but CPU kernels are chosen."""
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                is_parameter = isinstance(tensor, torch.nn.Parameter)
-                table[name] = (
-                    torch.nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-                )

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import get_peft_model
+from torch import nn
 
 from manylora.adapters import ManyLoraConfig, PlainLora, import_loras, put_weights
-from manylora.errors import ModelError
 from manylora.training.models import check_base, load_base, load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TIED = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out")
+_EMBEDDINGS = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out")
+_TOKEN_ROWS = "token_adapter"
+"""Part of the names of trained token rows, which PEFT gives both embeddings where they are one matrix."""
 
 
-def check_mergeable(base: str, lora: PlainLora) -> None:
-    """Refuse, before weights are loaded, what merged weights cannot hold.
+def _changes_embedding(lora: PlainLora) -> bool:
+    """Whether a LoRA changes an embedding as a whole: trains it in full, or has matrices for it."""
+    keys = (key.split(".") for key in lora.weights if _TOKEN_ROWS not in key)
+    return any(part in _EMBEDDINGS for parts in keys for part in parts)
 
-    Raises:
-        ModelError: the base uses one matrix for its input and output tokens, and the LoRA changes one of the two.
-    """
-    if not getattr(load_config(base), "tie_word_embeddings", False):
+
+def _untie(base: PreTrainedModel) -> None:
+    """Give a base whose two embeddings are one matrix two, so that one of them can be changed alone."""
+    head = base.get_output_embeddings()
+    if head is None or head.weight is not base.get_input_embeddings().weight:
         return
-    touched = {part for key in lora.weights for part in key.split(".") if part in _TIED}
-    if touched:
-        raise ModelError(
-            f"{base} uses one matrix for input and output embeddings, and the adapter changes {sorted(touched)[0]}; "
-            "merged weights cannot hold both. Export without --merge."
-        )
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in {id(found): found for found in (base.config, base.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
 
 
 def merged(
@@ -56,13 +59,18 @@ def merged(
     if dtype == "auto":
         dtype = str(getattr(load_config(base), "dtype", None) or "float32").removeprefix("torch.")
     config, weights = import_loras({"lora": lora})
-    # inference mode off: PEFT would cast the adapter's weights to the base's type before they are added
-    model = load_base(base, dtype=dtype, device=device)
+    plain_base = load_base(base, dtype=dtype, device=device)
     if trained is not None:
-        check_base(model, trained, source="The adapter")
-    model = get_peft_model(model, config, autocast_adapter_dtype=True)
+        check_base(plain_base, trained, source="The adapter")
+    if _changes_embedding(lora):
+        _untie(plain_base)
+    # inference mode off: PEFT would cast the adapter's weights to the base's type before they are added
+    model = get_peft_model(plain_base, config, autocast_adapter_dtype=True)
     put_weights(model, weights, source="The adapter", target=base)
-    with model.base_model.route(0):
+    with model.base_model.route(0), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Input and output embeddings are no longer tied"
+        )  # as they must be
         plain: PreTrainedModel = model.base_model.merge_and_unload(safe_merge=True)
     return plain.eval()
 

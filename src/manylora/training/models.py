@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from manylora.adapters import check_result, loading, read_weights
+from manylora.adapters import check_folder, check_result, loading, read_settings, read_weights
 from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED
 from manylora.errors import ManyLoraError, ModelError
 from manylora.training.fingerprint import base_fingerprint, differing_part, same_base, weakness
 from manylora.training.pooling import pool_as_told
+from manylora.training.runs import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,6 +126,12 @@ def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM", offline: bool 
             "decoder, or train it to choose among labels (--task-type SEQ_CLS)."
         )
     return config
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """Tokens that a model reads, of its text part where it has several; None where nothing says."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def load_tokenizer(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PreTrainedTokenizerBase:
@@ -252,13 +259,25 @@ def adapter_folder(adapter: str | Path) -> Path:
         return path
     if (path / "adapter" / "adapter_config.json").is_file():
         return path / "adapter"
-    if (path / "state.json").is_file():
+    if clients := sorted(path.glob("clients/*/adapter/adapter_config.json")):
         raise ModelError(
-            f"{adapter} has no adapter yet; finish the run with: manylora train --resume {adapter}"
+            f"{adapter} is a federated run, with an adapter for each client; give one of them, such as "
+            f"{shlex.quote(str(clients[0].parents[1]))}"
         )
+    if (path / "state.json").is_file():
+        raise ModelError(_unfinished(path))
     raise ModelError(
         f"{adapter} is neither a run folder nor a PEFT adapter folder (no adapter_config.json in it)."
     )
+
+
+def _unfinished(run: Path) -> str:
+    """What to do with a run that has no adapter."""
+    settings = RunFolder(run).read_config() if (run / "config.yaml").is_file() else {}
+    verb = "federate" if "strategy" in settings else "train"
+    if "measure" in settings:
+        return f"{run} is an analysis and has no adapter; give a run of manylora train."
+    return f"{run} has no adapter yet; finish the run with: manylora {verb} --resume {shlex.quote(str(run))}"
 
 
 def adapter_base_name(adapter: str | Path) -> str:
@@ -268,10 +287,10 @@ def adapter_base_name(adapter: str | Path) -> str:
         ModelError: the folder's configuration is broken or names none.
     """
     path = adapter_folder(adapter) / "adapter_config.json"
-    name = _adapter_fact(path, "base_model_name_or_path")
-    if not name:
+    name = read_settings(path.parent).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
         raise ModelError(f"{path} names no base model; give it with --model.")
-    return str(name)
+    return name
 
 
 def adapter_task_type(adapter: str | Path) -> str | None:
@@ -280,16 +299,8 @@ def adapter_task_type(adapter: str | Path) -> str | None:
     Raises:
         ModelError: the folder's configuration is broken.
     """
-    return _adapter_fact(adapter_folder(adapter) / "adapter_config.json", "task_type")
-
-
-def _adapter_fact(path: Path, key: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get(key)
-    except (ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{path} is not valid JSON ({first_line(error)}); save the adapter again."
-        ) from error
+    found = read_settings(adapter_folder(adapter)).get("task_type")
+    return found if isinstance(found, str) else None
 
 
 def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str) -> None:
@@ -328,10 +339,10 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
             on another base.
     """
     folder = adapter_folder(adapter)
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        raise ModelError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
-    read_weights(weights)  # PEFT reads them again; what is wrong with the file is said of the file
+    check_folder(folder)
+    read_weights(
+        folder / SAFETENSORS_WEIGHTS_NAME
+    )  # PEFT reads them again; a fault of the file is said of the file
     try:
         config = PeftConfig.from_pretrained(str(folder))
         check_base(base, config, source=str(adapter))
@@ -350,9 +361,7 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
             f"{adapter} does not fit this base model ({first_line(error)}); give the base it was trained on "
             "with --model."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"Cannot load the adapter in {folder} ({first_line(error)}).") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise ModelError(f"The weights in {folder} are broken ({first_line(error)}).") from error
-        raise
+    except Exception as error:  # settings of a stranger, in PEFT's hands: any type can come back
+        raise ModelError(
+            f"Cannot load the adapter in {folder} ({type(error).__name__}: {first_line(error)})."
+        ) from error

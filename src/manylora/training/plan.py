@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +17,12 @@ from manylora.errors import ConfigError
 from manylora.training.memory import MemoryPlan
 from manylora.training.models import base_location, head_modules, load_config, pick_device, pick_dtype
 from manylora.training.pooling import pool_as_told
+from manylora.training.reach import Reach, leave_out, reach_of
 
 if TYPE_CHECKING:
-    from manylora.training.config import TrainConfig
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from manylora.training.config import TaskType, TrainConfig
 
 _MIB = 2**20
 
@@ -52,13 +55,19 @@ class Plan:
     warmup_steps: int
     tokens: int
     """Tokens that training reads, padding apart."""
-    memory: MemoryPlan
+    memory: MemoryPlan | str
+    """What the training takes, or why that is not known."""
     leaks: int
     """Test rows whose prompt also stands among the training rows."""
     dropped: int
     """Training and validation rows without an answer text, which are left out."""
     notes: Sequence[str] = ()
     """What else a reader should know of the rows."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Targeted layers that cannot carry an adapter, with the reasons."""
+    fused: Mapping[str, int] = field(default_factory=dict)
+    """Fused parameters of the base, such as all experts' matrices in one ("experts.down_proj"), to their numbers:
+    adapters go onto layers, so these get none."""
 
 
 def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLoraConfig:
@@ -66,7 +75,7 @@ def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLor
     if config.share is None or config.num_experts is None:
         raise ConfigError("share and num_experts are not set; call config.resolved() and give num_experts.")
     by_task = config.router == "task" and config.num_experts > 1
-    return ManyLoraConfig(
+    adapter = ManyLoraConfig(
         task_type=config.task_type,
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -81,6 +90,42 @@ def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLor
         task_names=list(task_names) if by_task else None,
         target_modules=config.target_modules,
     )
+    leave_out(
+        adapter, _reach(config.model, config.task_type, load_config(config.model, task_type=config.task_type))
+    )
+    return adapter
+
+
+def left_out_layers(config: TrainConfig, adapter: ManyLoraConfig) -> dict[str, str]:
+    """The layers that `adapter_config` has excluded, with the reasons."""
+    reach = _reach(config.model, config.task_type, load_config(config.model, task_type=config.task_type))
+    return {name: reach.unfit[name] for name in sorted(adapter.exclude_modules or ()) if name in reach.unfit}
+
+
+_REACHES: dict[tuple[str, str, str], Reach] = {}
+
+
+def _reach(model: str, task_type: TaskType, architecture: PretrainedConfig) -> Reach:
+    """Of one architecture, looked at once: a run asks several times."""
+    key = (base_location(model), task_type, architecture.to_json_string())
+    if key not in _REACHES:
+        _REACHES[key] = reach_of(_shadow_base(model, task_type, architecture, labels=2, dtype=torch.float32))
+    return _REACHES[key]
+
+
+def _shadow_base(
+    model: str, task_type: TaskType, architecture: PretrainedConfig, *, labels: int, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The base on torch's meta device."""
+    with torch.device("meta"):
+        if task_type != "SEQ_CLS":
+            return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+        architecture.num_labels = labels
+        if architecture.pad_token_id is None:
+            architecture.pad_token_id = 0
+        base = AutoModelForSequenceClassification.from_config(architecture, dtype=dtype)
+        pool_as_told(base, base_location(model))
+        return base
 
 
 def shadow_model(config: TrainConfig, adapter: ManyLoraConfig, *, labels: int = 0) -> PeftModel:
@@ -97,16 +142,10 @@ def shadow_model(config: TrainConfig, adapter: ManyLoraConfig, *, labels: int = 
     """
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     architecture = load_config(config.model, task_type=config.task_type)
+    base = _shadow_base(config.model, config.task_type, architecture, labels=labels, dtype=dtype)
+    if config.task_type == "SEQ_CLS":
+        adapter.modules_to_save = head_modules(base)
     with torch.device("meta"):
-        if config.task_type == "SEQ_CLS":
-            architecture.num_labels = labels
-            if architecture.pad_token_id is None:
-                architecture.pad_token_id = 0
-            base = AutoModelForSequenceClassification.from_config(architecture, dtype=dtype)
-            pool_as_told(base, base_location(config.model))
-            adapter.modules_to_save = head_modules(base)
-        else:
-            base = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
         return get_peft_model(base, adapter, low_cpu_mem_usage=True)
 
 
@@ -118,6 +157,21 @@ def count_modules(model: PeftModel) -> Counter[str]:
         for name, _ in model.named_modules()
         if name.endswith(suffix)
     )
+
+
+def count_fused(model: PeftModel) -> dict[str, int]:
+    """Numbers in the base's stacks of matrices, (experts, in, out), by the last two parts of their names.
+
+    A convolution's weight is another thing, and left out.
+    """
+    found: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.conv._ConvNd) or "manylora_experts" in name:
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and min(parameter.shape) > 1:
+                found[f"{name.rpartition('.')[2]}.{leaf}"] += parameter.numel()
+    return dict(found)
 
 
 def step_counts(rows: int, config: TrainConfig) -> tuple[int, int]:
@@ -137,6 +191,31 @@ def _router(config: TrainConfig) -> str:
     return f"{config.router} ({given})" if given else config.router
 
 
+def _memory_text(memory: MemoryPlan | str) -> str:
+    if isinstance(memory, str):
+        return f"not known: this base's step cannot be simulated ({memory})"
+    parts = (
+        f"base {memory.base / _MIB:,.0f}, adapter {memory.adapter / _MIB:,.0f}, "
+        f"{_step_text(memory)}, allocator's slack {memory.slack / _MIB:,.0f}, "
+        f"process {memory.process / _MIB:,.0f}"
+    )
+    return f"about {memory.total / _MIB:,.0f} MiB at the peak ({parts})"
+
+
+def _fused_text(plan: Plan) -> str:
+    share = 100 * sum(plan.fused.values()) / (plan.total - plan.trainable)
+    return f"{', '.join(sorted(plan.fused))}: fused parameters and no layers, {share:.0f} % of the base"
+
+
+def _left_out_text(left_out: Mapping[str, str]) -> str:
+    parts = []
+    for reason in dict.fromkeys(left_out.values()):
+        names = [name for name, own in left_out.items() if own == reason]
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        parts.append(f"{names[0]}{more}: {reason}")
+    return "; ".join(parts)
+
+
 def _step_text(memory: MemoryPlan) -> str:
     if memory.step == memory.validation:
         return f"a validation batch {memory.validation / _MIB:,.0f}"
@@ -145,12 +224,6 @@ def _step_text(memory: MemoryPlan) -> str:
 
 def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
     """The plan as label and text, for printing."""
-    memory = plan.memory
-    parts = (
-        f"base {memory.base / _MIB:,.0f}, adapter {memory.adapter / _MIB:,.0f}, "
-        f"{_step_text(memory)}, allocator's slack {memory.slack / _MIB:,.0f}, "
-        f"process {memory.process / _MIB:,.0f}"
-    )
     modules = ", ".join(f"{count} × {name}" for name, count in sorted(plan.modules.items()))
     lines = [
         ("model", config.model),
@@ -172,8 +245,12 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
             f"peak learning rate {config.learning_rate:g}, mixing {config.mixing}",
         ),
         ("tokens", f"{plan.tokens:,}"),
-        ("memory", f"about {memory.total / _MIB:,.0f} MiB at the peak ({parts})"),
+        ("memory", _memory_text(plan.memory)),
     ]
+    if plan.fused:
+        lines.append(("no adapter", _fused_text(plan)))
+    if plan.left_out:
+        lines.append(("left out", _left_out_text(plan.left_out)))
     if plan.dropped:
         lines.append(("warning", f"{plan.dropped} rows have no answer text to learn and are left out"))
     if plan.warmup_steps >= plan.steps > 1:

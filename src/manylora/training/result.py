@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from manylora.data import PromptRecord
-from manylora.training.runs import RunFolder, write_json
+from manylora.files import remove, write_json
+from manylora.training.runs import RunFolder
 from manylora.training.trainer import save_adapter
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 def save_result(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
     """Place `adapter/` in the run folder, with tokenizer and record of its prompts, and tasks.json beside it."""
     partial = run.path / "adapter.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
+    remove(partial)
     save_adapter(model, str(partial))
     prepared.tokenizer.save_pretrained(str(partial))
     if prepared.labels is None:

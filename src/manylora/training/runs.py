@@ -2,70 +2,87 @@
 
     config.yaml         the configuration as run, every default filled in
     environment.json    versions, seed, threads, command
-    state.json          {"state": "running" | "finished" | "failed", …}
+    state.json          {"state": "running" | "finished" | "failed", …} and, under "files", checksums of the others
     metrics.jsonl       one line per log or validation
-    checkpoints/        checkpoint-STEP/, complete only where it holds complete.json
+    checkpoints/        checkpoint-STEP/, complete only where it holds complete.json, with the checksums of its files
     adapters/           step-STEP.safetensors: the adapter's weights at chosen steps, where `keep_adapters` asks for it
     adapter/            the result in PEFT format, renamed into place when whole
     tasks.json          cut-off of prompts, and per task: expert, rows, tokens an answer may have
     predictions.jsonl   test rows with the model's answers
     scores.json         the table
 
-Every file but `metrics.jsonl` and the checkpoints appears under its name only when it is whole.
+Every file but `metrics.jsonl` and the checkpoints appears under its name only when it is whole. A folder may come from
+a stranger or a failing disk: what is read is checked, and nothing is written through a link (`manylora.files`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
-import math
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
-import yaml
+from pydantic import Field
 
 from manylora._version import __version__
 from manylora.errors import RunError
+from manylora.files import (
+    NOTES,
+    Record,
+    append_line,
+    build_config,
+    changed_file,
+    check_noted,
+    check_record,
+    dump_yaml,
+    folder_sums,
+    json_text,
+    make_folder,
+    noted,
+    open_own,
+    parse_json,
+    read_json,
+    read_yaml,
+    reason,
+    refuse_links,
+    remove,
+    write_json,
+    write_text,
+)
 from manylora.training.processes import Processes
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Config = TypeVar("Config", bound=DataclassInstance)
 
 COMPLETE = "complete.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+_RESULTS = ("config.yaml", "tasks.json", "scores.json", "predictions.jsonl")
+"""Files whose checksums a finished run notes, beside those in adapter/ and adapters/."""
+_VERB_OF = {"strategy": "federate", "measure": "analyze", "learning_rate": "train"}
+"""A setting to the verb whose run it tells; the first that is there."""
+_REMEDIES = {
+    "train": "go on with it by: manylora train --resume {run}",
+    "federate": "go on with it by: manylora federate --resume {run}",
+    "analyze": "run the same manylora analyze command again to go on with it",
+}
+_PUT_BACK = "put a copy of it back"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `path` so that it holds either what it held or all of `text`, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+class _State(Record):
+    """What state.json holds, beside a verb's further facts."""
 
-
-def json_text(value: object, *, indent: int | None = None) -> str:
-    """JSON that every reader takes: it has no NaN and no infinity, so these become null."""
-    return json.dumps(without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def without_nan(value: Any) -> Any:
-    """The same values, None for each that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: without_nan(part) for key, part in value.items()}
-    return [without_nan(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def write_json(path: Path, value: object) -> None:
-    """`write_text` of indented JSON."""
-    write_text(path, json_text(value, indent=2) + "\n")
+    state: Literal["running", "finished", "failed"]
+    steps: int | None = None
+    fingerprints: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
 
 
 class RunFolder:
@@ -73,7 +90,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
 
     @classmethod
     def create(
@@ -89,20 +106,20 @@ class RunFolder:
             raise RunError(
                 f"{path} exists already; choose another --out, or continue that run with --resume {path}."
             )
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         run = cls(path)
         run.lock()
-        write_text(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_text(path / "config.yaml", dump_yaml(config))
         write_json(path / "environment.json", environment(seed))
-        run.set_state("running")
+        run.set_state("running", **{NOTES: folder_sums(path, ["config.yaml"])})
         return run
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """An existing run.
+        """An existing run, to read or to go on with.
 
         Raises:
-            RunError: `path` is no run folder.
+            RunError: `path` is no run folder, or a link in it leads out of it.
         """
         folder = Path(path).expanduser()
         for name in ("config.yaml", "state.json"):
@@ -110,52 +127,103 @@ class RunFolder:
                 raise RunError(
                     f"{path} is not a run folder (it has no {name}); give a folder that a run wrote."
                 )
+        refuse_links(folder)
         return cls(folder)
 
     @property
     def state(self) -> dict[str, Any]:
-        """Contents of `state.json`."""
-        state = self.read_json("state.json")
-        if not isinstance(state, dict):
-            raise RunError(f"{self.path / 'state.json'} holds no state; the run folder is damaged.")
+        """Contents of `state.json`.
+
+        Raises:
+            RunError: it is missing or broken.
+        """
+        state: dict[str, Any] = self.read_json("state.json")
+        check_record(state, _State, source=self.path / "state.json", remedy=_PUT_BACK)
         return state
 
     def set_state(self, state: str, **facts: Any) -> None:
-        """Write `state.json`; facts of earlier calls stay."""
+        """Write `state.json`; facts of earlier calls stay. A finished run notes the checksums of its results."""
         path = self.path / "state.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):  # whoever needs what it held has read it before
+            if isinstance(found := read_json(path), dict):
+                known = found
         known.pop("error", None)
+        notes = known.get(NOTES)
+        sums = {name: notes[name] for name in ("config.yaml",) if isinstance(notes, dict) and name in notes}
+        if state == "finished":
+            weights = [*self.path.glob("adapter/*"), *self.path.glob("adapters/*.safetensors")]
+            names = [*_RESULTS, *(place.relative_to(self.path).as_posix() for place in weights)]
+            sums = folder_sums(self.path, names) | sums
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(path, {**known, "state": state, "time": now, "pid": os.getpid(), **facts})
+        write_json(path, {**known, "state": state, "time": now, "pid": os.getpid(), NOTES: sums, **facts})
+
+    def missing_result(self) -> str | None:
+        """The first file of a finished run's result that is not there; None where all are.
+
+        Raises:
+            RunError: all are, but one is not what the run noted.
+        """
+        # Snapshots are not made again, and may be removed to save space.
+        notes = [name for name in noted(self.path) if not name.startswith("adapters/")]
+        wanted = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", *notes)
+        missing = next((name for name in wanted if not (self.path / name).is_file()), None)
+        for name in () if missing else notes:
+            check_noted(self.path / name)
+        return missing
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the run.
 
         Raises:
-            RunError: it is missing or broken.
+            RunError: it is missing or broken, or not the one that the run noted.
         """
+        check_noted(self.path / name)
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return read_json(self.path / name)
         except (OSError, ValueError) as error:
             raise RunError(
-                f"{self.path / name} cannot be read ({error}); the run folder is damaged."
+                f"{self.path / name} cannot be read ({reason(error)}); the run folder is damaged: {_PUT_BACK}."
             ) from error
 
     def read_config(self) -> dict[str, Any]:
         """`config.yaml` as plain values.
 
         Raises:
-            RunError: it is missing or broken.
+            RunError: it is missing or broken, or not the one that the run noted.
         """
+        check_noted(self.path / "config.yaml")
         try:
-            values = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            values = read_yaml(self.path / "config.yaml")
+        except (OSError, ValueError) as error:
             raise RunError(
-                f"{self.path / 'config.yaml'} cannot be read: {str(error).splitlines()[0]}"
+                f"{self.path / 'config.yaml'} cannot be read ({reason(error)}); {_PUT_BACK}."
             ) from error
         if not isinstance(values, dict):
-            raise RunError(f"{self.path / 'config.yaml'} holds no settings; the run folder is damaged.")
+            raise RunError(f"{self.path / 'config.yaml'} holds no settings; {_PUT_BACK}.")
         return values
+
+    def config(self, kind: type[Config], *, verb: str) -> Config:
+        """`config.yaml`, checked as the same settings on the command line are.
+
+        Args:
+            kind: the verb's configuration.
+            verb: whose run this has to be.
+
+        Raises:
+            RunError: as `read_config`; or it is another verb's run.
+            ConfigError: a value that cannot be.
+        """
+        values = self.read_config()
+        found = next((other for mark, other in _VERB_OF.items() if mark in values), verb)
+        if found != verb:
+            raise RunError(f"{self.path} is a run of {found}; {_REMEDIES[found].format(run=self.path)}")
+        return build_config(
+            kind,
+            values,
+            source=self.path / "config.yaml",
+            remedy=f"{_PUT_BACK}, or, if another version wrote it, use that one",
+        )
 
     def lock(self) -> None:
         """Hold the run for this process until it ends, however it ends.
@@ -167,7 +235,7 @@ class RunFolder:
             import fcntl
         except ImportError:  # Windows: no lock, as nothing there releases one after a kill
             return
-        file = (self.path / ".lock").open("w", encoding="utf-8")
+        file = open_own(self.path / ".lock", os.O_WRONLY)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -200,47 +268,95 @@ class RunFolder:
         transformers writes a checkpoint in place, so a killed run can leave half of one; what counts is the
         marker that `mark_complete` writes last.
         """
-        complete = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
-        return max(complete, key=step_of, default=None)
+        return next(iter(self._complete()), None)
+
+    def whole_checkpoint(self) -> tuple[Path | None, dict[Path, str]]:
+        """The newest complete checkpoint whose files are what they were, and the newer ones, each with what is wrong.
+
+        Raises:
+            RunError: there are checkpoints, and all of them are damaged.
+        """
+        damaged: dict[Path, str] = {}
+        for folder in self._complete():
+            damage = self.damage(folder)
+            if damage is None:
+                return folder, damaged
+            damaged[folder] = damage
+        if damaged:
+            folder, damage = next(iter(damaged.items()))
+            raise RunError(
+                f"{folder} is damaged ({damage}), and there is no older one; put a copy of it back, or remove it to "
+                "begin the run anew."
+            )
+        return None, {}
+
+    def damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a complete checkpoint, in a few words; None where nothing is, or nothing is known."""
+        try:
+            marker = read_json(checkpoint / COMPLETE)
+            sums = marker[NOTES] if isinstance(marker, dict) and NOTES in marker else None
+            if sums is None:  # of an earlier version
+                return None if isinstance(marker, dict) else f"{COMPLETE} is broken"
+            there = {
+                path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()
+            }
+            if strange := sorted(there - {*sums, COMPLETE}):
+                return f"{strange[0]} was not part of it"
+            changed = changed_file(checkpoint, sums)
+            return f"{changed} is not what the run wrote" if changed else None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            return f"{COMPLETE}: {reason(error)}"
+
+    def is_summed(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint's marker holds checksums; those of earlier versions do not."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return NOTES in read_json(checkpoint / COMPLETE)
+        return False
 
     def mark_complete(self, step: int, *, keep: Iterable[int] = ()) -> None:
-        """Declare a checkpoint whole, then remove the older ones except those in `keep`."""
+        """Declare a checkpoint whole, with its files' checksums, then remove the older ones except those in `keep`."""
         folder = self.checkpoint(step)
         for path in folder.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        write_json(folder / COMPLETE, {"step": step})
+        write_json(folder / COMPLETE, {"step": step, NOTES: folder_sums(folder)})
         kept = {step, *keep}
         for other in self.checkpoints.glob("checkpoint-*"):
             if step_of(other) not in kept:
-                shutil.rmtree(other)
+                remove(other)
 
     def drop_incomplete(self) -> None:
         """Remove what a kill left: half checkpoints and half-written files."""
         for path in self.checkpoints.glob("checkpoint-*"):
             if not (path / COMPLETE).is_file():
-                shutil.rmtree(path)
+                remove(path)
         for path in self.path.glob("*.partial"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
+
+    def _complete(self) -> list[Path]:
+        """The complete checkpoints, the newest first."""
+        found = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
+        return sorted(found, key=step_of, reverse=True)
 
     # ---- metrics
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json_text(row) + "\n")
+        append_line(self.path / "metrics.jsonl", json_text(row))
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop the lines of `metrics.jsonl` that come after `step`, and a half-written last one."""
+        """Drop the lines of `metrics.jsonl` that come after the checkpoint of `step`, and a half-written last one."""
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                row = json.loads(line)
-                if row["step"] <= step:
+                row = parse_json(line, finite=False)
+                if (
+                    row["step"] <= step and "train_loss" not in row
+                ):  # the summary comes after the last checkpoint
                     kept.append(line + "\n")
             except (ValueError, TypeError, KeyError):  # no line of ours
                 continue
@@ -249,8 +365,7 @@ class RunFolder:
     def place_folder(self, name: str, partial: Path) -> None:
         """Rename a finished folder into the run, replacing an older one."""
         final = self.path / name
-        if final.exists():
-            shutil.rmtree(final)
+        remove(final)
         partial.replace(final)
 
 

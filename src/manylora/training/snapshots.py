@@ -16,6 +16,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from manylora.files import make_folder, remove
+
 EARLY = 0.05
 """Where in a run the early snapshot is taken. B is zero at step 0 and cannot be compared with; a convention of ours."""
 
@@ -33,8 +35,9 @@ def snapshot_steps(steps: int, count: int) -> list[int]:
     """
     if count == 0:
         return []
+    most = min(count, steps)
     early = min(steps, max(2, math.ceil(EARLY * steps)))
-    return sorted({0, early, *(round(steps * i / count) for i in range(1, count + 1))})
+    return sorted({0, early, *(round(steps * i / most) for i in range(1, most + 1))})
 
 
 def find_snapshots(run: Path) -> dict[int, Path]:
@@ -64,7 +67,7 @@ class SnapshotRecorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for partial in (self.run / _FOLDER).glob("*.partial"):
-            partial.unlink()
+            remove(partial)
         for step, path in find_snapshots(self.run).items():
             if step > state.global_step:
                 path.unlink()
@@ -80,8 +83,9 @@ class SnapshotRecorder(TrainerCallback):
             return
         weights = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         final = self.run / _FOLDER / f"{_PREFIX}{step:06d}{_SUFFIX}"
-        final.parent.mkdir(exist_ok=True)
+        make_folder(final.parent)
         partial = final.with_name(final.name + ".partial")
+        remove(partial)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, partial, metadata={"format": "pt"})
         with partial.open("rb") as file:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from manylora.adapters import check_finite, has_load_balance, load_balance, loading
+from manylora.errors import RunError
+from manylora.files import Record, read_record
 from manylora.training.config import TrainConfig
 from manylora.training.finite import FiniteGuard
 from manylora.training.processes import Processes, wait_for_all
@@ -25,8 +29,24 @@ _CHECKPOINTING = (
 )
 """The argument's name: the first since transformers 5.23, the second before."""
 
+LOSSES = "losses.json"
+"""File of a checkpoint: what has been added up since the last log."""
+_REMOVE = "remove that checkpoint to go on from an older one or anew"
+
 SELECTION = "eval_mean_task_loss"
 """What `keep="best"` minimises: the validation loss, averaged within each task and then over tasks."""
+
+
+class _Losses(Record):
+    """What has been added up since the last log."""
+
+    tasks: list[list[float]] | None
+    """Sum of the losses and number of the items of each task; None before the first batch."""
+    loss: float
+    """Sum of the steps' losses."""
+    logged_loss: float
+    """The same of all steps up to the last log."""
+    logged_step: int
 
 
 class ManyTaskTrainer(Trainer):
@@ -49,6 +69,8 @@ class ManyTaskTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.balanced = has_load_balance(self.model)
+        self.began = False
+        """Whether a first batch of rows has been read: what fails before that is the checkpoint."""
         self._sums: torch.Tensor | None = None
         self.guard = FiniteGuard(
             self.model,
@@ -58,6 +80,8 @@ class ManyTaskTrainer(Trainer):
             autocast=self.args.bf16,
         )
         self.add_callback(self.guard)
+        self._restored: _Losses | None = None
+        self.add_callback(_LossesRestored(self))
 
     def _token_losses(
         self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
@@ -84,6 +108,7 @@ class ManyTaskTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Mean loss over the answer tokens of the whole optimizer step, with the load-balance loss where asked for."""
+        self.began = True
         with load_balance(model) if self.balanced else nullcontext() as balance:
             losses, rows = self._token_losses(model, inputs)
         self._add_up(inputs["task"][rows], losses.detach())
@@ -136,13 +161,54 @@ class ManyTaskTrainer(Trainer):
         """Write the adapter alone; the inherited way asks the Hub about the base's vocabulary at every checkpoint."""
         save_adapter(self.model, output_dir, state_dict=state_dict)
 
+    # What is added up for the next log is in no checkpoint of transformers: a run that was killed between a log and a
+    # checkpoint would go on to log other losses than an unbroken one.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write losses.json, too."""
+        super()._save_rng_state(output_dir)
+        sums = None if self._sums is None else self.accelerator.reduce(self._sums.clone(), "sum").tolist()
+        loss = float(self.accelerator.reduce(self._tr_loss.detach().clone(), "mean"))
+        if self.args.should_save:
+            found = {
+                "tasks": sums,
+                "loss": loss,
+                "logged_loss": self._total_loss_scalar,
+                "logged_step": self._globalstep_last_logged,
+            }
+            (Path(output_dir) / LOSSES).write_text(json.dumps(found), encoding="utf-8")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As inherited, but an error about the weights names the checkpoint."""
-        with loading(resume_from_checkpoint):
+        with loading(resume_from_checkpoint):  # an error about the weights names the checkpoint
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / LOSSES
+        if not path.is_file():  # checkpoints of earlier versions have none
+            return
+        found = read_record(path, _Losses, remedy=_REMOVE)
+        shape = [len(row) for row in found.tasks or []]
+        if found.tasks is not None and shape != [2] * len(self.task_names):
+            raise RunError(
+                f"{path} is damaged (it has {shape} sums of {len(self.task_names)} tasks); {_REMOVE}."
+            )
+        self._restored = found
+
+    def restore_losses(self) -> None:
+        """Go on with the sums of the checkpoint, once the loop has set its own to zero."""
+        found, self._restored = self._restored, None
+        if found is None:
+            return
+        device = self.args.device
+        if found.tasks is not None:
+            sums = torch.tensor(found.tasks, dtype=torch.float32, device=device)
+            self._sums = sums if self.args.process_index == 0 else torch.zeros_like(sums)
+        self._tr_loss = torch.tensor(found.loss, device=device)
+        self._total_loss_scalar = found.logged_loss
+        self._globalstep_last_logged = found.logged_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the training loss of each task since the last log."""
+        """Add the training loss of each task since the last log; make the summary's loss that of the whole run."""
+        if "train_loss" in logs:  # transformers divides by the steps since the resume
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         if "loss" in logs and self._sums is not None:
             sums = self.accelerator.reduce(self._sums.clone(), "sum")
             for name, (total, count) in zip(self.task_names, sums.tolist(), strict=True):
@@ -162,6 +228,14 @@ def save_adapter(model: Any, folder: str | None, *, state_dict: dict[str, Any] |
     check_finite(weights, "The trained adapter")
     # else PEFT asks the Hub about the base
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+
+
+class _LossesRestored(TrainerCallback):
+    def __init__(self, trainer: ManyTaskTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.restore_losses()
 
 
 class RunRecorder(TrainerCallback):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from manylora.federated.config import FederateConfig
 
 _RECIPE = """\
@@ -14,8 +16,8 @@ mkdir -p certs keys
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 \\
   -subj "/CN=manylora authority" -keyout certs/ca.key -out certs/ca.crt
 openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes \\
-  -subj "/CN={host}" -keyout certs/server.key -out certs/server.csr
-echo "subjectAltName={kind}:{host},DNS:localhost,IP:127.0.0.1" > certs/server.ext
+  -subj {subject} -keyout certs/server.key -out certs/server.csr
+echo {names} > certs/server.ext
 openssl x509 -req -in certs/server.csr -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial -days 365 \\
   -extfile certs/server.ext -out certs/server.crt
 
@@ -43,12 +45,12 @@ manylora federate --node 127.0.0.1:9094
 def recipe(config: FederateConfig) -> str:
     """The commands for the SuperLink that `config` names."""
     host, _, port = (config.superlink or "").rpartition(":")
-    numeric = host.replace(".", "").isdecimal() or ":" in host
-    clients = f" --clients {config.clients}" if config.clients else ""
+    kind = "IP" if host.replace(".", "").isdecimal() or ":" in host else "DNS"
+    host = host.strip("[]")
     return _RECIPE.format(
-        host=host.strip("[]"),
-        kind="IP" if numeric else "DNS",
+        subject=shlex.quote(f"/CN={host}"),
+        names=shlex.quote(f"subjectAltName={kind}:{host},DNS:localhost,IP:127.0.0.1"),
         port=port,
-        superlink=config.superlink,
-        clients=clients,
+        superlink=shlex.quote(str(config.superlink)),
+        clients=f" --clients {config.clients}" if config.clients else "",
     )

@@ -1,0 +1,63 @@
+"""The files room: read what may be damaged or hostile, write what must be whole, and tell one from the other.
+
+Everything that this package reads back or takes from a stranger (run folders, settings, studies, adapters' settings)
+passes here; what it writes into a run folder does, too.
+"""
+
+from manylora.files.reading import (
+    check_plain,
+    dump_yaml,
+    lone_surrogate,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_yaml,
+)
+from manylora.files.records import Record, check_record, read_record, reason
+from manylora.files.settings import build_config, check_types, check_values
+from manylora.files.sums import NOTES, changed_file, check_noted, file_sum, folder_sums, noted
+from manylora.files.writing import (
+    append_line,
+    json_text,
+    make_folder,
+    open_own,
+    refuse_links,
+    remove,
+    without_nan,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+__all__ = [
+    "NOTES",
+    "Record",
+    "append_line",
+    "build_config",
+    "changed_file",
+    "check_noted",
+    "check_plain",
+    "check_record",
+    "check_types",
+    "check_values",
+    "dump_yaml",
+    "file_sum",
+    "folder_sums",
+    "json_text",
+    "lone_surrogate",
+    "make_folder",
+    "noted",
+    "open_own",
+    "parse_json",
+    "parse_yaml",
+    "read_json",
+    "read_record",
+    "read_yaml",
+    "reason",
+    "refuse_links",
+    "remove",
+    "without_nan",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
