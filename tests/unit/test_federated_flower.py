@@ -15,6 +15,9 @@ from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import Answer, Node, PatientRuntime
 from manylora.federated.engines.flower_node import forget_old_runs, settings_of
 
+MOST = 1000
+"""Bytes that an answer may have."""
+
 
 class Hub:
     """Nodes that answer at once, unless they are `deaf`; a message to one that is `gone` comes back as an error."""
@@ -39,7 +42,8 @@ class Hub:
         self.waiting[f"m{len(self.sent)}"] = node
         return f"m{len(self.sent)}"
 
-    def pull(self, messages: Sequence[str]) -> list[Answer]:
+    def pull(self, messages: Sequence[str], *, most: int) -> list[Answer]:
+        assert most > 0
         answers = []
         for message in messages:
             node = self.waiting.get(message)
@@ -92,7 +96,9 @@ def test_a_message_lost_with_its_node_is_sent_again_to_the_next_of_that_name() -
     hub.gone = {1}
     engine = clients(hub, 2)
     engine.names()
-    replies = {reply.client: reply.data for reply in engine.ask(["ada", "bob"], str.encode, seconds=60)}
+    replies = {
+        reply.client: reply.data for reply in engine.ask(["ada", "bob"], str.encode, seconds=60, most=MOST)
+    }
     assert replies == {"ada": b"ada", "bob": b"bob"}
     assert [(node, data) for node, data, _ in hub.sent if data == b"ada"] == [(1, b"ada"), (2, b"ada")]
 
@@ -102,10 +108,12 @@ def test_a_straggler_is_not_waited_for_after_the_deadline_and_its_message_expire
     hub.deaf = {5}
     engine = clients(hub, 2)
     engine.names()
-    assert [reply.client for reply in engine.ask(["ada", "bob"], str.encode, seconds=0.2)] == ["ada"]
+    assert [reply.client for reply in engine.ask(["ada", "bob"], str.encode, seconds=0.2, most=MOST)] == [
+        "ada"
+    ]
     assert all(seconds <= 0.2 for _, data, seconds in hub.sent if data is not None)
     hub.deaf = set()  # its late answer belongs to no later question
-    later = [reply.data for reply in engine.ask(["bob"], lambda name: b"next", seconds=60)]
+    later = [reply.data for reply in engine.ask(["bob"], lambda name: b"next", seconds=60, most=MOST)]
     assert later == [b"next"]
 
 
@@ -114,7 +122,9 @@ def test_a_client_that_stays_away_is_given_up_where_no_deadline_rules() -> None:
     engine = clients(hub, 2)
     engine.names()
     del hub.online[5]
-    replies = {reply.client: reply for reply in engine.ask(["ada", "bob"], str.encode, seconds=None)}
+    replies = {
+        reply.client: reply for reply in engine.ask(["ada", "bob"], str.encode, seconds=None, most=MOST)
+    }
     assert replies["ada"].data == b"ada"
     assert replies["bob"].data is None
     assert "away for 0.3 s" in replies["bob"].reason
@@ -123,10 +133,10 @@ def test_a_client_that_stays_away_is_given_up_where_no_deadline_rules() -> None:
 class OutOfStep(Hub):
     """A node of it passes an answer on only when the next message comes."""
 
-    def pull(self, messages: Sequence[str]) -> list[Answer]:
+    def pull(self, messages: Sequence[str], *, most: int) -> list[Answer]:
         last = {node: message for message, node in self.waiting.items()}
         return super().pull(
-            [message for message in messages if last.get(self.waiting.get(message)) != message]
+            [message for message in messages if last.get(self.waiting.get(message)) != message], most=most
         )
 
 
@@ -152,7 +162,7 @@ def test_a_node_that_is_out_of_step_is_nudged(seconds: float | None, monkeypatch
     engine = clients(hub, 2)
     assert engine.names() == ["ada", "bob"]
     for _ in range(3):
-        replies = [reply.data for reply in engine.ask(["ada", "bob"], str.encode, seconds=seconds)]
+        replies = [reply.data for reply in engine.ask(["ada", "bob"], str.encode, seconds=seconds, most=MOST)]
         assert sorted(replies) == [b"ada", b"bob"]
     assert sum(data is not None for _, data, _ in hub.sent) == 6  # nothing is sent again
 
@@ -162,8 +172,8 @@ def test_a_node_that_works_is_nudged_but_twice(monkeypatch: pytest.MonkeyPatch) 
     hub = Hub(_1="ada")
     engine = clients(hub, 1)
     engine.names()
-    hub.pull = lambda messages: []  # type: ignore[method-assign]
-    assert list(engine.ask(["ada"], str.encode, seconds=0.3)) == []
+    hub.pull = lambda messages, most: []  # type: ignore[method-assign]
+    assert list(engine.ask(["ada"], str.encode, seconds=0.3, most=MOST)) == []
     assert [data for _, data, _ in hub.sent] == [None, b"ada", None, None]
 
 
@@ -173,7 +183,7 @@ def test_a_message_that_a_node_has_lost_is_sent_again_three_times(monkeypatch: p
         hub = Forgetful(lost, _1="ada")
         engine = clients(hub, 1)
         engine.names()
-        (reply,) = engine.ask(["ada"], str.encode, seconds=None)
+        (reply,) = engine.ask(["ada"], str.encode, seconds=None, most=MOST)
         assert reply.data == data
         assert sum(data is not None for _, data, _ in hub.sent) == min(lost + 1, 3)
     assert reply.reason == "its node lost the message"

@@ -19,6 +19,7 @@ from manylora.errors import DataError, RunError
 from manylora.evaluation import Scores, delta_m
 from manylora.evaluation.table import METRIC_LABELS
 from manylora.federated.config import FederateConfig
+from manylora.federated.faults import clean_text
 
 if TYPE_CHECKING:
     from manylora.federated import ClientData
@@ -35,6 +36,7 @@ class RoundsProgress:
         self._began = time.monotonic()
         self._round, self._rounds, self._asked, self._done = 0, 0, 0, 0
         self._first = 0
+        self._largest = ""
 
     def round_began(self, number: int, rounds: int, asked: int) -> None:
         """Start counting the round's clients."""
@@ -53,6 +55,15 @@ class RoundsProgress:
         """Say whose answer does not count, and why."""
         self._print(f"  {client} does not count: {reason}")
 
+    def noted(self, line: str) -> None:
+        """Say it."""
+        self._print(f"  {line}")
+
+    def shared(self, number: int, shares: Mapping[str, float]) -> None:
+        """Remember whose part of the round's change is the largest."""
+        name = max(shares, key=lambda one: shares[one], default=None)
+        self._largest = "" if name is None else f"  largest share {name} {100 * shares[name]:.0f} %"
+
     def round_ended(self, number: int, loss: float, update: float | None) -> None:
         """Sum the round up."""
         spent = time.monotonic() - self._began
@@ -60,7 +71,7 @@ class RoundsProgress:
         norm = "" if update is None else f"  update norm {update:.3g}"
         self._print(
             f"round {number}/{self._rounds}  loss {loss:.3f}{norm}  {self._done} of {self._asked} clients"
-            f"  {duration(left)} left"
+            f"{self._largest}  {duration(left)} left"
         )
 
     def scored(self, client: str, done: int, total: int) -> None:
@@ -118,7 +129,9 @@ def print_result(path: Path) -> None:
         saved = json.loads((path / "scores.json").read_text(encoding="utf-8"))
         scores = {name: Scores.from_dict(value) for name, value in saved["clients"].items()}
         reference = {name: Scores.from_dict(value) for name, value in saved["reference"].items()}
-        up, down = _bytes_per_round(path)
+        rounds = _rounds(path)
+        up, down = _bytes_per_round(rounds)
+        left_out = _left_out(rounds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"the results in {path} cannot be read ({error!r}); put copies of the files back."
@@ -166,6 +179,8 @@ def print_result(path: Path) -> None:
         out.print("no personal model was scored (no test rows, or --scored-clients 0)")
     if reference:
         out.print(f"Δm% against local only: {_delta(scores, reference)} (lower is better, negative beats it)")
+    for line in left_out[:_MANY]:
+        out.print(line, markup=False)
     if any((path / "clients").glob("*/adapter")):
         out.print(f"personal models, as plain LoRA: {path / 'clients'}/*/adapter")
 
@@ -191,11 +206,28 @@ def _by_task(scores: Mapping[str, Scores]) -> dict[str, float]:
     return {task: _mean(values) for task, values in found.items()}
 
 
-def _bytes_per_round(path: Path) -> tuple[dict[str, float], dict[str, float]]:
+def _rounds(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _left_out(rounds: list[dict[str, Any]]) -> list[str]:
+    """A line for each client some of whose answers did not count, so that it is not lost in what was shown before."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for row in rounds:
+        for name, reason in row.get("refused", {}).items():
+            found.setdefault(name, []).append((row["step"], str(reason)))
+    return [
+        f"{clean_text(name)} did not count in {len(when)} of {len(rounds)} rounds (last in round {when[-1][0]}: "
+        f"{clean_text(when[-1][1])})"
+        for name, when in sorted(found.items())
+    ]
+
+
+def _bytes_per_round(rounds: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
     """Mean bytes of a message by client, up and down, over the rounds it took part in."""
     sums: dict[str, dict[str, list[int]]] = {"up": {}, "down": {}}
-    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row: dict[str, Any] = json.loads(line)
+    for row in rounds:
         for way, found in sums.items():
             for name, size in row[way].items():
                 found.setdefault(name, []).append(size)
