@@ -13,7 +13,7 @@ import pytest
 from manylora.errors import ConfigError, RunError
 from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import Answer, Node, PatientRuntime
-from manylora.federated.engines.flower_node import forget_old_runs, settings_of
+from manylora.federated.engines.flower_node import NodeClient, forget_old_runs, settings_of
 
 MOST = 1000
 """Bytes that an answer may have."""
@@ -32,6 +32,7 @@ class Hub:
         self.gone: set[int] = set()
         self.sent: list[tuple[int, bytes | None, float]] = []
         self.waiting: dict[str, int] = {}
+        self.labels: dict[str, str] = {}
 
     def nodes(self) -> list[Node]:
         return [Node(number=n, since=self.since[n], key=self.keys[n]) for n in self.online]
@@ -52,7 +53,8 @@ class Hub:
                 answers.append(Answer(message=message, labels={}, error="Node Unavailable", gone=True))
                 self.lost(node)
             elif node is not None and node in self.online and not (node in self.deaf and data is not None):
-                answers.append(Answer(message=message, labels={"client": self.online[node]}, data=data))
+                labels = {"client": self.online[node], **(self.labels if data is not None else {})}
+                answers.append(Answer(message=message, labels=labels, data=None if self.labels else data))
             else:
                 continue
             del self.waiting[message]
@@ -89,6 +91,32 @@ def test_a_node_with_another_key_is_not_believed_its_name() -> None:
     with pytest.raises(RunError, match=r"only 1 of 2 clients .* \(ada\)"):
         clients(hub, 2, keys={"ada": b"ada", "bob": b"bob"}, say=said.append).names()
     assert any("its key is not that of 'bob'" in line for line in said)
+
+
+def test_a_node_cannot_write_on_the_operators_terminal() -> None:
+    """Neither by its name, nor by what Flower passes on as the reason of its error."""
+    hub = Hub(_1="ada", _2="bob")
+    hub.online[2] = "bob\x1b[2J\r\nround 9/9"
+    said: list[str] = []
+    with pytest.raises(RunError, match=r"only 1 of 2 clients .* \(ada\)"):
+        clients(hub, 2, say=said.append).names()
+    assert any("does not count: its name 'bob" in line for line in said)
+    assert all(line.isprintable() for line in said)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [("data", "its rows cannot be used"), ("\x1b[2J", "could not answer")]
+)
+def test_of_what_went_wrong_at_a_node_only_a_code_is_believed(code: str, words: str) -> None:
+    hub = Hub(_1="ada")
+    engine = clients(hub, 1)
+    engine.names()
+    hub.labels = {"code": code, "reason": "\x1b[2J a row"}
+    (reply,) = engine.ask(["ada"], str.encode, seconds=60, most=MOST)
+    assert reply.data is None
+    assert words in reply.reason
+    assert "row\x1b" not in reply.reason
+    assert reply.reason.isprintable()
 
 
 def test_a_message_lost_with_its_node_is_sent_again_to_the_next_of_that_name() -> None:
@@ -242,3 +270,66 @@ def test_a_message_whose_run_ended_on_the_way_is_given_up() -> None:
     time.sleep(0.1)
     assert not patient.PullObject(part).object_found
     assert patient.PullObject(late).object_found  # of a message that is sent again
+
+
+class Store:
+    """A SuperLink that has one answer to each of two messages, in parts of 100 bytes."""
+
+    def __init__(self, **parts: int) -> None:
+        self.parts, self.fetched = parts, 0
+
+    def PullMessages(self, request: object) -> SimpleNamespace:  # noqa: N802 - Flower's name
+        def tree(name: str, *children: SimpleNamespace) -> SimpleNamespace:
+            return SimpleNamespace(object_id=name, children=children)
+
+        return SimpleNamespace(
+            messages_list=[
+                SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=name)) for name in self.parts
+            ],
+            message_object_trees=[
+                tree(name, tree(f"{name} record", *(tree(f"{name} {n}") for n in range(count))))
+                for name, count in self.parts.items()
+            ],
+        )
+
+    def PullObject(self, request: SimpleNamespace) -> SimpleNamespace:  # noqa: N802 - Flower's name
+        self.fetched += 1
+        return SimpleNamespace(object_found=True, object_available=True, object_content=bytes(100))
+
+
+def test_an_answer_larger_than_what_was_asked_for_is_not_fetched_to_its_end() -> None:
+    store = Store(small=3, large=1000)
+    patient = PatientRuntime(store)
+    patient.most = 1000
+    patient.PullMessages(None)
+
+    def fetched(name: str, count: int) -> list[bool]:
+        return [
+            patient.PullObject(SimpleNamespace(object_id=f"{name} {n}")).object_found for n in range(count)
+        ]
+
+    assert all(fetched("small", 3))
+    found = fetched("large", 1000)
+    assert sum(found) == 10
+    assert store.fetched == 3 + 11
+    assert patient.too_large == {"large"}
+
+
+def test_a_clock_that_jumps_does_not_drop_a_federation_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the files' times both runs ended long ago; of one this worker has just had a message."""
+    for run in ("going-on", "over"):
+        (tmp_path / run / "ada").mkdir(parents=True)
+        (tmp_path / run / "ada" / "round-0001.safetensors").write_bytes(b"x")
+        (tmp_path / run / "ada.lock").touch()
+        os.utime(tmp_path / run / "ada.lock", (0, 0))
+    node = NodeClient()
+    node._look_for_old_runs(tmp_path / "going-on")
+    node._look_for_old_runs(
+        tmp_path / "another"
+    )  # a worker that has just begun knows of no run whether it goes on
+    assert len([*tmp_path.rglob("*.safetensors")]) == 2
+    monkeypatch.setattr("manylora.federated.engines.flower_node._LOOK_SECONDS", 0.0)
+    node._look_for_old_runs(tmp_path / "another")
+    assert [path.parts[-3] for path in tmp_path.rglob("*.safetensors")] == ["going-on"]

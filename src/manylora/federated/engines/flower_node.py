@@ -84,7 +84,9 @@ class NodeClient:
             told["code"] = fault_of(error).value
             if not isinstance(error, ManyLoraError):  # perhaps a bug of ours: the next message may go well
                 traceback.print_exc()
-            self.say(clean_text(f"a message could not be answered: {error!r}", most=2000))
+            self.say(
+                clean_text(f"a message could not be answered: {type(error).__name__}: {error}", most=2000)
+            )
         return envelope(told, answer)
 
     def _handle(self, data: bytes, name: str, run: str, node_config: Mapping[str, Any]) -> bytes:
