@@ -5,9 +5,9 @@
 
 Eight clients, Fed-ALoRA on the embedded base and suite. A hostile client trains as the others do and sends the change
 the other way round, FACTOR times as long: well within the limits of --max-update and --max-ratio, so that nothing but
-the sum stands against it. The score is the mean over the personal models of the six clients that are honest in every
-cell, each on its own test rows; ± is the sample deviation over seeds, "minus honest mean" is paired by seed with the
-weighted mean without hostile clients.
+the sum stands against it. The score is the mean over the personal models of clients that are honest in every cell (the
+first three where all have the same tasks, all eight where each has its own), each on its own test rows; ± is the sample
+deviation over seeds, "minus honest mean" is paired by seed with the weighted mean without hostile clients.
 """
 
 from __future__ import annotations
@@ -41,14 +41,17 @@ RULES = ("none", "clip", "trimmed-mean", "median")
 HOSTILE = {"iid": (0, 1, 2), "task": (0,)}
 """How many clients are hostile, by how the rows are dealt out. With a task each, clients pull in directions that have
 little to do with each other, honest or not; what is asked there is what the rules cost."""
-TEST_ROWS = {"iid": 8, "task": 40}
-"""Of each task; a client has all eight tasks, or one."""
-HONEST = 6
-FACTOR = 3.0
+FACTOR = 4.0
 SETTINGS: dict[str, Any] = {
-    "clients": 8, "rounds": 4, "local_steps": 5, "limit": 40, "target_modules": "q_proj,v_proj", "device": "cpu",
-    "scored_clients": HONEST, "reference": "none", "lora_dropout": 0.0,
+    "clients": 8, "rounds": 4, "local_steps": 5, "limit": 64, "target_modules": "q_proj,v_proj", "device": "cpu",
+    "reference": "none", "lora_dropout": 0.0,
 }  # fmt: skip
+BY_PARTITION: dict[str, dict[str, Any]] = {
+    "iid": {"tasks": "praised_thing,blamed_thing,former_owner", "scored_clients": 3},
+    "task": {"scored_clients": 8},
+}
+TEST_ROWS = {"iid": 16, "task": 24}
+"""Of each task; a client has all three tasks, or one of eight."""
 
 
 class SomeHostile(LocalClients):
@@ -73,7 +76,8 @@ class SomeHostile(LocalClients):
 def cell(partition: str, rule: str, hostile: int, seed: int, scratch: Path) -> dict[str, Any]:
     """One run."""
     began = time.process_time()
-    config = FederateConfig(partition=partition, robust=rule, seed=seed, **SETTINGS).resolved()  # type: ignore[arg-type]
+    own = {**SETTINGS, **BY_PARTITION[partition], "partition": partition, "robust": rule, "seed": seed}
+    config = FederateConfig(**own).resolved()
     folder = scratch / f"{partition}-{rule}-{hostile}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     rows = {
@@ -129,7 +133,7 @@ def table(cells: Sequence[dict[str, Any]], partition: str) -> Table:
     }
     seeds = sorted({seed for _, _, seed in means})
     shown = Table(
-        title=f"rows dealt out by {partition}: {len(seeds)} seeds, mean score of {HONEST} honest clients",
+        title=f"rows dealt out by {partition}: {len(seeds)} seeds, mean score of honest clients",
         title_justify="left",
     )
     for heading in ("hostile of 8", "rule", "score", "± over seeds", "minus honest mean", "± paired"):
