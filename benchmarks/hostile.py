@@ -111,8 +111,8 @@ def fill(out: Path, partitions: Sequence[str], seeds: int, scratch: Path) -> Non
     done = {(c["partition"], c["rule"], c["hostile"], c["seed"]) for c in read(out)}
     wanted = [
         (partition, rule, hostile, seed)
-        for seed in range(seeds)
         for partition in partitions
+        for seed in range(seeds)
         for hostile in HOSTILE[partition]
         for rule in RULES
     ]

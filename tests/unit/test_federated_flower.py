@@ -222,6 +222,8 @@ def test_a_node_may_set_what_is_its_own_and_nothing_else() -> None:
     assert (own.data, own.micro_batch_size) == ("rows.jsonl", 2)
     with pytest.raises(ConfigError, match="'learning_rate'; it may set client, home, model"):
         settings_of({"client": "ada", "learning-rate": 1.0})
+    with pytest.raises(ConfigError, match="--node-config sets limit to 'five', which it cannot be"):
+        settings_of({"client": "ada", "limit": "five"})
 
 
 def test_runs_that_ended_long_ago_do_not_pile_up_at_a_client(tmp_path: Path) -> None:

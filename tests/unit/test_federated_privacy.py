@@ -268,6 +268,15 @@ def test_a_pinned_node_trains_nothing_for_another_strategy(
         asked("fed-alora")
 
 
+@pytest.mark.parametrize("run", ["", "a\nb", "x" * 300])
+def test_a_run_without_a_name_does_not_write_beside_the_others(run: str, tmp_path: Path) -> None:
+    node = NodeClient()
+    with pytest.raises(ClientError, match="give it a name") as found:
+        node._handle(b"", "ada", run, {"client": "ada", "home": str(tmp_path)})
+    assert found.value.fault is Fault.MESSAGE
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_server_may_not_set_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     own = FederateConfig(data=str(tmp_path))
     for name, value in (
@@ -275,6 +284,6 @@ def test_what_a_server_may_not_set_is_refused_before_anything_is_loaded(tmp_path
         ("ranks", [4, "2"]), ("ranks", {"a": 1}), ("strategy", "fedavg"), ("strategy", ["ffa"]),
         ("wire", 8), ("seed", 1e400), ("robust", None), ("data", "/etc"), ("device", "cpu"), ("nonsense", 1),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=f"the server set '?{name}'?"):
+        with pytest.raises(ConfigError, match=f"the server sets '?{name}'?"):
             own.told({name: value})
     assert own.told(FederateConfig(ranks="4,2", target_modules=["q_proj"]).for_clients()).ranks == [4, 2]

@@ -395,7 +395,7 @@ def test_settings_of_the_server_reach_a_client_but_not_its_paths(tiny_base: Path
     told = own.told(server.for_clients())
     assert (told.r, told.strategy, told.rounds) == (16, "fedit", 7)
     assert (told.model, told.data) == ("/mine", "/my-rows")
-    with pytest.raises(ConfigError, match="the server set 'data'"):
+    with pytest.raises(ConfigError, match="the server sets 'data'"):
         own.told({"data": "/etc"})
     with pytest.raises(ConfigError, match="rounds is -1"):
         own.told({"rounds": -1})

@@ -41,8 +41,8 @@ def flower_clients(config: FederateConfig, folder: Path, *, inside: str = "") ->
     if not about.exists():
         write_json(about, {"run": uuid.uuid4().hex})
     try:
-        run = json.loads(about.read_text(encoding="utf-8"))["run"]
-    except (ValueError, KeyError, TypeError) as error:
+        run = str(json.loads(about.read_text(encoding="utf-8"))["run"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{about} is damaged ({error}); put a copy of it back.") from error
     link = FlowerLink(config.superlink, certificate=Path(config.certificate) if config.certificate else None)
     failed = "the server ended"

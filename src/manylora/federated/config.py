@@ -340,16 +340,27 @@ class FederateConfig:
         """
         known = {field.name for field in dataclasses.fields(self)} - _NODES_OWN
         if unknown := sorted(set(settings) - known):
-            raise ConfigError(f"the server set {unknown[0]!r}, which this version of manylora does not know.")
-        types = get_type_hints(type(self))
-        for name, value in settings.items():
-            if not _is_of(value, types[name]):
-                raise ConfigError(f"the server set {name} to {shown(value)}, which it cannot be.")
+            raise ConfigError(
+                f"the server sets {shown(unknown[0])}, which this version of manylora does not know."
+            )
+        check_types(settings, "the server")
         return dataclasses.replace(self, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `config.yaml`."""
         return dataclasses.asdict(self)
+
+
+def check_types(settings: Mapping[str, Any], who: str) -> None:
+    """Refuse settings from elsewhere, each of a known name, that are of another type than they are here.
+
+    Raises:
+        ConfigError: one is.
+    """
+    types = get_type_hints(FederateConfig)
+    for name, value in settings.items():
+        if not _is_of(value, types[name]):
+            raise ConfigError(f"{who} sets {name} to {shown(value)}, which it cannot be.")
 
 
 def _is_of(value: object, kind: Any) -> bool:

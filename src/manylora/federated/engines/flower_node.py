@@ -28,9 +28,9 @@ from manylora._version import __version__
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ManyLoraError
 from manylora.federated.allowed import Allowed
-from manylora.federated.config import FederateConfig
+from manylora.federated.config import FederateConfig, check_types
 from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
-from manylora.federated.faults import Fault, clean_text, fault_of
+from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
 
 if TYPE_CHECKING:
     from manylora.federated.client import ClientData
@@ -96,6 +96,8 @@ class NodeClient:
         from manylora.federated.wire import unpack
         from manylora.federated.workbench import Workbench
 
+        if not run or clean_text(run) != run:  # it becomes the name of a folder in `home`
+            raise ClientError(Fault.MESSAGE, f"the server calls its run {shown(run)}; give it a name.")
         config = settings_of(node_config).told(read_order(unpack(data))["settings"]).resolved()
         self.allowed.check(config)
         if self._key != (name, config) or self._bench is None or self._rows is None:
@@ -148,6 +150,7 @@ def settings_of(node_config: Mapping[str, Any]) -> FederateConfig:
     given = {key: value for key, value in given.items() if key not in ("client", "home")}
     if unknown := sorted(set(given) - set(OWN)):
         raise ConfigError(f"--node-config sets {unknown[0]!r}; it may set client, home, {', '.join(OWN)}.")
+    check_types(given, "--node-config")
     return FederateConfig(**given)
 
 
