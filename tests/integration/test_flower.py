@@ -418,6 +418,53 @@ def test_no_word_of_an_error_leaves_a_node(tiny_base: Path, small_data: Path, tm
     assert labels["code"] == "message"
 
 
+class OneUnreadable:
+    """A grid of which one node's answer is none of Flower's objects."""
+
+    def __init__(self, bad: str) -> None:
+        self.bad, self.there, self.asked = bad, {"m1", "m2", "m3"}, 0
+
+    def pull_messages(self, messages: list[str]) -> list[Any]:
+        from types import SimpleNamespace
+
+        from manylora.federated.engines.flower_link import envelope
+
+        self.asked += 1
+        found = []
+        for message in messages:
+            if message not in self.there:
+                continue
+            self.there.discard(message)  # it counts as received before it is read
+            if message == self.bad:
+                raise KeyError("b'no object'")
+            content = envelope({"client": message}, message.encode())
+            metadata = SimpleNamespace(reply_to_message_id=message)
+            found.append(SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False))
+        return found
+
+
+@needs_flower
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_answer_that_flower_cannot_read_costs_its_own_node_and_not_the_run() -> None:
+    import threading
+
+    from manylora.federated.engines.flower_link import FlowerLink
+    from manylora.federated.engines.flower_runtime import PatientRuntime
+
+    link = object.__new__(FlowerLink)
+    link._lost, link._runtime, link._one_by_one = threading.Event(), PatientRuntime(None), False
+    link._grid = OneUnreadable("m2")
+    first = link.pull(["m1", "m2", "m3"], most=100)
+    assert [(one.message, one.data) for one in first] == [("m3", b"m3")]  # m1 was received, and is sent again
+    link._grid = OneUnreadable("m2")
+    later = link.pull(["m1", "m2", "m3"], most=100)
+    assert [(one.message, one.data, one.error) for one in later] == [
+        ("m1", b"m1", None),
+        ("m2", None, "its answer cannot be read"),
+        ("m3", b"m3", None),
+    ]
+
+
 def test_the_recipe_names_the_superlink(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--engine", "flower", "--superlink", "hub.example.org:8000", "--clients", "3", "--recipe"]
     assert main(["federate", *words]) == 0

@@ -159,7 +159,7 @@ def test_whatever_joins_has_a_base_and_rows_or_does_not_join(data: bytes) -> Non
         examples, base, shapes = found
         assert 1 <= examples <= 1000
         assert base.isprintable()
-        assert 0 < len(base) <= 100
+        assert 0 < len(base) <= 200
         assert shapes
         for layer, shape in shapes.items():
             assert layer.isprintable()

@@ -131,7 +131,6 @@ def print_result(path: Path) -> None:
         reference = {name: Scores.from_dict(value) for name, value in saved["reference"].items()}
         rounds = _rounds(path)
         up, down = _bytes_per_round(rounds)
-        left_out = _left_out(rounds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"the results in {path} cannot be read ({error!r}); put copies of the files back."
@@ -179,7 +178,7 @@ def print_result(path: Path) -> None:
         out.print("no personal model was scored (no test rows, or --scored-clients 0)")
     if reference:
         out.print(f"Δm% against local only: {_delta(scores, reference)} (lower is better, negative beats it)")
-    for line in left_out[:_MANY]:
+    for line in _left_out(rounds)[:_MANY]:
         out.print(line, markup=False)
     if any((path / "clients").glob("*/adapter")):
         out.print(f"personal models, as plain LoRA: {path / 'clients'}/*/adapter")
@@ -216,7 +215,7 @@ def _left_out(rounds: list[dict[str, Any]]) -> list[str]:
     found: dict[str, list[tuple[int, str]]] = {}
     for row in rounds:
         for name, reason in row.get("refused", {}).items():
-            found.setdefault(name, []).append((row["step"], str(reason)))
+            found.setdefault(name, []).append((row.get("step", 0), str(reason)))
     return [
         f"{clean_text(name)} did not count in {len(when)} of {len(rounds)} rounds (last in round {when[-1][0]}: "
         f"{clean_text(when[-1][1])})"

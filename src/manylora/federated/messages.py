@@ -68,7 +68,7 @@ def read_joined(message: Message, *, name: str, max_examples: int) -> Joined:
             )
         return value
 
-    return Joined(**_read(message.fields, {"examples": examples, "base": _label(100), "layers": _layers}))
+    return Joined(**_read(message.fields, {"examples": examples, "base": _label(200), "layers": _layers}))
 
 
 def read_trained(message: Message, *, name: str, examples: int) -> Trained:

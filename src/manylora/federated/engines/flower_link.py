@@ -107,6 +107,7 @@ class FlowerLink:
         self._root = None if certificate is None else _read(certificate, "certificate")
         self._secret = None if secret is None else _read(secret, "secret")
         self._lost = threading.Event()
+        self._one_by_one = False
         self.run_id: int | None = None
         with self._reached():
             token, self.run_id = self._acquire(self._submit())
@@ -242,13 +243,32 @@ class FlowerLink:
             return []
         self._runtime.most = most + _LABELS
         with self._reached():
-            answers = [_answer(reply) for reply in self._grid.pull_messages(list(messages))]
+            answers = self._answers(messages)
         return [
             Answer(message=one.message, labels={}, error=f"its answer has more than {most:,} bytes")
             if one.message in self._runtime.too_large
             else one
             for one in answers
         ]
+
+    def _answers(self, messages: Sequence[str]) -> list[Answer]:
+        """What there is, all at once until one of them cannot be read: Flower would raise, and the others be lost."""
+        if not self._one_by_one:
+            try:
+                return [_answer(reply) for reply in self._grid.pull_messages(list(messages))]
+            except Exception as error:
+                if _is_of_the_connection(error):
+                    raise
+                self._one_by_one = True
+        found = []
+        for message in messages:
+            try:
+                found += [_answer(reply) for reply in self._grid.pull_messages([message])]
+            except Exception as error:
+                if _is_of_the_connection(error):
+                    raise
+                found.append(Answer(message=message, labels={}, error="its answer cannot be read"))
+        return found
 
     def close(self, *, failed: str = "") -> None:
         """End the run at the SuperLink."""
@@ -377,6 +397,13 @@ def _answer(reply: Any) -> Answer:
         return Answer(message=message, labels={}, error=reason, gone=reply.error.code in lost)
     labels, data = opened(reply.content)
     return Answer(message=message, labels=labels, data=data)
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    """Whether an error is about the SuperLink, and not about what a node has put there."""
+    import httpx
+
+    return isinstance(error, (httpx.HTTPError, OSError))
 
 
 def _words(error: Exception) -> str:
