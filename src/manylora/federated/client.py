@@ -327,6 +327,8 @@ class Client:
         """What goes up, and what rounding takes away from it."""
         strategy, wire = self.bench.strategy, self.bench.config.wire
         values = strategy.exchange.leaving(message.tensors, trained)
+        if not all(bool(torch.isfinite(value).all()) for value in values.values()):  # products can overflow
+            raise ClientError(Fault.NOT_FINITE, "what would leave is not finite; lower the learning rate.")
         if wire == "fp32" or not strategy.feedback:
             return lightest(values, own_rank=rank, factors=trained), {}
         values = corrected(values, _with_prefix(kept, RESIDUAL))
