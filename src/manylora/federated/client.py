@@ -12,11 +12,9 @@ Rows, A and everything else that is private stay.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +29,7 @@ from manylora.evaluation import generate_answers, score_all
 from manylora.federated.compress import corrected, expanded, lightest, residual_of
 from manylora.federated.exchange import PLAIN, State, only, split_name
 from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
-from manylora.federated.home import DamagedStateError, VersionedState, folder_name
+from manylora.federated.home import DamagedStateError, VersionedState, append_log, folder_name
 from manylora.federated.initial import initial_state, seed_of
 from manylora.federated.messages import read_order
 from manylora.federated.personal import save_personal
@@ -49,8 +47,6 @@ RESIDUAL, MOMENTS, TRAINED = "residual/", "moments/", "trained/"
 
 _ANSWER_MARGIN = 8
 """Tokens that an answer may be longer than the longest training answer, as in `manylora train`."""
-_LONGEST_LOG = 2**20
-"""Bytes after which a client's log begins anew: a server may ask for what cannot be as often as it likes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +99,10 @@ class Client:
             )
             if not isinstance(error, ManyLoraError) and fault is not Fault.MEMORY:
                 raise
-        self._log(text)
+        append_log(self.folder / "log.txt", text)
         self.say(f"{self.name}: {clean_text(text, most=2000)}")
         number = message.round if 0 <= message.round < 2**31 else 0
         return pack(Message(kind="failed", client=self.name, round=number, fields={"code": fault.value}))
-
-    def _log(self, text: str) -> None:
-        """Add a line to this client's own log, where its disk allows."""
-        path = self.folder / "log.txt"
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            full = path.is_file() and path.stat().st_size > _LONGEST_LOG
-            with path.open("w" if full else "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {clean_text(text, most=2000)}\n")
 
     def _answer(self, message: Message) -> bytes:
         verbs = {"join": self._join, "train": self._train, "score": self._score}

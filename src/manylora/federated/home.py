@@ -12,9 +12,11 @@ is read: a bit that flipped on the disk would otherwise go into the weights of e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from safetensors.torch import save_file
 
 from manylora.errors import RunError
 from manylora.federated.exchange import State
+from manylora.federated.faults import clean_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 _FACTS = "facts"
 """Key under which a file's checksum and notes stand in its metadata, as one text: safetensors writes two keys in any
 order. Files of earlier versions have no checksum, so their text begins with the notes' "{"."""
+
+_LONGEST_LOG = 2**20
+"""Bytes after which a client's log begins anew: a server may ask for what cannot be as often as it likes."""
 
 _LONGEST_NAME = 200
 """File systems allow 255 bytes; something like ".partial" may follow."""
@@ -54,6 +60,15 @@ def folder_name(client: str) -> str:
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME - 33]}-{hashlib.sha256(client.encode()).hexdigest()[:32]}"
     return name
+
+
+def append_log(path: Path, text: str) -> None:
+    """Add a line to a client's own log, where its disk allows."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        full = path.is_file() and path.stat().st_size > _LONGEST_LOG
+        with path.open("w" if full else "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {clean_text(text, most=2000)}\n")
 
 
 class VersionedState:
