@@ -62,7 +62,7 @@ class Watched(LocalClients):
         self.orders: list[dict[str, bytes]] = []
 
     def ask(
-        self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None
+        self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None, most: int
     ) -> Iterator[Reply]:
         adapters: dict[str, dict[str, torch.Tensor]] = {}
         answers: dict[str, bytes] = {}
@@ -72,7 +72,7 @@ class Watched(LocalClients):
         number = len(self.answers) - 1
         for name in self.order(names):
             self.orders[number][name] = message(name)
-            for reply in super().ask([name], self.orders[number].__getitem__, seconds=seconds):
+            for reply in super().ask([name], self.orders[number].__getitem__, seconds=seconds, most=most):
                 assert reply.data is not None
                 adapters[name], answers[name] = self.bench.state(), reply.data
                 data = reply.data if self.tamper is None else self.tamper(name, number, reply.data)

@@ -126,6 +126,8 @@ def federate_folder(folder: Path, clients: int = 8, *, rounds: int = 5, seed: in
             metrics.append(
                 {"step": step, "loss": sum(losses.values()) / len(losses), "asked": len(names), "losses": losses,
                  "update_norm": None if inside else 4.0 / step, "norms": dict.fromkeys(losses, 1.0),
+                 "shares": {} if inside else {n: (k + 1) / (len(losses) * (len(losses) + 1) / 2)
+                                              for k, n in enumerate(losses)},
                  "up": {n: size for n, size in sent.items() if n in losses}, "down": sent,
                  "refused": dict.fromkeys(sorted(away), "no answer within 20 s")}
             )  # fmt: skip

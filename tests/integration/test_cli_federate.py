@@ -177,6 +177,71 @@ def test_a_finished_run_whose_results_are_damaged_says_so(
         assert str(run) in line
 
 
+def unfinished(finished: Path, folder: Path) -> Path:
+    """The run as if it had been killed while it scored."""
+    run = shutil.copytree(finished, folder)
+    state = json.loads((run / "state.json").read_text(encoding="utf-8"))
+    (run / "state.json").write_text(json.dumps({**state, "state": "running"}), encoding="utf-8")
+    return run
+
+
+def flip(path: Path) -> None:
+    """One bit of the last number."""
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_flipped_bit_is_one_line_with_the_choice_and_going_back_ends_as_before(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unfinished(finished, tmp_path / "run")
+    damaged = run / "rounds" / "round-0004.safetensors"
+    flip(damaged)
+    assert main(["federate", "--resume", str(run)]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("manylora:"))
+    assert f"{damaged} is damaged" in line
+    assert "--from-round 3" in line
+    assert main(["federate", "--resume", str(run), "--from-round", "3"]) == 0
+    assert results(run) == results(finished)
+
+
+def test_a_private_state_that_is_lost_stops_a_run_of_one_machine_with_the_choice(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unfinished(finished, tmp_path / "run")
+    state = run / "clients" / "swap" / "round-0004.safetensors"
+    whole = state.read_bytes()
+    for damage in (lambda: flip(state), state.unlink):
+        damage()
+        assert main(["federate", "--resume", str(run)]) == 2
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("manylora:"))
+        assert str(state) in line or "has no state of round 4" in line
+        assert "--reset-client swap" in line
+        assert "--from-round" in line
+    assert main(["federate", "--resume", str(run), "--reset-client", "swap"]) == 0
+    state.write_bytes(whole)
+    flip(run / "reference" / "rounds" / "round-0004.safetensors")
+    unfinished(run, tmp_path / "again")
+    assert main(["federate", "--resume", str(tmp_path / "again")]) == 2
+    assert f"remove {tmp_path / 'again' / 'reference'}" in capsys.readouterr().err
+
+
+def test_clients_that_did_not_count_are_named_at_the_end(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows[1:3]:
+        row["refused"] = {"swap": "its private state is missing\x1b[2J"}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main(["federate", "--resume", str(run)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "swap did not count in 2 of 4 rounds (last in round 3: its private state is missing?[2J)" in printed
+    )
+
+
 def test_a_dry_run_counts_and_writes_nothing(
     tiny_base: Path, small_data: Path, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +283,14 @@ def test_a_dry_run_counts_and_writes_nothing(
         (["--a-state", "reset", "--strategy", "fedit"], "keep no A of their own"),
         (["--partition", "dirichlet", "--dirichlet-alpha", "0"], "dirichlet_alpha is 0"),
         (["--resume", "nowhere"], "nowhere is not a run folder"),
+        (["--from-round", "2"], "name it with --resume"),
+        (["--reset-client", "swap"], "name it with --resume"),
+        (["--allow-strategy", "fed-alora"], "give them beside --node"),
+        (["--node", "127.0.0.1:9", "--allow-strategy", "fedavg"], "there is no strategy 'fedavg'"),
+        (["--node", "127.0.0.1:9", "--allow-parts", "B,M"], "there is no part 'M'"),
+        (["--robust", "median", "--strategy", "flora"], "robust median means nothing to strategy flora"),
+        (["--trim", "0.5"], "trim is 0.5"),
+        (["--keep-rounds", "0"], "keep_rounds is 0"),
         (["--data", "nowhere"], "nowhere does not exist"),
     ],
 )
@@ -225,7 +298,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     words: list[str], reason: str, tiny_base: Path, small_data: Path, in_empty_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    fixed = [] if "--resume" in words else ["--model", str(tiny_base), "--data", str(small_data)]
+    fixed = (
+        [] if {"--resume", "--node"} & {*words} else ["--model", str(tiny_base), "--data", str(small_data)]
+    )
     assert main(["federate", *fixed, *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

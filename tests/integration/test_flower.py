@@ -381,6 +381,90 @@ def test_a_run_that_the_superlink_has_ended_says_so_and_goes_on_with_resume(fede
     assert (run / "rounds" / "round-0002.safetensors").exists()
 
 
+@needs_flower
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_word_of_an_error_leaves_a_node(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
+    """Marked rows that cannot be used, a folder that is not there, a disk and a bug: the envelope holds a code."""
+    from manylora.federated import FederateConfig, Message, pack
+    from manylora.federated.engines.flower_link import envelope, opened
+    from manylora.federated.engines.flower_node import NodeClient
+
+    mark = "CANARY"
+    rows = tmp_path / f"{mark}.jsonl"
+    rows.write_text(json.dumps({"instruction": mark, "output": ""}) + f"\n{{{mark}", encoding="utf-8")
+    config = FederateConfig(target_modules="q_proj", rounds=1).resolved()
+    fields = {"settings": config.for_clients()}
+    join = pack(Message(kind="join", client="ada", round=0, fields=fields))
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    whole = {"data": str(small_data), "home": str(tmp_path / "home")}
+    for own, code in (
+        ({"data": str(rows)}, "data"),
+        ({"data": str(tmp_path / mark)}, "data"),
+        ({**whole, "home": str(tmp_path / "file" / mark)}, "disk"),
+        ({**whole, "model": str(tmp_path / mark)}, "model"),
+        ({**whole, mark: 1}, "settings"),
+    ):
+        said: list[str] = []
+        node = NodeClient(say=said.append)
+        answer = node.answer(
+            envelope({"run": "r"}, join),
+            {"client": "ada", "model": str(tiny_base), "device": "cpu", **own},
+        )
+        labels, data = opened(answer)
+        assert labels == {"version": labels["version"], "client": "ada", "code": code}, said
+        assert data is None
+        assert mark in said[-1]
+    labels, data = opened(NodeClient().answer(envelope({"run": "r"}, b"x"), {"client": "ada"}))
+    assert labels["code"] == "message"
+
+
+class OneUnreadable:
+    """A grid of which one node's answer is none of Flower's objects."""
+
+    def __init__(self, bad: str) -> None:
+        self.bad, self.there, self.asked = bad, {"m1", "m2", "m3"}, 0
+
+    def pull_messages(self, messages: list[str]) -> list[Any]:
+        from types import SimpleNamespace
+
+        from manylora.federated.engines.flower_link import envelope
+
+        self.asked += 1
+        found = []
+        for message in messages:
+            if message not in self.there:
+                continue
+            self.there.discard(message)  # it counts as received before it is read
+            if message == self.bad:
+                raise KeyError("b'no object'")
+            content = envelope({"client": message}, message.encode())
+            metadata = SimpleNamespace(reply_to_message_id=message)
+            found.append(SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False))
+        return found
+
+
+@needs_flower
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_answer_that_flower_cannot_read_costs_its_own_node_and_not_the_run() -> None:
+    import threading
+
+    from manylora.federated.engines.flower_link import FlowerLink
+    from manylora.federated.engines.flower_runtime import PatientRuntime
+
+    link = object.__new__(FlowerLink)
+    link._lost, link._runtime, link._one_by_one = threading.Event(), PatientRuntime(None), False
+    link._grid = OneUnreadable("m2")
+    first = link.pull(["m1", "m2", "m3"], most=100)
+    assert [(one.message, one.data) for one in first] == [("m3", b"m3")]  # m1 was received, and is sent again
+    link._grid = OneUnreadable("m2")
+    later = link.pull(["m1", "m2", "m3"], most=100)
+    assert [(one.message, one.data, one.error) for one in later] == [
+        ("m1", b"m1", None),
+        ("m2", None, "its answer cannot be read"),
+        ("m3", b"m3", None),
+    ]
+
+
 def test_the_recipe_names_the_superlink(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--engine", "flower", "--superlink", "hub.example.org:8000", "--clients", "3", "--recipe"]
     assert main(["federate", *words]) == 0

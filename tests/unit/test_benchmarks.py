@@ -114,3 +114,25 @@ def test_the_memory_plan_is_within_15_percent_of_a_real_training(tmp_path: Path)
     assert row["measured"] - row["after_planning"] > 300 * 2**20
     worked_out = row["estimate"] - row["parts"]["process"]
     assert worked_out == pytest.approx(row["measured"] - row["after_planning"], rel=0.35)
+
+
+def test_the_numbers_on_hostile_clients_are_those_of_the_committed_cells() -> None:
+    """Every score in the docs' table is one that the cells give; five seeds of every cell, nothing refused."""
+    from benchmarks.hostile import HOSTILE, RULES, read, table
+
+    cells = read(ROOT / "docs" / "studies" / "hostile.jsonl")
+    keys = {(c["partition"], c["rule"], c["hostile"], c["seed"]) for c in cells}
+    assert keys == {
+        (partition, rule, hostile, seed)
+        for partition, counts in HOSTILE.items()
+        for hostile in counts
+        for rule in RULES
+        for seed in range(5)
+    }
+    assert len(cells) == len(keys)
+    assert not any(c["refused"] for c in cells)
+    told = (ROOT / "docs" / "federated.md").read_text(encoding="utf-8").replace("−", "-")
+    for partition in HOSTILE:
+        scores = table(cells, partition).columns[2]
+        for score in scores.cells:
+            assert f" {score} " in told, (partition, score)

@@ -100,7 +100,7 @@ def every(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
         (lambda m: dataclasses.replace(m, client="ada"), "'trained' of 'ada'"),
         (lambda m: dataclasses.replace(m, kind="scored"), "'scored' of 'bob'"),
         (lambda m: dataclasses.replace(m, round=3), "belongs to round 3, this is round 2"),
-        (lambda m: dataclasses.replace(m, kind="failed", fields={"reason": "no disk"}), "no disk"),
+        (lambda m: dataclasses.replace(m, kind="failed", fields={"code": "disk"}), "its disk is full"),
     ],
 )
 def test_a_bad_answer_is_refused(genuine: dict[str, Any], change: Change, reason: str) -> None:

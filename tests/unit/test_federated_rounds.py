@@ -13,14 +13,22 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from federation import Watched, federation, final_state, rows_of, settings
 from manylora.errors import ConfigError, RunError
 from manylora.federated import Client, FederateConfig, Message, Quiet, Rounds, Workbench, pack, unpack
 from manylora.federated.home import VersionedState
 from manylora.training import load_base
+
+
+class Listening(Quiet):
+    """Remembers what the operator is told."""
+
+    def __init__(self) -> None:
+        self.refusals: dict[str, str] = {}
+
+    def refused(self, client: str, reason: str) -> None:
+        self.refusals[client] = reason
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -121,10 +129,9 @@ def test_whether_a_is_remembered_is_a_setting(
 ) -> None:
     config = settings(tiny_base, small_data, rounds=2, a_state=a_state)
     _, clients = run(config, small_data, tmp_path)
-    private = clients.home / "bob" / "round-0001.safetensors"
-    with safe_open(private, framework="pt") as file:
-        notes = file.metadata()
-    save_file({name: value * 0.5 for name, value in load_file(private).items()}, private, metadata=notes)
+    private = VersionedState(clients.home / "bob")
+    kept, notes = private.read(1)
+    private.write(1, {name: value * 0.5 for name, value in kept.items()}, notes)
     again = Client("bob", clients.data["bob"], home=clients.home, bench=clients.bench)
     answer = again.handle(clients.orders[2]["bob"])
     assert (answer != clients.answers[2]["bob"]) == matters
@@ -140,8 +147,9 @@ def test_a_client_that_lost_its_disk_says_so_and_the_round_goes_on(
 
     rounds, _ = run(settings(tiny_base, small_data, rounds=2), small_data, tmp_path, tamper=wipe)
     reason = metrics(tmp_path)[1]["refused"]["bob"]
-    assert "no state of round 1" in reason
-    assert "put the folder back" in reason
+    assert "its private state is missing" in reason
+    assert "put its folder back" in reason
+    assert "--reset-client" in reason
     assert rounds.state.counted == {"ada": 2, "bob": 1, "cyd": 2}
 
 
@@ -157,14 +165,51 @@ def test_what_no_one_is_told_stays(tiny_base: Path, small_data: Path, tmp_path: 
     assert joined.fields.keys() == {"examples", "base", "layers"}
 
 
-def test_clients_of_different_bases_do_not_join(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("odd", ["ada", "cyd"])  # the first to come, the last
+def test_a_client_of_another_base_than_most_is_left_out(
+    odd: str, tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
     def other_base(name: str, number: int, answer: bytes) -> bytes:
         message = unpack(answer)
-        changed = {**message.fields, "base": "another"} if name == "cyd" else message.fields
+        changed = {**message.fields, "base": "another"} if (name, number) == (odd, 0) else message.fields
         return pack(dataclasses.replace(message, fields=changed))
 
-    rounds, _ = federation(settings(tiny_base, small_data), rows_of(small_data), tmp_path, tamper=other_base)
-    with pytest.raises(RunError, match="'cyd' has another base model"):
+    told = Listening()
+    config = settings(tiny_base, small_data, local_steps=1)
+    rounds, _ = federation(config, rows_of(small_data), tmp_path, tamper=other_base)
+    rounds.progress = told
+    rounds.run()
+    assert sorted(rounds.state.members) == sorted({"ada", "bob", "cyd"} - {odd})
+    assert "it has another base model, or other layers of it, than 2 others" in told.refusals[odd]
+
+
+def test_where_no_base_has_most_clients_nobody_trains(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    def each_its_own(name: str, number: int, answer: bytes) -> bytes:
+        message = unpack(answer)
+        return pack(dataclasses.replace(message, fields={**message.fields, "base": f"base of {name}"}))
+
+    rounds, _ = federation(
+        settings(tiny_base, small_data), rows_of(small_data), tmp_path, tamper=each_its_own
+    )
+    with pytest.raises(RunError, match="none has most: ada base of ada and bob base of bob"):
+        rounds.run()
+
+
+def test_a_client_that_has_the_odd_base_counts_for_the_quorum(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    def other_base(name: str, number: int, answer: bytes) -> bytes:
+        message = unpack(answer)
+        changed = {**message.fields, "base": "another"} if name == "ada" else message.fields
+        return pack(dataclasses.replace(message, fields=changed))
+
+    config = settings(tiny_base, small_data, quorum=0.9)
+    rounds, _ = federation(config, rows_of(small_data), tmp_path, tamper=other_base)
+    with pytest.raises(
+        RunError, match=r"only 2 of 3 clients joined, 3 are needed .*ada: it has another base"
+    ):
         rounds.run()
 
 
@@ -222,21 +267,15 @@ def test_a_damaged_state_is_named(
 def test_a_model_that_is_not_scored_in_time_is_named(
     tiny_base: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    refused: dict[str, str] = {}
-
-    class Listening(Quiet):
-        def refused(self, client: str, reason: str) -> None:
-            refused[client] = reason
-
     def lose_bobs_score(name: str, number: int, answer: bytes) -> bytes | None:
         return None if name == "bob" and number == 2 else answer
 
     config = settings(tiny_base, small_data, local_steps=1)
     rounds, _ = federation(config, rows_of(small_data), tmp_path, tamper=lose_bobs_score)
-    rounds.progress = Listening()
+    rounds.progress = told = Listening()
     rounds.run()
     assert list(rounds.score()) == ["ada", "cyd"]
-    assert refused == {"bob": "its model is not scored: no answer"}
+    assert told.refusals == {"bob": "its model is not scored: no answer"}
 
 
 def test_answers_after_the_deadline_are_dropped(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
@@ -332,16 +371,20 @@ def test_the_clients_of_one_base_do_not_see_each_other(
 
 def test_a_client_with_other_settings_is_told(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
     config = settings(tiny_base, small_data)
+    said: list[str] = []
     client = Client(
         "bob",
         rows_of(small_data)["bob"],
         home=tmp_path,
         bench=Workbench(settings(tiny_base, small_data, r=2)),
+        say=said.append,
     )
     order = Message(kind="join", client="bob", round=0, fields={"settings": config.for_clients()})
     answer = unpack(client.handle(pack(order)))
     assert answer.kind == "failed"
-    assert "the server's r is 4, this client's 2" in answer.fields["reason"]
+    assert answer.fields == {"code": "settings"}
+    (line,) = said
+    assert "the server's 'r' is 4, this client's 2" in line
     for wrong in (b"", b"x" * 100, pack(Message(kind="join", client="ada", round=0))):
         assert unpack(client.handle(wrong)).kind == "failed"
 
@@ -352,7 +395,7 @@ def test_settings_of_the_server_reach_a_client_but_not_its_paths(tiny_base: Path
     told = own.told(server.for_clients())
     assert (told.r, told.strategy, told.rounds) == (16, "fedit", 7)
     assert (told.model, told.data) == ("/mine", "/my-rows")
-    with pytest.raises(ConfigError, match="the server set 'data'"):
+    with pytest.raises(ConfigError, match="the server sets 'data'"):
         own.told({"data": "/etc"})
     with pytest.raises(ConfigError, match="rounds is -1"):
         own.told({"rounds": -1})

@@ -73,6 +73,15 @@ def test_a_federate_page_compares_with_clients_on_their_own(tmp_path: Path) -> N
     total = sum(sum(line[way].values()) for line in lines for way in ("up", "down"))
     assert table(page, "traffic")["all"][2] == pytest.approx(total / 2**20)
     assert figures(page) == {"scores", "rounds", "quality-bytes"}
+    shares = table(page, "shares")
+    assert sum(row[0] for row in shares.values()) == pytest.approx(100)
+    name, row = max(shares.items(), key=lambda item: item[1][1])
+    assert row[1] == pytest.approx(100 * max(lines[0]["shares"].values()))
+    assert lines[row[2] - 1]["shares"][name] == pytest.approx(row[1] / 100)
+    for line in lines:
+        del line["shares"]  # a run of an earlier version
+    write(tmp_path, metrics_jsonl=lines)
+    assert all(one.name != "shares" for section in build_page(tmp_path).sections for one in section.tables)
 
 
 def test_refused_answers_and_one_client_for_all_rows(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from manylora.cli.launch import refuse_launcher
 from manylora.cli.options import FederateOptions
 from manylora.cli.parsing import parse
-from manylora.errors import ConfigError
+from manylora.errors import ConfigError, RunError
 from manylora.federated.config import FederateConfig
+from manylora.training.config import as_list
 
 if TYPE_CHECKING:
     from manylora.evaluation import Scores
-    from manylora.federated import ClientData, Clients
+    from manylora.federated import ClientData, Clients, LocalClients
     from manylora.training import RunFolder
 
 DESCRIPTION = """\
@@ -32,7 +33,11 @@ epoch, in one process; then the same training without any exchange, to compare w
   manylora federate --partition dirichlet --clients 20 --participation 0.3
   manylora federate --data flan8/train --test flan8/test      your own rows (JSON, JSONL, CSV, Parquet, Hub id)
   manylora federate --engine flower --superlink HOST:PORT --clients 3 --recipe    clients on machines of their own
-  manylora federate --resume runs/federate-001                go on after a crash"""
+  manylora federate --resume runs/federate-001                go on after a crash
+  manylora federate --resume runs/federate-001 --from-round 3    go back to a round"""
+
+_ON_RESUME = frozenset({"resume", "from_round", "reset_client"})
+"""Options that may stand beside --resume."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -40,14 +45,23 @@ def run(arguments: Sequence[str]) -> int:
     refuse_launcher("federate")
     options, given = parse(FederateOptions, arguments, verb="federate", description=DESCRIPTION)
     if options.resume is not None:
-        if given - {"resume"}:
-            extra = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - {"resume"}))
+        if given - _ON_RESUME:
+            extra = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - _ON_RESUME))
             raise ConfigError(f"--resume takes all settings from the run folder; leave out {extra}.")
-        return _resume(options.resume)
+        reset = as_list(options.reset_client) or []
+        return _resume(options.resume, from_round=options.from_round, reset=reset)
+    if given & _ON_RESUME:
+        raise ConfigError(
+            "--from-round and --reset-client are about a run that there is; name it with --resume."
+        )
     if options.node is not None:
         from manylora.cli.flower import run_node
+        from manylora.federated.allowed import Allowed
 
-        return run_node(options.node, given)
+        allowed = Allowed(strategies=as_list(options.allow_strategy), parts=as_list(options.allow_parts))
+        return run_node(options.node, given, allowed=allowed)
+    if given & {"allow_strategy", "allow_parts"}:
+        raise ConfigError("--allow-strategy and --allow-parts are for a client; give them beside --node.")
     if options.dimensions is not None and not options.dry_run:
         raise ConfigError("--dimensions has no weights behind it; add --dry-run.")
     config = _settings(options).resolved()
@@ -87,14 +101,15 @@ def _settings(options: FederateOptions) -> FederateConfig:
     return FederateConfig(**{name: getattr(options, name) for name in names})
 
 
-def _resume(path: str) -> int:
+def _resume(path: str, *, from_round: int | None, reset: Sequence[str]) -> int:
     from manylora.cli.console import draw_report
     from manylora.cli.traffic import print_result
     from manylora.training import RunFolder
 
     folder = RunFolder.open(path)
     config = folder.config(FederateConfig, verb="federate").resolved()
-    if folder.state["state"] == "finished":
+    back = from_round is not None or bool(reset)
+    if folder.state["state"] == "finished" and not back:
         print(f"{path} is finished already.")
         print_result(folder.path)
         draw_report(folder.path)
@@ -102,7 +117,7 @@ def _resume(path: str) -> int:
     with folder:
         folder.lock()
         folder.set_state("running")
-        return _work(config, _data(config), folder)
+        return _work(config, _data(config), folder, from_round=from_round, reset=reset)
 
 
 def _check_test(config: FederateConfig, data: Mapping[str, ClientData]) -> None:
@@ -126,7 +141,14 @@ def _check_test(config: FederateConfig, data: Mapping[str, ClientData]) -> None:
                 score_all({task: rows}, {task: [""] * len(rows)}, tokenizer=tokenizer, rouge=config.rouge)
 
 
-def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFolder) -> int:
+def _work(
+    config: FederateConfig,
+    data: Mapping[str, ClientData],
+    folder: RunFolder,
+    *,
+    from_round: int | None = None,
+    reset: Sequence[str] = (),
+) -> int:
     from manylora.cli.console import draw_report, explain
     from manylora.cli.traffic import print_clients, print_result
 
@@ -135,7 +157,7 @@ def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFol
     print(f"run folder: {folder.path}", flush=True)
     began = time.monotonic()
     try:
-        scores = _run(config, data, folder)
+        scores = _run(config, data, folder, from_round=from_round, reset=reset)
         folder.set_state("running", seconds=round(time.monotonic() - began, 1))
         reference: dict[str, Scores] = {}
         if config.reference == "local" and config.strategy != "local":
@@ -145,7 +167,7 @@ def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFol
                 from manylora.federated import client_data
 
                 data = client_data(alone)
-            reference = _run(alone, data, folder, inside="reference")
+            reference = _reference(alone, data, folder)
         _write(folder, scores, reference)
         print_result(folder.path)
         folder.set_state("finished", seconds=round(time.monotonic() - began, 1))
@@ -162,14 +184,34 @@ def _work(config: FederateConfig, data: Mapping[str, ClientData], folder: RunFol
     return 0
 
 
+def _reference(
+    config: FederateConfig, data: Mapping[str, ClientData], folder: RunFolder
+) -> dict[str, Scores]:
+    from manylora.federated.home import DamagedStateError, MissingStateError
+
+    try:
+        return _run(config, data, folder, inside="reference")
+    except (DamagedStateError, MissingStateError) as error:
+        raise RunError(
+            f"{error} Or remove {folder.path / 'reference'}, to train the reference anew."
+        ) from error
+
+
 def _run(
-    config: FederateConfig, data: Mapping[str, ClientData], folder: RunFolder, *, inside: str = ""
+    config: FederateConfig,
+    data: Mapping[str, ClientData],
+    folder: RunFolder,
+    *,
+    inside: str = "",
+    from_round: int | None = None,
+    reset: Sequence[str] = (),
 ) -> dict[str, Scores]:
     """All rounds, and every personal model's scores."""
     from manylora.cli.traffic import RoundsProgress
     from manylora.federated import LocalClients, Rounds, Workbench, cut_prompts
 
     path = folder.path / inside
+    progress = RoundsProgress()
     with contextlib.ExitStack() as stack:
         clients: Clients
         if config.engine == "flower":
@@ -178,13 +220,34 @@ def _run(
             clients = stack.enter_context(flower_clients(config, folder.path, inside=inside))
         else:
             bench = Workbench(config)
-            clients = LocalClients(data, home=path / "clients", bench=bench)
+            clients = LocalClients(data, home=path / "clients", bench=bench, say=progress.noted)
             for name, rows in data.items() if not inside else ():
                 if line := cut_prompts(bench, rows):
                     print(f"{name}: {line}", flush=True)
-        rounds = Rounds(config, clients, path, progress=RoundsProgress())
+        rounds = Rounds(config, clients, path, progress=progress)
+        state = rounds.load(from_round=from_round, reset=reset)
+        if isinstance(clients, LocalClients):
+            _check_states(clients, state.counted, inside=inside)
         rounds.run()
         return rounds.score()
+
+
+def _check_states(clients: LocalClients, counted: Mapping[str, int], *, inside: str) -> None:
+    """Stop, before anything is trained, where a client of this machine has lost what it must go on from. Elsewhere a
+    client says so itself, and the others go on without it.
+    """
+    from manylora.federated.home import DamagedStateError, MissingStateError
+
+    for name, version in sorted(counted.items()):
+        try:
+            clients.check_states({name: version})
+        except (DamagedStateError, MissingStateError) as error:
+            if inside:
+                raise
+            raise type(error)(
+                f"{error} Or let the client begin anew with --reset-client {shlex.quote(name)}, or go back to a round "
+                "before with --from-round."
+            ) from error
 
 
 def _write(folder: RunFolder, scores: Mapping[str, Scores], reference: Mapping[str, Scores]) -> None:

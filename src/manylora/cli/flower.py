@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from manylora.errors import ConfigError, RunError
+from manylora.federated.allowed import Allowed
 from manylora.federated.config import FederateConfig
 from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import FlowerLink
@@ -40,7 +41,7 @@ def flower_clients(config: FederateConfig, folder: Path, *, inside: str = "") ->
     if not about.exists():
         write_json(about, {"run": uuid.uuid4().hex})
     try:
-        run = read_json(about)["run"]
+        run = str(read_json(about)["run"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{about} is damaged ({error}); put a copy of it back.") from error
     link = FlowerLink(config.superlink, certificate=Path(config.certificate) if config.certificate else None)
@@ -61,15 +62,15 @@ def flower_clients(config: FederateConfig, folder: Path, *, inside: str = "") ->
         link.close(failed=failed)
 
 
-def run_node(supernode: str, given: set[str]) -> int:
+def run_node(supernode: str, given: set[str], *, allowed: Allowed) -> int:
     """Work for a SuperNode until Ctrl-C."""
-    if extra := sorted(given - {"node", "engine"}):
+    if extra := sorted(given - {"node", "engine", "allow_strategy", "allow_parts"}):
         raise ConfigError(
             f"--{extra[0].replace('_', '-')} beside --node: a client's settings stand in its SuperNode's --node-config."
         )
     from manylora.federated.engines.flower_node import work
 
-    work(supernode, say=_say)
+    work(supernode, say=_say, allowed=allowed)
     return 0
 
 

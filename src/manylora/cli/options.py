@@ -35,10 +35,19 @@ class FederateOptions(FederateConfig):
     """Folder of the run; must not exist. Default: the next free runs/federate-NNN."""
     resume: str | None = None
     """Continue this run folder after its last finished round; takes all settings from there."""
+    from_round: int | None = None
+    """With --resume: go back to this finished round, one of the last --keep-rounds; what came after it is forgotten."""
+    reset_client: list[str] | str | None = None
+    """With --resume: let these clients, as "a,b" or a YAML list, begin anew, whose private state is lost."""
     dry_run: bool = False
     """Print what would travel, in parameters and bytes, as published and as sent, and stop."""
     node: str | None = None
     """Be a client instead: work for the Flower SuperNode on this machine whose Runtime API is at this HOST:PORT."""
+    allow_strategy: list[str] | str | None = None
+    """With --node: take part in runs of these strategies alone, as "a,b" or a YAML list. Default: any."""
+    allow_parts: list[str] | str | None = None
+    """With --node: let these parts leave and no others, of A, B and dB (the product B2 B1). Default: those of the
+    strategy."""
     recipe: bool = False
     """With --engine flower: print how to make certificates and keys and start the SuperLink and the nodes, and stop."""
     dimensions: str | None = None

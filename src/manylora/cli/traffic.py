@@ -18,6 +18,7 @@ from manylora.errors import DataError, RunError
 from manylora.evaluation import Scores, delta_m, read_client_scores
 from manylora.evaluation.table import METRIC_LABELS
 from manylora.federated.config import FederateConfig
+from manylora.federated.faults import clean_text
 from manylora.files import parse_json, reason
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class RoundsProgress:
         self._began = time.monotonic()
         self._round, self._rounds, self._asked, self._done = 0, 0, 0, 0
         self._first = 0
+        self._largest = ""
 
     def round_began(self, number: int, rounds: int, asked: int) -> None:
         """Start counting the round's clients."""
@@ -53,6 +55,15 @@ class RoundsProgress:
         """Say whose answer does not count, and why."""
         self._print(f"  {client} does not count: {reason}")
 
+    def noted(self, line: str) -> None:
+        """Say it."""
+        self._print(f"  {line}")
+
+    def shared(self, number: int, shares: Mapping[str, float]) -> None:
+        """Remember whose part of the round's change is the largest."""
+        name = max(shares, key=lambda one: shares[one], default=None)
+        self._largest = "" if name is None else f"  largest share {name} {100 * shares[name]:.0f} %"
+
     def round_ended(self, number: int, loss: float, update: float | None) -> None:
         """Sum the round up."""
         spent = time.monotonic() - self._began
@@ -60,7 +71,7 @@ class RoundsProgress:
         norm = "" if update is None else f"  update norm {update:.3g}"
         self._print(
             f"round {number}/{self._rounds}  loss {loss:.3f}{norm}  {self._done} of {self._asked} clients"
-            f"  {duration(left)} left"
+            f"{self._largest}  {duration(left)} left"
         )
 
     def scored(self, client: str, done: int, total: int) -> None:
@@ -115,7 +126,8 @@ def print_result(path: Path) -> None:
         RunError: one of the two is missing or damaged.
     """
     scores, reference = read_client_scores(path)
-    up, down = _bytes_per_round(path)
+    rounds = _rounds(path / "metrics.jsonl")
+    up, down = _bytes_per_round(rounds)
     out = console()
     table = Table(
         title="personal models on their own tasks", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
@@ -159,6 +171,8 @@ def print_result(path: Path) -> None:
         out.print("no personal model was scored (no test rows, or --scored-clients 0)")
     if reference:
         out.print(f"Δm% against local only: {_delta(scores, reference)} (lower is better, negative beats it)")
+    for line in _left_out(rounds)[:_MANY]:
+        out.print(line, markup=False)
     if any((path / "clients").glob("*/adapter")):
         out.print(f"personal models, as plain LoRA: {path / 'clients'}/*/adapter")
 
@@ -184,18 +198,45 @@ def _by_task(scores: Mapping[str, Scores]) -> dict[str, float]:
     return {task: _mean(values) for task, values in found.items()}
 
 
-def _bytes_per_round(path: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean bytes of a message by client, up and down, over the rounds it took part in."""
-    file = path / "metrics.jsonl"
-    sums: dict[str, dict[str, list[int]]] = {"up": {}, "down": {}}
+def _rounds(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    rows = []
     try:
         for line in file.read_text(encoding="utf-8").splitlines():
-            row: dict[str, Any] = parse_json(line, finite=False)
-            for way, found in sums.items():
-                for name, size in row[way].items():
-                    found.setdefault(name, []).append(int(size))
+            row = parse_json(line, finite=False)
+            sizes = [size for way in ("up", "down") for size in row[way].values()]
+            if not all(isinstance(size, int) for size in sizes):
+                raise ValueError("a size is no whole number")
+            rows.append(row)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file} is damaged ({reason(error)}); put a copy of it back.") from error
+    return rows
+
+
+def _left_out(rounds: list[dict[str, Any]]) -> list[str]:
+    """A line for each client some of whose answers did not count, so that it is not lost in what was shown before."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for row in rounds:
+        for name, why in row.get("refused", {}).items():
+            found.setdefault(name, []).append((row.get("step", 0), str(why)))
+    return [
+        f"{clean_text(name)} did not count in {len(when)} of {len(rounds)} rounds (last in round {when[-1][0]}: "
+        f"{clean_text(when[-1][1])})"
+        for name, when in sorted(found.items())
+    ]
+
+
+def _bytes_per_round(rounds: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean bytes of a message by client, up and down, over the rounds it took part in."""
+    sums: dict[str, dict[str, list[int]]] = {"up": {}, "down": {}}
+    for row in rounds:
+        for way, found in sums.items():
+            for name, size in row[way].items():
+                found.setdefault(name, []).append(size)
     up, down = ({name: _mean(sizes) for name, sizes in found.items()} for found in sums.values())
     return up, down
 

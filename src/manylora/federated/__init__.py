@@ -1,8 +1,9 @@
 """The federated room: many clients, one base model, and only what a strategy's `Exchange` names travels.
 
-`exchange` says what travels, `strategies` are values over it, `aggregate` is pure, `initial` says where matrices
-begin; `wire`, `compress` and `check` are what stands between two machines; `client` answers, `home` is its disk,
-`workbench` its model, `personal` its result; `rounds` is the server, which tells `progress` and works over the
+`exchange` says what travels, `strategies` are values over it, `aggregate` and `robust` are pure, `initial` says where
+matrices begin; `wire`, `compress`, `messages`, `faults` and `check` are what stands between two machines; `client`
+answers, `home` is its disk, `workbench` its model, `personal` its result, `allowed` what its site lets leave; `rounds`
+is the server, with `joining` before it and `server_state` on its disk, which tells `progress` and works over the
 interface in `clients` that `engines/` implement (a second floor, as each engine brings its own dependency).
 `accounting` counts without running.
 

@@ -1,22 +1,33 @@
-"""Answers are checked before they count: a server believes nothing that it can verify."""
+"""Answers are checked before they count: a server believes nothing that it can verify.
+
+What a client claims of itself, its number of rows first of all, it may claim of any size. So what follows from a claim
+(its weight in an average, how far its update may go) is measured against the other clients.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from manylora.errors import AnswerError
+from manylora.errors import AnswerError, RunError
 from manylora.federated.compress import expanded, product_is_lighter
 from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import UPDATE, State, split_name
+from manylora.federated.faults import clean_text, shown
 from manylora.federated.initial import Shapes, part_shape
+from manylora.federated.messages import read_joined, read_trained
 from manylora.federated.strategies import Strategy
 from manylora.federated.wire import Message
+
+MOST_CLAIMED = 10
+"""How many times the median of the other clients' rows a client's own count for, where nobody vouches for them."""
+_MOST_EXAMPLES = 10_000_000
+"""Rows that a client may claim to have where `max_examples` says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +36,15 @@ class Member:
 
     name: str
     examples: int
-    """Training rows; the answer's weight in an average."""
+    """Training rows, as it claims."""
     rank: int
+    agreed: int | None = None
+    """Training rows that count, where those are fewer; fixed at joining (see `agreed_counts`)."""
+
+    @property
+    def weight(self) -> int:
+        """Training rows that count: its answer's weight in an average, and the length of its training."""
+        return self.examples if self.agreed is None else self.agreed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +93,7 @@ def update_limits(
     assert config.local_epochs is not None
     assert config.learning_rate is not None
     assert config.batch_size is not None
-    steps = config.local_steps or math.ceil(config.local_epochs * member.examples / config.batch_size)
+    steps = config.local_steps or math.ceil(config.local_epochs * member.weight / config.batch_size)
     moved = config.learning_rate * steps * (1 + config.weight_decay)
     product = moved * math.sqrt(member.rank) * (1 / math.sqrt(3 * config.r) + moved * round)
     return {part: config.max_update * (product if part == UPDATE else moved) for part in strategy.exchange.up}
@@ -105,76 +123,104 @@ def check_answer(
     Raises:
         AnswerError: it is not; says what is wrong, not whose answer it is.
     """
-    if message.kind == "failed":
-        raise AnswerError(str(message.fields.get("reason", "it failed without a reason"))[:500])
-    if message.kind != "trained" or message.client != member.name:
+    said = read_trained(message, name=member.name, examples=member.examples)
+    if message.round != round or said.version != version:
         raise AnswerError(
-            f"it is a {message.kind!r} of {message.client!r}, not the answer that was asked for"
+            f"it belongs to round {shown(message.round)}, this is round {round}: a late answer or a replay"
         )
-    if message.round != round or message.fields.get("version") != version:
-        raise AnswerError(
-            f"it belongs to round {message.round}, this is round {round}: a late answer or a replay"
-        )
-    examples = message.fields.get("examples")
-    if type(examples) is not int or examples != member.examples:
-        raise AnswerError(f"it claims {examples!r} examples, but joined with {member.examples}")
-    loss = _number(message.fields, "loss")
     _check_matrices(message.tensors, expected)
     update = expanded(message.tensors)
-    moved = _number(message.fields, "moved")
     _check_size(update, strategy, limits)
-    norm = _norm_of_change(update, strategy) if strategy.travels else moved
-    if norm == 0 and not (strategy.may_stand_still and moved > 0):
+    norm = _norm_of_change(update, strategy) if strategy.travels else said.moved
+    if norm == 0 and not (strategy.may_stand_still and said.moved > 0):
         raise AnswerError(
             "its update is zero: nothing was learnt; is its learning rate 0, or are its rows empty?"
         )
-    return Checked(update=update, loss=loss, norm=norm)
+    return Checked(update=update, loss=said.loss, norm=norm)
 
 
 def check_joined(
-    message: Message, *, name: str, max_examples: int
-) -> tuple[int, str, dict[str, tuple[int, int]]]:
+    message: Message, *, name: str, max_examples: int | None, known: int | None = None
+) -> tuple[int, str, Shapes]:
     """Example count, fingerprint of the base and shapes of the layers of a client that joins.
+
+    Args:
+        message: what came.
+        name: who was asked.
+        max_examples: most rows that it may claim. Default: 10 million.
+        known: its number of rows, where the engine knows it.
 
     Raises:
         AnswerError: they cannot be.
     """
-    if message.kind == "failed":
-        raise AnswerError(str(message.fields.get("reason", "it failed without a reason"))[:500])
-    if message.kind != "joined" or message.client != name:
-        raise AnswerError(
-            f"it is a {message.kind!r} of {message.client!r}, not the answer that was asked for"
-        )
-    examples, base = message.fields.get("examples"), message.fields.get("base")
-    if type(examples) is not int or not 1 <= examples <= max_examples:
-        raise AnswerError(
-            f"it claims {examples!r} examples; allowed are 1 to {max_examples} (--max-examples)"
-        )
-    layers = message.fields.get("layers")
-    if not isinstance(base, str) or not isinstance(layers, dict) or not layers:
-        raise AnswerError("it does not describe its base model")
-    shapes = {}
-    for layer, shape in layers.items():
-        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
-            raise AnswerError(f"its layer {layer!r} has the shape {shape!r}")
-        shapes[layer] = (shape[0], shape[1])
-    return examples, base, shapes
+    most = _MOST_EXAMPLES if max_examples is None else max_examples
+    said = read_joined(message, name=name, max_examples=most)
+    if known is not None and said.examples != known:
+        raise AnswerError(f"it claims {said.examples} examples, but has {known}")
+    return said.examples, said.base, said.layers
 
 
-def _number(fields: Mapping[str, Any], name: str) -> float:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise AnswerError(f"its {name} is {value!r}, no number")
-    if not (math.isfinite(value) and value >= 0):
-        raise AnswerError(f"its {name} is {value!r}; it must be finite and not negative")
-    return float(value)
+def agreed_counts(claims: Mapping[str, int], *, vouched: Iterable[str] = ()) -> dict[str, int]:
+    """How many rows of each client count: at most `MOST_CLAIMED` times the median of the others' claims.
+
+    So whoever claims any number weighs at most as ten usual clients do. With two clients nobody can say whose number is
+    the odd one, so both count as they are.
+
+    Args:
+        claims: client to the rows that it claims.
+        vouched: clients whose numbers are known to be right.
+    """
+    counts, known = dict(claims), frozenset(vouched)
+    for name, claim in claims.items():
+        others = [other for who, other in claims.items() if who != name]
+        if len(others) > 1 and name not in known:
+            counts[name] = min(claim, max(1, math.floor(MOST_CLAIMED * statistics.median(others))))
+    return counts
+
+
+def out_of_proportion(norms: Mapping[str, float], *, most: float) -> dict[str, str]:
+    """Clients whose change is above `most` times the median of the others', and why they do not count.
+
+    With fewer than three answers, or where most have not changed at all, there is nothing to compare with.
+    """
+    found = {}
+    for name, norm in norms.items():
+        others = [other for who, other in norms.items() if who != name]
+        median = statistics.median(others) if len(others) > 1 else 0.0
+        if median > 0 and norm > most * median:
+            found[name] = (
+                f"its change is {norm / median:.3g} times the median of the others', above the limit {most:g}; "
+                "see --max-ratio"
+            )
+    return found
+
+
+def check_result(new: State, *, change: float, norms: Iterable[float], most: float | None) -> None:
+    """The new shared state, before it replaces the old one.
+
+    Args:
+        new: what came out of the answers that count.
+        change: norm of its change.
+        norms: of the answers that count.
+        most: times the median of these that the change may be; None where the two cannot be compared.
+
+    Raises:
+        RunError: it is not finite, or out of proportion.
+    """
+    for name, value in new.items():
+        if not torch.isfinite(value).all():
+            raise RunError(f"its {name} is not finite")
+    if most is not None and change > most * (usual := statistics.median(norms)):
+        raise RunError(
+            f"its change, {change:.3g}, is above {most:g} times what the clients sent ({usual:.3g})"
+        )
 
 
 def _check_matrices(sent: State, expected: Mapping[str, tuple[int, int]]) -> None:
     if missing := sorted(set(expected) - set(sent)):
         raise AnswerError(f"it lacks {len(missing)} of {len(expected)} matrices, such as {missing[0]}")
     if extra := sorted(set(sent) - set(expected)):
-        raise AnswerError(f"it has {len(extra)} matrices too many, such as {extra[0]}")
+        raise AnswerError(f"it has {len(extra)} matrices too many, such as {clean_text(extra[0])}")
     for name, value in sent.items():
         if tuple(value.shape) != expected[name]:
             raise AnswerError(f"its {name} is {tuple(value.shape)}, expected {expected[name]}")

@@ -2,13 +2,19 @@
 
 What leaves is decided by the strategy's `Exchange` (matrices) and by the `fields` of the answers below: the number of
 training rows, the mean training loss, the steps done; on joining the base's fingerprint and the shapes of its adapted
-layers; on scoring the scores of the client's tasks. Rows, A and everything else that is private stay.
+layers; on scoring the scores of the client's tasks. Where it cannot answer, a code says which kind of fault it was
+(`manylora.federated.faults`); the error's text may hold a piece of a row, so it goes into the client's own log:
+
+    HOME/NAME/log.txt     one line for each message that could not be answered
+
+Rows, A and everything else that is private stay.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +23,14 @@ import torch
 from torch import Tensor
 
 from manylora.data import Example, PromptRecord, encode_prompt
-from manylora.errors import ConfigError, ManyLoraError, RunError
+from manylora.errors import AnswerError, ManyLoraError
 from manylora.evaluation import generate_answers, score_all
 from manylora.federated.compress import corrected, expanded, lightest, residual_of
-from manylora.federated.exchange import State, only, split_name
-from manylora.federated.home import VersionedState, folder_name
+from manylora.federated.exchange import PLAIN, State, only, split_name
+from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
+from manylora.federated.home import DamagedStateError, VersionedState, append_log, folder_name
 from manylora.federated.initial import initial_state, seed_of
+from manylora.federated.messages import read_order
 from manylora.federated.personal import save_personal
 from manylora.federated.wire import Message, pack, unpack
 from manylora.federated.workbench import Workbench, total_rows
@@ -56,49 +64,78 @@ class Client:
         data: its rows.
         home: folder for the private state of the clients of this machine.
         bench: the base model; clients of one process share it, one at a time.
+        say: told, in a line, why a message could not be answered; that stays on this machine.
     """
 
-    def __init__(self, name: str, data: ClientData, *, home: Path, bench: Workbench) -> None:
-        self.name, self.data, self.bench = name, data, bench
+    def __init__(
+        self,
+        name: str,
+        data: ClientData,
+        *,
+        home: Path,
+        bench: Workbench,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.name, self.data, self.bench, self.say = name, data, bench, say
         self.folder = home / folder_name(name)
-        self._private = VersionedState(self.folder)
+        self.private = VersionedState(self.folder)
         self._stacks = VersionedState(home / ".stacks")
 
     def handle(self, data: bytes) -> bytes:
         """The answer to a server's message.
 
-        What a user or a server did wrong becomes an answer of kind "failed" with the reason; a bug raises.
+        What a user or a server did wrong becomes an answer of kind "failed" with a code, and so does memory that was
+        not enough; a bug raises.
         """
         message = Message(kind="unknown", client=self.name, round=0)
         try:
             message = unpack(data)
-            answer = self._answer(message)
-        except ManyLoraError as error:
-            return pack(
-                Message(kind="failed", client=self.name, round=message.round, fields={"reason": str(error)})
+            return self._answer(message)
+        except (ManyLoraError, MemoryError, RuntimeError) as error:
+            fault, text = (
+                fault_of(error),
+                f"{clean_text(message.kind)}, round {shown(message.round)}: {error}",
             )
-        return answer
+            if not isinstance(error, ManyLoraError) and fault is not Fault.MEMORY:
+                raise
+        append_log(self.folder / "log.txt", text)
+        self.say(f"{self.name}: {clean_text(text, most=2000)}")
+        number = message.round if 0 <= message.round < 2**31 else 0
+        return pack(Message(kind="failed", client=self.name, round=number, fields={"code": fault.value}))
 
     def _answer(self, message: Message) -> bytes:
         verbs = {"join": self._join, "train": self._train, "score": self._score}
         if message.client != self.name:
-            raise RunError(
-                f"a message for client {message.client!r} reached {self.name!r}; check the nodes' names."
+            raise ClientError(
+                Fault.MESSAGE,
+                f"a message for client {shown(message.client)} reached {self.name!r}; check the nodes' names.",
             )
         if message.kind not in verbs:
-            raise RunError(f"a message of kind {message.kind!r} is unknown; is the server's manylora newer?")
-        self._check_settings(message.fields.get("settings", {}))
-        return verbs[message.kind](message)
+            raise ClientError(
+                Fault.MESSAGE,
+                f"a message of kind {shown(message.kind)} is unknown; is the server's manylora newer?",
+            )
+        try:
+            order = read_order(message)
+        except AnswerError as error:
+            raise ClientError(Fault.MESSAGE, f"the server's message: {error}") from error
+        config = self.bench.config
+        if message.kind != "join" and order["rank"] not in (config.ranks or [config.r]):
+            raise ClientError(Fault.MESSAGE, f"the server's rank {order['rank']} is none of the run's.")
+        self._check_settings(order["settings"])
+        return verbs[message.kind](message, order)
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         own = self.bench.config.for_clients()
         for name, value in settings.items():
             if own.get(name) != value:
-                raise ConfigError(
-                    f"the server's {name} is {value!r}, this client's {own.get(name)!r}; make them equal."
+                raise ClientError(
+                    Fault.SETTINGS,
+                    f"the server's {shown(name)} is {shown(value)}, this client's {own.get(name)!r}; "
+                    "make them equal.",
                 )
 
-    def _join(self, message: Message) -> bytes:
+    def _join(self, message: Message, order: Mapping[str, Any]) -> bytes:
         fields = {
             "examples": sum(map(len, self.data.train.values())),
             "base": self.bench.fingerprint,
@@ -106,17 +143,19 @@ class Client:
         }
         return pack(Message(kind="joined", client=self.name, round=message.round, fields=fields))
 
-    def _train(self, message: Message) -> bytes:
-        rank, version = _integer(message, "rank"), _integer(message, "version")
+    def _train(self, message: Message, order: Mapping[str, Any]) -> bytes:
+        rank, version = order["rank"], order["version"]
         kept = self._kept(version, rank=rank)
-        self._put_on(message, kept, rank=rank)
+        self._put_on(message, order, kept)
         tasks = self.bench.encode(self.data.train)
         result = self._pass(tasks, message, kept)
         trained = self.bench.state()
-        sent, residual = self._sent(message, trained, kept, rank=rank)
         moved = _distance(trained, self._started)
         if not (math.isfinite(result.loss) and math.isfinite(moved)):  # also of what never leaves
-            raise RunError("the training loss or a weight is not finite; lower the learning rate.")
+            raise ClientError(
+                Fault.NOT_FINITE, "the training loss or a weight is not finite; lower the learning rate."
+            )
+        sent, residual = self._sent(message, trained, kept, rank=rank)
         answer = pack(
             Message(
                 kind="trained",
@@ -138,30 +177,42 @@ class Client:
         private |= self._moments(result)
         if self.bench.config.personal == "trained":
             private |= {TRAINED + name: value for name, value in trained.items() if name not in private}
-        self._private.write(message.round, private, {"rank": rank, "base": self.bench.fingerprint})
-        self._private.keep(version, message.round)
+        self.private.write(message.round, private, {"rank": rank, "base": self.bench.fingerprint})
+        self.private.keep(*self._needed(version, message.round))
         return answer
+
+    def _needed(self, version: int, number: int) -> list[int]:
+        """Which versions to keep after round `number`, begun from `version`: these two, and what the rounds start from
+        that the server keeps to go back to.
+        """
+        oldest = number - self.bench.config.keep_rounds
+        earlier = [one for one in self.private.versions() if one < version]
+        # After round `oldest` this client began at its last version up to there.
+        first = max((one for one in (*earlier, version) if one <= oldest), default=0)
+        return [version, number, *(one for one in earlier if one >= first)]
 
     def _kept(self, version: int, *, rank: int) -> dict[str, Tensor]:
         """What this client has on disk since the last round in which its answer counted; empty before the first."""
         if version == 0:
             return {}
-        state, facts = self._private.read(version)
+        state, facts = self.private.read(version)
         on_base = self.bench.is_on(str(facts.get("base")))
         for what, now, same in (
             ("rank", rank, facts.get("rank") == rank),
             ("base", self.bench.fingerprint, on_base),
         ):
             if not same:
-                raise RunError(
+                raise ClientError(
+                    Fault.STATE_OTHER,
                     f"the private state of client {self.name!r} was trained with {what} {facts.get(what)}, now it is "
-                    f"{now}; start a new run."
+                    f"{now}; start a new run.",
                 )
         return state
 
-    def _put_on(self, message: Message, kept: State, *, rank: int) -> None:
+    def _put_on(self, message: Message, order: Mapping[str, Any], kept: State) -> None:
         """The client's model at the beginning of its part of a round."""
         config, strategy, bench = self.bench.config, self.bench.strategy, self.bench
+        rank = order["rank"]
         own_draw = strategy.restarts or (strategy.keeps_a and config.a_init == "per_client")
         state = initial_state(
             strategy.parts,
@@ -179,12 +230,13 @@ class Client:
         state |= only({name: value for name, value in kept.items() if "/" not in name}, remembered)
         stacks: list[tuple[int, State]] = []
         if strategy.restarts:
-            stacks = self._received_stacks(message)
+            stacks = self._received_stacks(message, order)
         else:
             due = {name: value.shape for name, value in only(state, strategy.exchange.down).items()}
             if {name: value.shape for name, value in message.tensors.items()} != due:
-                raise RunError(
-                    "the server sent other matrices than this client's model has; compare the settings."
+                raise ClientError(
+                    Fault.MESSAGE,
+                    "the server sent other matrices than this client's model has; compare the settings.",
                 )
             state |= message.tensors
         if message.kind == "score" and config.personal == "trained":  # nothing for one that never took part
@@ -194,23 +246,47 @@ class Client:
         bench.load(state, rank=rank)
         self._started = bench.state()
 
-    def _received_stacks(self, message: Message) -> list[tuple[int, State]]:
+    def _received_stacks(self, message: Message, order: Mapping[str, Any]) -> list[tuple[int, State]]:
         """Every stack up to this round, the ones that came with the message put on disk first."""
+        for number, stack in self._sent_stacks(message).items():
+            if not self._has_stack(number, stack):
+                self._stacks.write(number, stack, {})
+        known = [number for number in self._stacks.versions() if number < message.round]
+        if len(known) != order.get("stacks"):
+            raise ClientError(
+                Fault.STATE_MISSING,
+                f"client {self.name!r} has the stacks of rounds {known}, but there are {order.get('stacks')}; put its "
+                "folder back.",
+            )
+        return [(number, self._stacks.read(number)[0]) for number in known]
+
+    def _sent_stacks(self, message: Message) -> dict[int, dict[str, Tensor]]:
+        """The stacks in a message, each whole: an A (K, D) and a B (O, K) for every layer."""
         arrived: dict[int, dict[str, Tensor]] = {}
         for name, value in message.tensors.items():
             label, _, matrix = name.partition("/")
-            if not label.isdecimal() or split_name(matrix)[0] not in self.bench.shapes:
-                raise RunError(f"the server sent a matrix called {name!r}, which is in no stack.")
+            known = split_name(matrix)[0] in self.bench.shapes and split_name(matrix)[1] in PLAIN
+            if not known or not re.fullmatch("[1-9][0-9]{0,8}", label) or int(label) >= message.round:
+                raise ClientError(
+                    Fault.MESSAGE, f"the server sent a matrix called {shown(name)}, which is in no stack."
+                )
             arrived.setdefault(int(label), {})[matrix] = value
-        for number, stack in arrived.items():
-            if number not in self._stacks.versions():
-                self._stacks.write(number, stack, {})
-        known = [number for number in self._stacks.versions() if number < message.round]
-        if len(known) != (due := _integer(message, "stacks")):
-            raise RunError(
-                f"client {self.name!r} has the stacks of rounds {known}, but there are {due}; put its folder back."
-            )
-        return [(number, self._stacks.read(number)[0]) for number in known]
+        for stack in arrived.values():
+            for layer, (rows, columns) in self.bench.shapes.items():
+                a, b = stack.get(f"{layer}.A"), stack.get(f"{layer}.B")
+                if a is None or b is None or (b.shape[0], *a.shape) != (rows, b.shape[1], columns):
+                    raise ClientError(Fault.MESSAGE, f"the server sent a stack without a whole {layer!r}.")
+        return arrived
+
+    def _has_stack(self, number: int, stack: State) -> bool:
+        """Whether a stack is on disk as it came: a run that went back to an earlier round makes others."""
+        if number not in self._stacks.versions():
+            return False
+        try:
+            there = self._stacks.read(number)[0]
+        except DamagedStateError:
+            return False
+        return there.keys() == stack.keys() and all(torch.equal(there[n], stack[n]) for n in stack)
 
     def _pass(self, tasks: Sequence[EncodedTask], message: Message, kept: State) -> PassResult:
         config, bench = self.bench.config, self.bench
@@ -241,6 +317,8 @@ class Client:
         """What goes up, and what rounding takes away from it."""
         strategy, wire = self.bench.strategy, self.bench.config.wire
         values = strategy.exchange.leaving(message.tensors, trained)
+        if not all(bool(torch.isfinite(value).all()) for value in values.values()):  # products can overflow
+            raise ClientError(Fault.NOT_FINITE, "what would leave is not finite; lower the learning rate.")
         if wire == "fp32" or not strategy.feedback:
             return lightest(values, own_rank=rank, factors=trained), {}
         values = corrected(values, _with_prefix(kept, RESIDUAL))
@@ -267,10 +345,9 @@ class Client:
             moments.setdefault(parameters[part], {})[key] = value.reshape(()) if key == "step" else value
         return moments
 
-    def _score(self, message: Message) -> bytes:
+    def _score(self, message: Message, order: Mapping[str, Any]) -> bytes:
         """Put the personal model together, save it as a plain LoRA, and score it on the client's own test rows."""
-        rank, version = _integer(message, "rank"), _integer(message, "version")
-        self._put_on(message, self._kept(version, rank=rank), rank=rank)
+        self._put_on(message, order, self._kept(order["version"], rank=order["rank"]))
         limits = self._answer_tokens()
         config = self.bench.config
         prompts = PromptRecord.of(
@@ -348,15 +425,6 @@ def cut_prompts(bench: Workbench, rows: ClientData) -> str:
 
 def _with_prefix(kept: State, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
-
-
-def _integer(message: Message, name: str) -> int:
-    value = message.fields.get(name)
-    if type(value) is not int or value < 0:
-        raise RunError(
-            f"the server's message has {value!r} as its {name}; is its manylora of another version?"
-        )
-    return value
 
 
 def _distance(after: State, before: State) -> float:

@@ -14,6 +14,7 @@ class Reply:
     client: str
     data: bytes | None = None
     reason: str = ""
+    """In the engine's own words; a client's words stay with it (`manylora.federated.faults`)."""
 
 
 class Clients(Protocol):
@@ -33,8 +34,12 @@ class Clients(Protocol):
         """
         ...
 
+    def examples(self, name: str) -> int | None:
+        """How many training rows a client has, where the engine knows it; else the client is asked."""
+        ...
+
     def ask(
-        self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None
+        self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None, most: int
     ) -> Iterator[Reply]:
         """Ask these clients, and yield their replies as they come, in any order, each client at most once.
 
@@ -43,5 +48,7 @@ class Clients(Protocol):
             message: makes the bytes for one of them; called when they are sent, so that they need not all be in
                 memory.
             seconds: after which the iterator ends, whoever is missing. Default: it waits.
+            most: bytes that an answer may have. An engine that fetches answers gives up one that is larger, with a
+                reason, before it holds more than that of it.
         """
         ...

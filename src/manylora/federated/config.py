@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from manylora.data import EMBEDDED, check_date, today
 from manylora.errors import ConfigError
+from manylora.federated.faults import shown
 from manylora.files import check_values
 from manylora.training.config import RECIPES, TrainConfig, Words, as_list
 
@@ -146,11 +147,25 @@ class FederateConfig:
     """Share of a round's clients whose answers must count; with fewer the run stops."""
     deadline: float | None = None
     """Seconds that joining, a round, or scoring may take; later answers are dropped. Default: none."""
-    max_examples: int = 10_000_000
-    """Most examples that a client may claim to have."""
+    max_examples: int | None = None
+    """Most examples that a client may claim to have; up to this they count as claimed. Default: 10 million, of which
+    at most 10 times the median of the other clients' count."""
     max_update: float = 4.0
     """Largest change of a matrix that counts, as a multiple of what AdamW can move it (learning rate × steps; root
     mean square). Honest ones were measured below 1, products of unequal ranks below 1.5."""
+    max_ratio: float = 10.0
+    """Largest change of a client that counts, as a multiple of the median of the others' in its round (norm). Honest
+    ones were measured below 2, with 4 to 197 rows a client."""
+    robust: Literal["none", "clip", "trimmed-mean", "median"] = "none"
+    """How the server adds changes up. none: weighted by examples; clip: likewise, none longer than --clip times the
+    median; trimmed-mean, median: number by number, every client alike (Yin et al. 2018)."""
+    clip: float = 1.0
+    """With --robust clip: longest change, as a multiple of the median of the round's."""
+    trim: float = 0.25
+    """With --robust trimmed-mean: share of the clients left out at each end of every number, at least one."""
+    keep_rounds: int = 3
+    """How many finished rounds stay on disk, at the server and at the clients, so that --resume --from-round can go
+    back."""
 
     engine: Literal["local", "flower"] = "local"
     """What carries messages: "local", all clients in this process; "flower", each on a machine of its own."""
@@ -178,7 +193,7 @@ class FederateConfig:
         positive = (
             "limit", "clients", "dirichlet_alpha", "participation", "r", "lora_alpha", "rounds", "local_epochs",
             "local_steps", "learning_rate", "batch_size", "micro_batch_size", "max_length", "deadline",
-            "max_examples", "max_update", "eval_batch_size", "max_new_tokens",
+            "max_examples", "max_update", "max_ratio", "clip", "keep_rounds", "eval_batch_size", "max_new_tokens",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -195,6 +210,8 @@ class FederateConfig:
         if self.scored_clients is not None and self.scored_clients < 0:
             raise ConfigError(f"scored_clients is {self.scored_clients}; give 0 or more.")
         check_date(self.date)
+        if not 0 < self.trim < 0.5:
+            raise ConfigError(f"trim is {self.trim}; give a share between 0 and 0.5, such as 0.25.")
         object.__setattr__(self, "ranks", _as_ranks(self.ranks))
         self._check_strategy()
         self._check_engine()
@@ -245,6 +262,12 @@ class FederateConfig:
             raise ConfigError(
                 f"personal trained means nothing to strategy {self.strategy}, whose clients start each round anew; "
                 "leave it out."
+            )
+        if self.robust != "none" and not strategy.linear:
+            able = sorted(name for name, value in STRATEGIES.items() if value.linear)
+            raise ConfigError(
+                f"robust {self.robust} means nothing to strategy {self.strategy}, whose answers are not added up one "
+                f"by one; leave it out, or choose {', '.join(able)}."
             )
         if self.strategy == "centralized" and self.clients not in (None, 1):
             raise ConfigError(
@@ -310,6 +333,7 @@ class FederateConfig:
             a_state="persist",
             a_init="common",
             personal="received",
+            robust="none",
             clients=None if self.strategy == "centralized" else self.clients,
         )
 
@@ -325,15 +349,40 @@ class FederateConfig:
         """
         known = {field.name for field in dataclasses.fields(self)} - _NODES_OWN
         if unknown := sorted(set(settings) - known):
-            raise ConfigError(f"the server set {unknown[0]!r}, which this version of manylora does not know.")
-        try:
-            return dataclasses.replace(self, **settings)
-        except TypeError as error:
-            raise ConfigError(f"the server's settings cannot be ({error}).") from error
+            raise ConfigError(
+                f"the server sets {shown(unknown[0])}, which this version of manylora does not know."
+            )
+        check_types(settings, "the server")
+        return dataclasses.replace(self, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `config.yaml`."""
         return dataclasses.asdict(self)
+
+
+def check_types(settings: Mapping[str, Any], who: str) -> None:
+    """Refuse settings from elsewhere, each of a known name, that are of another type than they are here.
+
+    Raises:
+        ConfigError: one is.
+    """
+    types = get_type_hints(FederateConfig)
+    for name, value in settings.items():
+        if not _is_of(value, types[name]):
+            raise ConfigError(f"{who} sets {name} to {shown(value)}, which it cannot be.")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value that came as JSON is of a field's type; numbers are finite and not beyond any use."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(one, get_args(kind)[0]) for one in value)
+    if get_args(kind):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if kind in (int, float):
+        return type(value) in (int, kind) and abs(value) <= 2**53  # type: ignore[arg-type]
+    return type(value) is kind
 
 
 def _as_ranks(ranks: Sequence[int] | str | None) -> list[int] | None:

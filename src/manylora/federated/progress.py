@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 
@@ -16,6 +17,15 @@ class Progress(Protocol):
 
     def refused(self, client: str, reason: str) -> None:
         """A client's answer does not count."""
+
+    def noted(self, line: str) -> None:
+        """Something that the operator should know."""
+
+    def shared(self, number: int, shares: Mapping[str, float]) -> None:
+        """What each client has of a round's change: its part's norm among the sum of all; empty where nothing travels.
+
+        Comes before `round_ended`.
+        """
 
     def round_ended(self, number: int, loss: float, update: float | None) -> None:
         """A round is saved."""
@@ -34,6 +44,12 @@ class Quiet:
         """Nothing."""
 
     def refused(self, client: str, reason: str) -> None:
+        """Nothing."""
+
+    def noted(self, line: str) -> None:
+        """Nothing."""
+
+    def shared(self, number: int, shares: Mapping[str, float]) -> None:
         """Nothing."""
 
     def round_ended(self, number: int, loss: float, update: float | None) -> None:

@@ -5,8 +5,11 @@
     FOLDER/answers/                          answers of the running round that passed their checks
     FOLDER/metrics.jsonl                     one line per round
 
+Of the rounds the last few stay (`keep_rounds`), so that a run can go back.
+
 A round that is saved is never repeated, one that is not is repeated from the same messages; so a run that is killed
-at any moment and resumed ends with the weights of an unbroken one.
+at any moment and resumed ends with the weights of an unbroken one. What one client sends can cost its own part of a
+round and no more; a result that cannot be is not saved.
 """
 
 from __future__ import annotations
@@ -16,53 +19,35 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from manylora.errors import AnswerError, RunError, WireError
 from manylora.evaluation import Scores
-from manylora.evaluation.score import TaskScore
 from manylora.federated.aggregate import truncated
 from manylora.federated.check import (
     Checked,
     Member,
     check_answer,
-    check_joined,
+    check_result,
     expected_shapes,
+    out_of_proportion,
     update_limits,
 )
 from manylora.federated.clients import Clients, Reply
 from manylora.federated.compress import corrected, expanded, residual_of
 from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import State
+from manylora.federated.faults import FailedError, Fault, clean_text
 from manylora.federated.home import VersionedState, folder_name
-from manylora.federated.initial import Shapes, initial_state
+from manylora.federated.initial import initial_state
+from manylora.federated.joining import Joined, Joining
+from manylora.federated.messages import read_scored
 from manylora.federated.progress import Progress, Quiet
+from manylora.federated.robust import changes_of, norm, robust_change, shares_of
+from manylora.federated.server_state import RoundFacts, ServerState, load_state, save_state
 from manylora.federated.strategies import strategy_for
-from manylora.federated.wire import Message, pack, unpack
-from manylora.training import RunFolder, same_base
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_RESIDUAL = "residual/"
-
-
-@dataclass(kw_only=True)
-class ServerState:
-    """All that the server must remember between rounds."""
-
-    round: int = 0
-    """The last finished one."""
-    shared: dict[str, Tensor] = field(default_factory=dict)
-    residual: dict[str, Tensor] = field(default_factory=dict)
-    """What rounding took from the last broadcast."""
-    counted: dict[str, int] = field(default_factory=dict)
-    """Client to the last round in which its answer counted."""
-    members: dict[str, Member] = field(default_factory=dict)
-    shapes: Shapes = field(default_factory=dict)
-    base: str = ""
+from manylora.federated.wire import JOINING, SCORING, Bounds, Message, pack, unpack
+from manylora.training import RunFolder
 
 
 class Rounds:
@@ -86,6 +71,33 @@ class Rounds:
         self._answers = folder / "answers"
         self.state = ServerState()
 
+    def load(self, *, from_round: int | None = None, reset: Sequence[str] = ()) -> ServerState:
+        """Take up what is on disk, if anything is; `run` does it by itself.
+
+        Args:
+            from_round: go back to this round; what came after it is forgotten. Default: the last.
+            reset: clients that begin anew, as if they had never taken part, because their private state is lost.
+
+        Raises:
+            RunError: it is not there or damaged, or there is no such client.
+        """
+        if self._saved.versions():
+            self.state = load_state(self._saved, number=from_round)
+        elif from_round is not None or reset or (self.folder / "metrics.jsonl").is_file():
+            raise RunError(
+                f"{self._saved.path} has no round, though the run was begun; put the folder back, or start anew with "
+                "another --out."
+            )
+        if unknown := sorted(set(reset) - set(self.state.members)):
+            raise RunError(
+                f"there is no client {unknown[0]!r} to reset; the run has {', '.join(sorted(self.state.members))}."
+            )
+        for name in reset:
+            self.state.counted.pop(name, None)
+        if reset:
+            self._save()
+        return self.state
+
     def run(self) -> ServerState:
         """Run every round that is not yet saved.
 
@@ -94,9 +106,9 @@ class Rounds:
         """
         assert self.config.rounds is not None
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._saved.versions():
-            self._load()
-        else:
+        if not self.state.members:
+            self.load()
+        if not self.state.members:
             self._begin()
         RunFolder(self.folder).rewind_metrics(self.state.round)
         while self.state.round < self.config.rounds:
@@ -113,16 +125,20 @@ class Rounds:
         last = self.state.round + 1
         values = corrected(self.state.shared, self.state.residual)
         replies = self.clients.ask(
-            names, lambda name: self._order("score", name, last, values), seconds=self.config.deadline
+            names,
+            lambda name: self._order("score", name, last, values),
+            seconds=self.config.deadline,
+            most=SCORING.message or 0,
         )
         waiting = set(names)
         for reply in replies:
             waiting.discard(reply.client)
             try:
-                if rows := _scored(reply):
-                    scores[reply.client] = Scores(tasks=tuple(map(TaskScore.from_dict, rows)))
-            except (AnswerError, WireError, KeyError, TypeError, AttributeError) as error:
-                self.progress.refused(reply.client, f"it could not score its model: {error}")
+                found = read_scored(unpack(_bytes(reply), SCORING), name=reply.client)
+                if found:
+                    scores[reply.client] = Scores(tasks=found)
+            except (AnswerError, WireError) as error:
+                self.progress.refused(reply.client, f"it could not score its model: {clean_text(error)}")
             self.progress.scored(reply.client, len(names) - len(waiting), len(names))
         for name in sorted(waiting):
             self.progress.refused(name, f"its model is not scored: {self._no_answer()}")
@@ -135,56 +151,44 @@ class Rounds:
         names = sorted(self.clients.names())
         if len(set(names)) != len(names):
             raise RunError(f"two clients have one name among {names}; give each its own.")
-        joined, base, shapes = self._join(names)
+        joined = self._join(names)
         self.config.check_number_of_clients(len(names))
         members = {
-            name: Member(name=name, examples=joined[name], rank=self.config.rank_of(index))
-            for index, name in enumerate(names)
-            if name in joined
+            name: Member(
+                name=name,
+                examples=claim,
+                rank=self.config.rank_of(names.index(name)),
+                agreed=count if (count := joined.agreed[name]) < claim else None,
+            )
+            for name, claim in sorted(joined.examples.items())
         }
         shared = initial_state(
             () if self.strategy.restarts else self.strategy.exchange.down,
-            shapes,
+            joined.shapes,
             rank=self.config.largest_rank,
             largest_rank=self.config.largest_rank,
             intermediate=self.config.r,
             seed=self.config.seed,
         )
-        self.state = ServerState(shared=shared, members=members, shapes=shapes, base=base)
+        self.state = ServerState(shared=shared, members=members, shapes=joined.shapes, base=joined.base)
         self._save()
 
-    def _join(self, names: Sequence[str]) -> tuple[dict[str, int], str, Shapes]:
-        """Example counts of the clients that join, and the base model that all of them have."""
-        joined: dict[str, int] = {}
-        refused: dict[str, str] = {}
-        common: tuple[str, Shapes] | None = None
+    def _join(self, names: Sequence[str]) -> Joined:
+        """Who takes part, of those that are there."""
         fields = {"settings": self.config.for_clients()}
+        joining = Joining(self.config, self.clients, self.progress)
         replies = self.clients.ask(
             names,
             lambda name: pack(Message(kind="join", client=name, round=0, fields=fields)),
             seconds=self.config.deadline,
+            most=JOINING.message or 0,
         )
         for reply in replies:
-            if reply.client not in names or reply.client in joined:
-                continue
-            try:
-                examples, base, shapes = check_joined(
-                    unpack(_bytes(reply)), name=reply.client, max_examples=self.config.max_examples
-                )
-            except (AnswerError, WireError) as error:
-                refused[reply.client] = str(error)
-                self.progress.refused(reply.client, str(error))
-                continue
-            if common is not None and not (same_base(base, common[0]) and shapes == common[1]):
-                raise RunError(
-                    f"client {reply.client!r} has another base model, or other layers of it, than {min(joined)!r} "
-                    f"(fingerprints {base} and {common[0]}); give all the same."
-                )
-            joined[reply.client], common = examples, (base, shapes)
-        refused |= {name: self._no_answer() for name in names if name not in joined and name not in refused}
-        self._check_quorum(len(joined), names, "joined", refused)
-        assert common is not None
-        return joined, *common
+            if reply.client in names:
+                joining.take(reply)
+        joined = joining.result(names, no_answer=self._no_answer())
+        self._check_quorum(len(joined.examples), names, "joined", joined.refused)
+        return joined
 
     # ---- one round
 
@@ -204,34 +208,37 @@ class Rounds:
         ).tensors
         shutil.rmtree(self._answers, ignore_errors=True)
         self._answers.mkdir()
-        facts: dict[str, Any] = {"up": {}, "down": {}, "losses": {}, "norms": {}, "refused": {}}
+        facts = RoundFacts()
         self._collect(names, number, values, facts)
-        counted = sorted(facts["losses"])
-        self._check_quorum(len(counted), names, f"counted in round {number}", facts["refused"])
-        update = self._aggregate(number, counted, values, received)
+        counted = sorted(facts.losses)
+        self._check_quorum(
+            len(counted), names, f"counted in round {number}", facts.refused, not_finite=facts.not_finite
+        )
+        update = self._aggregate(number, counted, values, received, facts)
         self.state.counted |= dict.fromkeys(counted, number)
         self.state.round = number
-        examples = {name: self.state.members[name].examples for name in counted}
-        loss = sum(facts["losses"][name] * n for name, n in examples.items()) / sum(examples.values())
-        by_client = {what: dict(sorted(of.items())) for what, of in facts.items()}  # whoever came first
+        examples = {name: self.state.members[name].weight for name in counted}
+        loss = sum(facts.losses[name] * n for name, n in examples.items()) / sum(examples.values())
         RunFolder(self.folder).append_metrics(
-            {"step": number, "loss": loss, "update_norm": update, "asked": len(names), **by_client}
+            {"step": number, "loss": loss, "update_norm": update, "asked": len(names), **facts.to_dict()}
         )
         self._save()
         shutil.rmtree(self._answers, ignore_errors=True)
+        self.progress.shared(number, facts.shares)
         self.progress.round_ended(number, loss, update)
 
-    def _collect(self, names: Sequence[str], number: int, values: State, facts: dict[str, Any]) -> None:
+    def _collect(self, names: Sequence[str], number: int, values: State, facts: RoundFacts) -> None:
         """Ask, and put every answer that passes its checks on disk; memory holds one at a time."""
 
         def order(name: str) -> bytes:
             data = self._order("train", name, number, values)
-            facts["down"][name] = len(data)
+            facts.down[name] = len(data)
             return data
 
         began, waiting = time.monotonic(), set(names)
         deadline = self.config.deadline
-        for reply in self.clients.ask(names, order, seconds=deadline):
+        most = max(self._bounds(name).message or 0 for name in names)
+        for reply in self.clients.ask(names, order, seconds=deadline, most=most):
             late = deadline is not None and time.monotonic() - began > deadline
             if reply.client not in waiting or late:
                 continue
@@ -239,33 +246,45 @@ class Rounds:
             try:
                 checked = self._check(reply, number)
             except (AnswerError, WireError) as error:
-                facts["refused"][reply.client] = str(error)
-                self.progress.refused(reply.client, str(error))
+                if isinstance(error, FailedError) and error.fault is Fault.NOT_FINITE:
+                    facts.not_finite.add(reply.client)
+                self._refuse(facts, reply.client, clean_text(error))
                 continue
             assert reply.data is not None
             (self._answers / folder_name(reply.client)).write_bytes(reply.data)
-            facts["up"][reply.client] = len(reply.data)
-            facts["losses"][reply.client], facts["norms"][reply.client] = checked.loss, checked.norm
+            facts.up[reply.client] = len(reply.data)
+            facts.losses[reply.client], facts.norms[reply.client] = checked.loss, checked.norm
             self.progress.answered(reply.client, checked.loss, time.monotonic() - began)
         for name in sorted(waiting):
-            facts["refused"][name] = self._no_answer()
-            self.progress.refused(name, facts["refused"][name])
+            self._refuse(facts, name, self._no_answer())
+        if self.strategy.travels:
+            for name, reason in out_of_proportion(facts.norms, most=self.config.max_ratio).items():
+                self._refuse(facts, name, reason)
+
+    def _refuse(self, facts: RoundFacts, name: str, reason: str) -> None:
+        facts.refuse(name, reason)
+        self.progress.refused(name, reason)
 
     def _no_answer(self) -> str:
         deadline = self.config.deadline
         return "no answer" + (f" within {deadline:g} s" if deadline else "")
 
+    def _expected(self, name: str) -> dict[str, tuple[int, int]]:
+        rank = self.state.members[name].rank
+        return expected_shapes(self.strategy, self.state.shapes, rank=rank, intermediate=self.config.r)
+
+    def _bounds(self, name: str) -> Bounds:
+        return Bounds.of(self._expected(name), self.config.wire)
+
     def _check(self, reply: Reply, number: int) -> Checked:
         client = reply.client
         member = self.state.members[client]
         return check_answer(
-            unpack(_bytes(reply)),
+            unpack(_bytes(reply), self._bounds(client)),
             member=member,
             round=number,
             version=self.state.counted.get(client, 0),
-            expected=expected_shapes(
-                self.strategy, self.state.shapes, rank=member.rank, intermediate=self.config.r
-            ),
+            expected=self._expected(client),
             strategy=self.strategy,
             limits=update_limits(self.strategy, self.config, member=member, round=number),
         )
@@ -288,93 +307,86 @@ class Rounds:
         message = Message(kind=kind, client=name, round=number, fields=fields, tensors=tensors)
         return pack(message, self.config.wire)
 
-    def _aggregate(self, number: int, counted: Sequence[str], values: State, received: State) -> float | None:
+    def _aggregate(
+        self, number: int, counted: Sequence[str], values: State, received: State, facts: RoundFacts
+    ) -> float | None:
         """The new shared state from the answers on disk; returns the norm of its change, None where nothing travels."""
         if not self.strategy.travels:
             return None
-        total = sum(self.state.members[name].examples for name in counted)
+        total = sum(self.state.members[name].weight for name in counted)
+        weights = [self.state.members[name].weight / total for name in counted]
 
         def answers() -> Iterator[tuple[float, State]]:
-            for name in counted:
-                member = self.state.members[name]
-                message = unpack((self._answers / folder_name(name)).read_bytes())
-                down = truncated(received, member.rank) if self.strategy.truncates else received
-                yield (
-                    member.examples / total,
-                    self.strategy.exchange.arrived(down, expanded(message.tensors)),
-                )
+            for name, weight in zip(counted, weights, strict=True):
+                rank = self.state.members[name].rank
+                message = unpack((self._answers / folder_name(name)).read_bytes(), self._bounds(name))
+                down = truncated(received, rank) if self.strategy.truncates else received
+                yield weight, self.strategy.exchange.arrived(down, expanded(message.tensors))
 
-        new = self.strategy.aggregate(received, answers(), self.config.scaling)
+        if self.config.robust == "none":
+            new = self.strategy.aggregate(received, answers(), self.config.scaling)
+            parts = [weight * facts.norms[name] for name, weight in zip(counted, weights, strict=True)]
+        else:
+            changes = changes_of(received, [state for _, state in answers()])
+            change, parts = robust_change(changes, weights, self.config)
+            new = {name: (value.double() + change[name]).float() for name, value in received.items()}
+        facts.shares = dict(zip(counted, shares_of(parts), strict=True))
+        size = norm(new if self.strategy.restarts else {n: value - received[n] for n, value in new.items()})
+        self._check_result(number, new, size, facts)
         if self.strategy.restarts:
             self._stacks.write(number, new, {})
-            return _norm(new)
-        norm = _norm({name: value - received[name] for name, value in new.items()})
-        if norm == 0 and not self.strategy.may_stand_still:
+            return size
+        if size == 0 and not self.strategy.may_stand_still:
             raise RunError(f"round {number} changed nothing (update norm 0); is the learning rate 0?")
         self.state.shared = new
         if self.strategy.feedback and self.config.wire != "fp32":
             self.state.residual = residual_of(values, received)
-        return norm
+        return size
+
+    def _check_result(self, number: int, new: State, change: float, facts: RoundFacts) -> None:
+        """Refuse a round's result that cannot be; the rounds before stay as they are."""
+        most = self.config.max_ratio if self.strategy.linear else None
+        try:
+            check_result(new, change=change, norms=facts.norms.values(), most=most)
+        except RunError as error:
+            first = sorted(facts.shares.items(), key=lambda item: -item[1])[:3]
+            told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in first)
+            raise RunError(
+                f"round {number} is not saved: {error}. The largest shares of its change are {told}; leave that client "
+                "out, then continue with --resume from the last round that is saved."
+            ) from error
 
     def _check_quorum(
-        self, counted: int, names: Sequence[str], what: str, refused: dict[str, str] | None = None
+        self,
+        counted: int,
+        names: Sequence[str],
+        what: str,
+        refused: dict[str, str] | None = None,
+        *,
+        not_finite: set[str] | None = None,
     ) -> None:
         needed = max(1, math.ceil(self.config.quorum * len(names) - 1e-9))  # 0.07 × 100 is 7.000000000000001
         if counted >= needed:
             return
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted((refused or {}).items())[:5])
+        remedy = "Mend the clients, then continue with --resume."
+        earlier = [one for one in self._saved.versions() if 0 < one < self.state.round]
+        if earlier and len(not_finite or ()) > 1:
+            # Several at once: rather what they were sent than their own rows.
+            remedy = (
+                f"What round {self.state.round} left may be the cause rather than these clients: see the shares in "
+                f"metrics.jsonl, and go back with --resume RUN --from-round {earlier[-1]}."
+            )
         raise RunError(
             f"only {counted} of {len(names)} clients {what}, {needed} are needed (--quorum {self.config.quorum:g})"
-            f"{f' ({reasons})' if reasons else ''}. Mend the clients, then continue with --resume."
+            f"{f' ({reasons})' if reasons else ''}. {remedy}"
         )
 
-    # ---- on disk
-
     def _save(self) -> None:
-        state = self.state
-        tensors = {**state.shared, **{_RESIDUAL + name: value for name, value in state.residual.items()}}
-        facts = {
-            "counted": state.counted,
-            "members": {m.name: [m.examples, m.rank] for m in state.members.values()},
-            "shapes": {name: list(shape) for name, shape in state.shapes.items()},
-            "base": state.base,
-        }
-        self._saved.write(state.round, tensors, facts)
-        self._saved.keep(state.round)
-
-    def _load(self) -> None:
-        number = self._saved.versions()[-1]
-        tensors, facts = self._saved.read(number)
-        try:
-            self.state = ServerState(
-                round=number,
-                shared={n: v for n, v in tensors.items() if not n.startswith(_RESIDUAL)},
-                residual={
-                    n.removeprefix(_RESIDUAL): v for n, v in tensors.items() if n.startswith(_RESIDUAL)
-                },
-                counted=dict(facts["counted"]),
-                members={n: Member(name=n, examples=e, rank=r) for n, (e, r) in facts["members"].items()},
-                shapes={name: (shape[0], shape[1]) for name, shape in facts["shapes"].items()},
-                base=facts["base"],
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise RunError(
-                f"the state of round {number} in {self._saved.path} is damaged ({error!r}); put a copy of it back."
-            ) from error
+        save_state(self._saved, self.state, keep=self.config.keep_rounds)
 
 
 def _bytes(reply: Reply) -> bytes:
     if reply.data is None:
         raise AnswerError(reply.reason or "no answer")
     return reply.data
-
-
-def _scored(reply: Reply) -> Any:
-    answer = unpack(_bytes(reply))
-    if answer.kind != "scored" or answer.client != reply.client:
-        raise AnswerError(str(answer.fields.get("reason", f"it sent a {answer.kind!r}")))
-    return answer.fields.get("scores")
-
-
-def _norm(state: State) -> float:
-    return math.sqrt(sum(float(value.double().square().sum()) for value in state.values()))

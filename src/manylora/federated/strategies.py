@@ -55,6 +55,12 @@ class Strategy:
         return self.exchange.up == {"A"}
 
     @property
+    def linear(self) -> bool:
+        """Whether the new shared state is the old one and a sum over the clients of what each changed, so that the sum
+        may be another one (`manylora.federated.robust`)."""
+        return self.travels and self.aggregate in (aggregate.mean, aggregate.increment)
+
+    @property
     def keeps_a(self) -> bool:
         """Whether each client has an A of its own, so that `a_init` and `a_state` mean something."""
         return "A" in self.private and "A" in self.trains

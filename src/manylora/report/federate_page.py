@@ -38,6 +38,8 @@ class Round:
     loss: float | None
     norm: float | None
     losses: Mapping[str, float]
+    shares: Mapping[str, float]
+    """What each client has of the round's change."""
     up: Mapping[str, float]
     down: Mapping[str, float]
     asked: float | None
@@ -125,6 +127,7 @@ def _rounds(path: Path) -> list[Round]:
             loss=number(row.get("loss")),
             norm=number(row.get("update_norm")),
             losses=numbers(row.get("losses")),
+            shares=numbers(row.get("shares")),
             up=numbers(row.get("up")),
             down=numbers(row.get("down")),
             asked=number(row.get("asked")),
@@ -312,7 +315,40 @@ def _rounds_section(rounds: list[Round], alone: list[Round], strategy: str) -> S
         alt=f"Mean training loss per round, from {signed(lines[0].y[0], 3)} to {signed(lines[0].y[-1], 3)}.",
         plot=Lines(panels=tuple(panels), xlabel="round", whole=True),
     )
-    return Section(title="Training", text=_participation(rounds), figures=(figure,))
+    shares = _shares(rounds)
+    return Section(
+        title="Training",
+        text=_participation(rounds),
+        figures=(figure,),
+        tables=() if shares is None else (shares,),
+        folded=shares is not None and len(shares.rows) > _FOLDED,
+    )
+
+
+def _shares(rounds: list[Round]) -> Table | None:
+    """How much of the rounds' changes each client had; `None` where nothing travels."""
+    shared = [one for one in rounds if one.shares]
+    names = sorted({name for one in shared for name in one.shares})
+    if not names:
+        return None
+    rows: list[tuple[Cell, ...]] = []
+    for name in names:
+        own = [(one.shares[name], one.number) for one in shared if name in one.shares]
+        largest, when = max(own)
+        average = mean([share for share, _ in own])
+        rows.append((name, None if average is None else 100 * average, 100 * largest, int(when), len(own)))
+    return Table(
+        name="shares",
+        caption="Each client’s share of a round’s change: the norm of its weighted part among the sum of all parts",
+        columns=(
+            Column(name="client"),
+            Column(name="mean share, %", digits=1),
+            Column(name="largest, %", digits=1),
+            Column(name="in round"),
+            Column(name="rounds"),
+        ),
+        rows=tuple(rows),
+    )
 
 
 def _participation(rounds: list[Round]) -> tuple[str, ...]:

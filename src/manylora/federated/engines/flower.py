@@ -14,6 +14,7 @@ from typing import Protocol
 from manylora.errors import RunError
 from manylora.federated.clients import Reply
 from manylora.federated.engines.flower_link import Answer, Node
+from manylora.federated.faults import clean_text, fault_named, shown
 
 _ASK_NODES = 1.0
 """Seconds between two looks at who is online."""
@@ -23,6 +24,8 @@ _WHO_SECONDS = 600.0
 _SILENT = 60.0
 """Seconds after which a node that has not answered is asked (again) who it is. A SuperNode that is out of step with its
 worker passes an answer on only with the next message; one that answers this before an older message has lost that."""
+_ANSWER_WHO = 2**16
+"""Bytes that a node's answer to the question who it is may have."""
 _NO_DEADLINE = 30 * 86_400.0
 """Time to live of a message without a deadline: Flower wants a number."""
 
@@ -40,8 +43,8 @@ class Link(Protocol):
         """Send; returns the message's id."""
         ...
 
-    def pull(self, messages: Sequence[str]) -> list[Answer]:
-        """What has come back."""
+    def pull(self, messages: Sequence[str], *, most: int) -> list[Answer]:
+        """What has come back; an answer of more than `most` bytes as an error."""
         ...
 
 
@@ -87,7 +90,8 @@ class FlowerClients:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.link, self.run, self.expected, self.keys = link, run, expected, keys
-        self.patience, self.interval, self.say = patience, interval, say
+        self.patience, self.interval = patience, interval
+        self.say: Callable[[str], None] = lambda line: say(clean_text(line, most=400))
         self._nodes: dict[str, Node] = {}
         self._introduced: dict[
             tuple[int, str], str
@@ -112,15 +116,19 @@ class FlowerClients:
                     f"{self.patience:g} s ({there}); start the others' nodes (--recipe shows how), or lower --clients."
                 )
             self._look()
-            self._hear(self.link.pull([*self._questions]))
+            self._hear(self.link.pull([*self._questions], most=_ANSWER_WHO))
             if len(self._nodes) != seen:
                 seen = len(self._nodes)
                 self.say(f"{seen} of {self.expected} clients are there")
             time.sleep(self.interval)
         return sorted(self._nodes)
 
+    def examples(self, name: str) -> int | None:
+        """Nobody but the client knows."""
+        return None
+
     def ask(
-        self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None
+        self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None, most: int
     ) -> Iterator[Reply]:
         """Send every message, then yield answers as they come; a client whose node is away is waited for."""
         began = time.monotonic()
@@ -135,7 +143,7 @@ class FlowerClients:
                 if order.node is not None and order.node == self._nodes.get(name):
                     self._nudge(order.node)
             waiting = {sent: name for name, order in orders.items() for sent in order.messages}
-            answers = self.link.pull([*waiting, *self._questions])
+            answers = self.link.pull([*waiting, *self._questions], most=max(most, _ANSWER_WHO))
             passed = self._passed(answers)
             self._hear(answers)
             for answer in answers:
@@ -171,7 +179,9 @@ class FlowerClients:
         """The client's reply; None where its message has to be sent again."""
         order.messages = tuple(sent for sent in order.messages if sent != answer.message)
         if answer.error is None:
-            return Reply(client=name, data=answer.data, reason=str(answer.labels.get("reason", "no answer")))
+            code = answer.labels.get("code")
+            reason = "no answer" if code is None else fault_named(code).words
+            return Reply(client=name, data=answer.data, reason=reason)
         if not answer.gone:
             return Reply(client=name, reason=answer.error)
         if order.messages:  # an older one of several: the newest is still under way
@@ -249,7 +259,11 @@ class FlowerClients:
             if node is None:
                 continue
             name = str(answer.labels.get("client", ""))
-            reason = answer.error or answer.labels.get("reason")
+            reason, code = answer.error, answer.labels.get("code")
+            if reason is None and code is not None:
+                reason = fault_named(code).words
+            if reason is None and (not name or clean_text(name) != name):
+                reason = f"its name {shown(name)} is not 1 to 200 printable characters"
             if reason is None and self.keys is not None and self.keys.get(name) != node.key:
                 reason = f"its key is not that of {name!r} in --node-keys"
             if reason is not None:

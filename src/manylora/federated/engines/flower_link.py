@@ -25,6 +25,8 @@ from typing import Any
 
 from manylora._version import __version__
 from manylora.errors import ConfigError, RunError
+from manylora.federated.engines.flower_runtime import PatientRuntime
+from manylora.federated.faults import clean_text
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -54,8 +56,8 @@ _AWAY_SECONDS = 120.0
 """How long a SuperLink may not answer."""
 _OVER = (401, 403)
 """HTTP's answers to whoever speaks for a run that has ended."""
-_PART_SECONDS = 240.0
-"""How long the next part of a message may take; longer than the 180 s after which a SuperLink forgets an upload."""
+_LABELS = 2**16
+"""Bytes that a message may have beside what was asked for: labels, and what Flower writes around each part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +107,14 @@ class FlowerLink:
         self._root = None if certificate is None else _read(certificate, "certificate")
         self._secret = None if secret is None else _read(secret, "secret")
         self._lost = threading.Event()
+        self._one_by_one = False
         self.run_id: int | None = None
         with self._reached():
             token, self.run_id = self._acquire(self._submit())
             self._grid = HttpGrid(address, self._insecure, self._root, token=token)
             self._grid._retry_invoker = _retries()
             self._grid._connect()
-            self._grid._client = PatientRuntime(self._grid._client)
+            self._grid._client = self._runtime = PatientRuntime(self._grid._client)
             self._begin()
 
     # ---- before the first message
@@ -234,12 +237,38 @@ class FlowerLink:
             sent = list(self._grid.push_messages([Message(content, node, "query", ttl=seconds)]))
         return str(sent[0]) if sent and sent[0] else ""
 
-    def pull(self, messages: Sequence[str]) -> list[Answer]:
-        """The answers to these messages that are there by now."""
+    def pull(self, messages: Sequence[str], *, most: int) -> list[Answer]:
+        """The answers to these messages that are there by now; of one with more than `most` bytes, that it has."""
         if not messages:
             return []
+        self._runtime.most = most + _LABELS
         with self._reached():
-            return [_answer(reply) for reply in self._grid.pull_messages(list(messages))]
+            answers = self._answers(messages)
+        return [
+            Answer(message=one.message, labels={}, error=f"its answer has more than {most:,} bytes")
+            if one.message in self._runtime.too_large
+            else one
+            for one in answers
+        ]
+
+    def _answers(self, messages: Sequence[str]) -> list[Answer]:
+        """What there is, all at once until one of them cannot be read: Flower would raise, and the others be lost."""
+        if not self._one_by_one:
+            try:
+                return [_answer(reply) for reply in self._grid.pull_messages(list(messages))]
+            except Exception as error:
+                if _is_of_the_connection(error):
+                    raise
+                self._one_by_one = True
+        found = []
+        for message in messages:
+            try:
+                found += [_answer(reply) for reply in self._grid.pull_messages([message])]
+            except Exception as error:
+                if _is_of_the_connection(error):
+                    raise
+                found.append(Answer(message=message, labels={}, error="its answer cannot be read"))
+        return found
 
     def close(self, *, failed: str = "") -> None:
         """End the run at the SuperLink."""
@@ -300,30 +329,6 @@ class FlowerLink:
                 f"no SuperLink answers at {self.address} ({error}); start it, compare the port and the certificate "
                 "(manylora federate --engine flower --recipe shows how), then continue with --resume."
             ) from error
-
-
-class PatientRuntime:
-    """A runtime that gives up a message of which nothing more comes: Flower's own would be asked for over an hour for
-    the parts of one whose sender or run ended on the way.
-    """
-
-    def __init__(self, runtime: Any, *, patience: float = _PART_SECONDS) -> None:
-        self._runtime, self._patience = runtime, patience
-        self._asked: dict[str, float] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
-
-    def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
-        """A part of a message; one that does not come counts as lost."""
-        answer = self._runtime.PullObject(request)
-        now = time.monotonic()
-        if answer.object_available:
-            self._asked.clear()  # something came
-        elif now - self._asked.setdefault(request.object_id, now) > self._patience:
-            self._asked.clear()  # it may be sent again, and its parts have the same ids
-            answer.object_found = False
-        return answer
 
 
 def _retries() -> Any:
@@ -388,10 +393,17 @@ def _answer(reply: Any) -> Answer:
             ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
             ErrorCode.CLIENT_APP_CRASHED,
         }  # fmt: skip
-        reason = reply.error.reason or f"Flower's error {reply.error.code}"
+        reason = clean_text(reply.error.reason or f"Flower's error {reply.error.code}")
         return Answer(message=message, labels={}, error=reason, gone=reply.error.code in lost)
     labels, data = opened(reply.content)
     return Answer(message=message, labels=labels, data=data)
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    """Whether an error is about the SuperLink, and not about what a node has put there."""
+    import httpx
+
+    return isinstance(error, (httpx.HTTPError, OSError))
 
 
 def _words(error: Exception) -> str:

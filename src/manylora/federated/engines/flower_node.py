@@ -19,15 +19,18 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora._version import __version__
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ManyLoraError
-from manylora.federated.config import FederateConfig
+from manylora.federated.allowed import Allowed
+from manylora.federated.config import FederateConfig, check_types
 from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
+from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
 
 if TYPE_CHECKING:
     from manylora.federated.client import ClientData
@@ -41,24 +44,33 @@ OWN = (
 
 _KEPT_DAYS = 30.0
 """Days that a run's private state waits on a client's disk for the run to go on."""
+_LOOK_SECONDS = 86_400.0
+"""How long a worker has run, and between two looks, when it looks for runs that ended long ago. A running federation's
+messages come in between: how old a file is, is read off a clock that may have jumped."""
 _INTERVAL = 0.2
 """Seconds between two looks for a message."""
 
 
 class NodeClient:
-    """Answers messages for the client that `--node-config` describes, and keeps its base and rows in memory."""
+    """Answers messages for the client that `--node-config` describes, and keeps its base and rows in memory.
 
-    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
-        self._say = say
+    Args:
+        allowed: what this site lets leave.
+        say: told, in a line, why a message could not be answered; that stays on this machine.
+    """
+
+    def __init__(
+        self, *, allowed: Allowed | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.allowed, self.say = allowed or Allowed(), say
         self._key: tuple[str, FederateConfig] | None = None
         self._bench: Workbench | None = None
         self._rows: ClientData | None = None
+        self._served: dict[Path, float] = {}  # folder of a run to when this worker had its last message
+        self._looked = time.monotonic()
 
     def answer(self, content: Any, node_config: Mapping[str, Any]) -> Any:
-        """Content of the answer to a message's content.
-
-        What a user did wrong becomes an answer with the reason; a bug raises.
-        """
+        """Content of the answer to a message's content; of what went wrong, a code (`manylora.federated.faults`)."""
         labels, data = opened(content)
         told = {"version": __version__}
         answer = None
@@ -68,17 +80,26 @@ class NodeClient:
                 answer = self._handle(data, told["client"], str(labels.get("run", "")), node_config)
             else:
                 settings_of(node_config)
-        except ManyLoraError as error:
-            told["reason"] = str(error)
+        except Exception as error:
+            told["code"] = fault_of(error).value
+            if not isinstance(error, ManyLoraError):  # perhaps a bug of ours: the next message may go well
+                traceback.print_exc()
+            self.say(
+                clean_text(f"a message could not be answered: {type(error).__name__}: {error}", most=2000)
+            )
         return envelope(told, answer)
 
     def _handle(self, data: bytes, name: str, run: str, node_config: Mapping[str, Any]) -> bytes:
         from manylora.federated.client import Client, cut_prompts
         from manylora.federated.home import folder_name
+        from manylora.federated.messages import read_order
         from manylora.federated.wire import unpack
         from manylora.federated.workbench import Workbench
 
-        config = settings_of(node_config).told(unpack(data).fields.get("settings", {})).resolved()
+        if not run or clean_text(run) != run:  # it becomes the name of a folder in `home`
+            raise ClientError(Fault.MESSAGE, f"the server calls its run {shown(run)}; give it a name.")
+        config = settings_of(node_config).told(read_order(unpack(data))["settings"]).resolved()
+        self.allowed.check(config)
         if self._key != (name, config) or self._bench is None or self._rows is None:
             self._key = self._bench = self._rows = None
             notes: list[str] = []
@@ -86,23 +107,41 @@ class NodeClient:
             self._bench = Workbench(config)
             for note in (*notes, cut_prompts(self._bench, self._rows)):
                 if note:
-                    self._say(f"note: {note}")
+                    self.say(f"note: {note}")
             self._key = (name, config)
         home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
-        if not home.exists():
-            forget_old_runs(home.parent)
+        self._look_for_old_runs(home)
         with _alone(home / f"{folder_name(name)}.lock"):
-            return Client(name, self._rows, home=home, bench=self._bench).handle(data)
+            client = Client(name, self._rows, home=home, bench=self._bench, say=self.say)
+            return client.handle(data)
+
+    def _look_for_old_runs(self, home: Path) -> None:
+        now = time.monotonic()
+        self._served[home] = now
+        if now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            forget_old_runs(
+                home.parent, served=[run for run, last in self._served.items() if _is_new(now - last)]
+            )
 
 
-def forget_old_runs(home: Path) -> None:
-    """Remove the private rounds and the stacks of runs without a message for `_KEPT_DAYS`; personal models stay."""
+def forget_old_runs(home: Path, *, served: Collection[Path] = ()) -> None:
+    """Remove the private rounds and the stacks of runs without a message for `_KEPT_DAYS`; personal models stay.
+
+    Args:
+        home: holds a folder for each run.
+        served: folders of runs that are known to be going on, whatever the clock says.
+    """
     now = time.time()
     for run in home.glob("*"):
         last = max((lock.stat().st_mtime for lock in run.glob("*.lock")), default=now)
-        if now - last > _KEPT_DAYS * 86_400:
+        if run not in served and not _is_new(now - last):
             for state in run.glob("*/round-*.safetensors"):
                 state.unlink(missing_ok=True)
+
+
+def _is_new(seconds: float) -> bool:
+    return seconds <= _KEPT_DAYS * 86_400
 
 
 def settings_of(node_config: Mapping[str, Any]) -> FederateConfig:
@@ -115,6 +154,7 @@ def settings_of(node_config: Mapping[str, Any]) -> FederateConfig:
     given = {key: value for key, value in given.items() if key not in ("client", "home")}
     if unknown := sorted(set(given) - set(OWN)):
         raise ConfigError(f"--node-config sets {unknown[0]!r}; it may set client, home, {', '.join(OWN)}.")
+    check_types(given, "--node-config")
     return FederateConfig(**given)
 
 
@@ -139,12 +179,13 @@ def rows_of(config: FederateConfig, name: str, *, notes: list[str]) -> ClientDat
     return ClientData(train=splits.train, test=splits.test)
 
 
-def work(supernode: str, *, say: Callable[[str], None]) -> None:
+def work(supernode: str, *, say: Callable[[str], None], allowed: Allowed | None = None) -> None:
     """Answer the messages that come to a SuperNode, until this process is ended.
 
     Args:
         supernode: HOST:PORT of its Runtime API, on this machine.
         say: told what happens.
+        allowed: what this site lets leave. Default: what the server's strategy sends.
 
     Raises:
         ConfigError: flwr is not installed.
@@ -155,7 +196,8 @@ def work(supernode: str, *, say: Callable[[str], None]) -> None:
     from flwr.proto.runtime_pb2 import AcquireTaskRequest
     from flwr.supercore.constant import TaskType
 
-    client, there = NodeClient(say), True  # the latter is told once until the next message
+    client = NodeClient(allowed=allowed, say=say)
+    there = True  # told once until the next message
     with contextlib.closing(_runtime(supernode)) as runtime:
 
         def offered() -> str:
@@ -209,22 +251,20 @@ def _one(
                 say(f"a message did not come whole: {error}")
                 if runtime.next:
                     # Otherwise the SuperNode would answer it itself, a minute later and in place of the next one.
-                    push_task_output(runtime, None, SubStatus.FAILED, str(error))
+                    push_task_output(runtime, None, SubStatus.FAILED, Fault.OTHER.value)
                 return runtime.next
             status, began = SubStatus.COMPLETED, time.monotonic()
             try:
                 reply = Message(client.answer(message.content, context.node_config), reply_to=message)
-            except (
-                Exception
-            ) as error:  # a bug of ours: the server hears of it, and the next message may go well
-                reason = f"{type(error).__name__}: {error}"
+            except Exception as error:  # what `answer` itself cannot answer: only a code leaves
+                traceback.print_exc()
+                reason = fault_of(error).value
                 status, reply = (
                     SubStatus.FAILED,
                     Message(
                         Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message
                     ),
                 )
-                say(f"a message could not be answered: {reason}")
             try:
                 push_message(runtime, reply, context)
             except ObjectPushError as error:

@@ -18,22 +18,48 @@ class LocalClients:
         data: client name to its rows.
         home: folder of the clients' private state.
         bench: the base model.
+        say: told, in a line, why a client could not answer; the server hears only a code, as it would from afar.
     """
 
-    def __init__(self, data: Mapping[str, ClientData], *, home: Path, bench: Workbench) -> None:
-        self.data, self.home, self.bench = data, home, bench
+    def __init__(
+        self,
+        data: Mapping[str, ClientData],
+        *,
+        home: Path,
+        bench: Workbench,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.data, self.home, self.bench, self.say = data, home, bench, say
 
     def names(self) -> Sequence[str]:
         """Every client."""
         return list(self.data)
 
+    def examples(self, name: str) -> int | None:
+        """Training rows of a client."""
+        return sum(map(len, self.data[name].train.values()))
+
+    def check_states(self, versions: Mapping[str, int]) -> None:
+        """Read the private state that each client would go on from.
+
+        Args:
+            versions: client to the last round in which its answer counted.
+
+        Raises:
+            MissingStateError, DamagedStateError: one is not there, or not as it was written.
+        """
+        for name in versions.keys() & self.data.keys():
+            self._client(name).private.read(versions[name])
+
     def ask(
-        self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None
+        self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None, most: int
     ) -> Iterator[Reply]:
         """One after the other; after `seconds` the others are not asked any more."""
         began = time.monotonic()
         for name in names:
             if seconds is not None and time.monotonic() - began > seconds:
                 return
-            client = Client(name, self.data[name], home=self.home, bench=self.bench)
-            yield Reply(client=name, data=client.handle(message(name)))
+            yield Reply(client=name, data=self._client(name).handle(message(name)))
+
+    def _client(self, name: str) -> Client:
+        return Client(name, self.data[name], home=self.home, bench=self.bench, say=self.say)
