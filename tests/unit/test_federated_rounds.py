@@ -14,21 +14,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from federation import Watched, federation, final_state, rows_of, settings
+from federation import Listening, Watched, federation, final_state, rows_of, settings
 from manylora.errors import ConfigError, RunError
-from manylora.federated import Client, FederateConfig, Message, Quiet, Rounds, Workbench, pack, unpack
+from manylora.federated import Client, FederateConfig, Message, Rounds, Workbench, pack, unpack
 from manylora.federated.home import VersionedState
 from manylora.training import load_base
-
-
-class Listening(Quiet):
-    """Remembers what the operator is told."""
-
-    def __init__(self) -> None:
-        self.refusals: dict[str, str] = {}
-
-    def refused(self, client: str, reason: str) -> None:
-        self.refusals[client] = reason
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

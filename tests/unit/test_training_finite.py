@@ -21,6 +21,7 @@ from manylora.data import load_examples
 from manylora.errors import ModelError, NonFiniteError
 from manylora.evaluation import generate_answers, stream_answer
 from manylora.federated.client import Client
+from manylora.federated.faults import Fault
 from manylora.federated.wire import Message, pack, unpack
 from manylora.training import (
     RunFolder,
@@ -173,7 +174,7 @@ def test_a_client_is_guarded_alike(tiny_base: Path, small_data: Path, tmp_path: 
         with torch.no_grad():
             weight.copy_(before)
     assert answer.kind == "failed"
-    assert "not finite" in answer.fields["reason"]
+    assert answer.fields["code"] == Fault.NOT_FINITE
 
 
 def _start(bench: Any) -> dict[str, torch.Tensor]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from manylora.errors import RunError
-from manylora.training import RunFolder, write_text
+from manylora.files import write_text
+from manylora.training import RunFolder
 
 
 def make_checkpoint(run: RunFolder, step: int, *, whole: bool, keep: tuple[int, ...] = ()) -> Path:

@@ -128,7 +128,7 @@ def conclude(found: Analysis, folder: RunFolder) -> None:
     """Print the tables, write analysis.json and its page, and say where they are."""
     from manylora.cli.analysis_tables import print_analysis
     from manylora.cli.console import draw_report
-    from manylora.training import write_json
+    from manylora.files import write_json
 
     print_analysis(found)
     write_json(folder.path / "analysis.json", found.to_dict())

@@ -15,7 +15,8 @@ from manylora.cli.tables import print_loss
 from manylora.data import DataNotes, TaskData, available_splits, load_examples, load_splits, sample_rows
 from manylora.errors import ConfigError, NotMergeableError
 from manylora.evaluation import Loss, Scores, collapse_router, paired_loss
-from manylora.training import RunFolder, TrainConfig, write_json
+from manylora.files import write_json
+from manylora.training import RunFolder, TrainConfig
 from manylora.training.config import as_list
 
 if TYPE_CHECKING:

@@ -251,7 +251,7 @@ def _check_states(clients: LocalClients, counted: Mapping[str, int], *, inside: 
 
 
 def _write(folder: RunFolder, scores: Mapping[str, Scores], reference: Mapping[str, Scores]) -> None:
-    from manylora.training import write_json
+    from manylora.files import write_json
 
     write_json(
         folder.path / "scores.json",

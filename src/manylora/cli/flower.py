@@ -28,7 +28,7 @@ def flower_clients(config: FederateConfig, folder: Path, *, inside: str = "") ->
         folder: of the run; keeps the id by which clients know the run, also when it is resumed.
         inside: the run's reference, whose private state the clients keep apart.
     """
-    from manylora.training import write_json
+    from manylora.files import write_json
 
     assert config.superlink is not None
     keys = None if config.node_keys is None else _keys(Path(config.node_keys))

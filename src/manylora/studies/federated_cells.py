@@ -71,7 +71,8 @@ def work(settings: Mapping[str, Any]) -> tuple[int, int]:
 def run(job: Job) -> Measured:
     """Run all rounds and score every personal model; goes on after the last saved round."""
     from manylora.federated import LocalClients, Rounds, Workbench
-    from manylora.training import RunFolder, write_json
+    from manylora.files import write_json
+    from manylora.training import RunFolder
 
     more: dict[str, Any] = {"seed": job.seed, "reference": "none"}
     if job.learning_rate is not None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from manylora.errors import ConfigError, RunError
 from manylora.files import Record, build_config, read_record
 from manylora.studies.kinds import Job, Measured
@@ -33,6 +35,7 @@ class _Saved(Record):
     """A `Measured` in measured.json."""
 
     scores: dict[str, float]
+    metrics: dict[str, str] = Field(default_factory=dict)
     examples: dict[str, list[float]]
     parameters: int
     seconds: float
@@ -82,14 +85,14 @@ def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
 
 def tasks(settings: Mapping[str, Any]) -> list[str]:
     """Names of a cell's scores: the tasks that have training rows."""
-    from manylora.training.job import all_rows
+    from manylora.training.prepared import all_rows
 
     return list(all_rows(train_config(settings).resolved()).train)
 
 
 def work(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Optimizer steps and answers of a cell."""
-    from manylora.training.job import all_rows
+    from manylora.training.prepared import all_rows
 
     config = train_config(settings).resolved()
     splits = shortened(all_rows(config), settings.get("train_limit"))
@@ -104,7 +107,7 @@ def work(settings: Mapping[str, Any]) -> tuple[int, int]:
 def run(job: Job) -> Measured:
     """Train and score the cell; what is done already is not done again."""
     from manylora.training import prepare
-    from manylora.training.job import all_rows
+    from manylora.training.prepared import all_rows
 
     more: dict[str, Any] = {"seed": job.seed}
     if job.learning_rate is not None:
@@ -214,8 +217,9 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         model: the model to train. Default: the base with a fresh adapter.
     """
     from manylora.adapters import read_weights
+    from manylora.files import write_json
     from manylora.studies.curves import Curve
-    from manylora.training import RunFolder, finetune, write_json
+    from manylora.training import RunFolder, finetune
 
     resumed = (path / "state.json").is_file()
     if resumed:

@@ -78,7 +78,7 @@ def _config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
 
 def tasks(settings: Mapping[str, Any]) -> list[str]:
     """Names of a cell's scores: "TASK@EXAMPLES"."""
-    from manylora.training.job import all_rows
+    from manylora.training.prepared import all_rows
 
     own = {**DEFAULTS, **settings}
     left_out = own["left_out"] or list(all_rows(_config(settings).resolved()).train)
@@ -87,7 +87,7 @@ def tasks(settings: Mapping[str, Any]) -> list[str]:
 
 def work(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Optimizer steps and answers of a cell, the donors included."""
-    from manylora.training.job import all_rows
+    from manylora.training.prepared import all_rows
 
     own = {**DEFAULTS, **settings}
     config = _config(settings).resolved()
@@ -103,7 +103,7 @@ def work(settings: Mapping[str, Any]) -> tuple[int, int]:
 
 def run(job: Job) -> Measured:
     """Every task that is left out, with every number of examples; scores are called "TASK@EXAMPLES"."""
-    from manylora.training.job import all_rows
+    from manylora.training.prepared import all_rows
 
     own = {**DEFAULTS, **job.settings}
     splits = all_rows(_config(job.settings, seed=job.seed).resolved())

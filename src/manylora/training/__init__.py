@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from manylora.training.config import METHODS, RECIPES, TrainConfig
 
 if TYPE_CHECKING:
-    from manylora.files import write_json, write_text
     from manylora.training.batches import ExpertCollator
     from manylora.training.facts import TaskFacts, read_task_facts
     from manylora.training.fingerprint import base_fingerprint, same_base
-    from manylora.training.job import Prepared, build_model, finetune, prepare
+    from manylora.training.job import build_model, finetune
     from manylora.training.labels import LabelSets, encode_labelled, label_of, predict_labels
     from manylora.training.layers import check_layers
     from manylora.training.memory import MemoryPlan
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
         token_rows,
     )
     from manylora.training.plan import Plan, TaskPlan, plan_lines
+    from manylora.training.prepared import Prepared, prepare
     from manylora.training.processes import Processes
     from manylora.training.runs import RunFolder, environment
     from manylora.training.snapshots import find_snapshots
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _HOME = {
     "batches": ("ExpertCollator",),
     "facts": ("TaskFacts", "read_task_facts"),
-    "job": ("Prepared", "build_model", "finetune", "prepare"),
+    "job": ("build_model", "finetune"),
     "fingerprint": ("base_fingerprint", "same_base"),
     "labels": ("LabelSets", "encode_labelled", "label_of", "predict_labels"),
     "layers": ("check_layers",),
@@ -61,6 +61,7 @@ _HOME = {
         "token_rows",
     ),
     "plan": ("Plan", "TaskPlan", "plan_lines"),
+    "prepared": ("Prepared", "prepare"),
     "processes": ("Processes",),
     "runs": ("RunFolder", "environment"),
     "snapshots": ("find_snapshots",),
@@ -103,9 +104,7 @@ __all__ = [
     "read_task_facts",
     "same_base",
     "token_rows",
-    "write_json",
     "write_merged",
-    "write_text",
 ]
 
 

@@ -12,7 +12,7 @@ from manylora.training.trainer import save_adapter
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from manylora.training.job import Prepared
+    from manylora.training.prepared import Prepared
 
 
 def save_result(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
