@@ -225,7 +225,12 @@ def test_the_command_line_trains_evaluates_and_refuses(
     whole = json.loads(facts.read_text(encoding="utf-8"))
     facts.write_text(json.dumps({"tasks": whole["tasks"]}), encoding="utf-8")
     code, _, err = cli("evaluate", "--adapter", "run")
-    assert (code, "is damaged (KeyError('max_length'))" in err) == (2, True), err
+    assert (code, "tasks.json is broken or was changed" in err) == (2, True), err
+    state = json.loads(Path("run/state.json").read_text(encoding="utf-8"))
+    del state["files"]["tasks.json"]
+    Path("run/state.json").write_text(json.dumps(state), encoding="utf-8")
+    code, _, err = cli("evaluate", "--adapter", "run")
+    assert (code, "is damaged (max_length" in err) == (2, True), err
 
 
 def test_a_study_of_classifiers_tells_its_time_and_runs(
