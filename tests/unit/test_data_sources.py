@@ -528,3 +528,45 @@ def test_a_parquet_date_that_python_cannot_hold_is_one_line(kind: str, value: in
     pq.write_table(pa.table({"instruction": ["a"], "output": ["b"], "when": far}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"rows\.parquet is not a readable Parquet file"):
         load_examples(tmp_path / "rows.parquet")
+
+
+# ---------------------------------------------------------------- what must not vanish
+
+
+@pytest.mark.parametrize(
+    ("marked", "unmarked"),
+    [("a.train.jsonl", "a.jsonl"), ("b.train.jsonl", "a.jsonl"), ("train/a.jsonl", "b.jsonl")],
+)
+def test_unmarked_files_beside_training_files_are_named(tmp_path: Path, marked: str, unmarked: str) -> None:
+    write(tmp_path / marked, [ROW])
+    write(tmp_path / unmarked, [{**ROW, "output": "other"}])
+    notes = DataNotes()
+    found = load_examples(tmp_path, split="train", notes=notes)
+    assert [row.output for rows in found.values() for row in rows] == ["hi"]
+    assert notes.lines() == [f"left out: {unmarked}"]
+
+
+def test_unmarked_files_beside_test_files_are_for_training(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [ROW])
+    write(tmp_path / "a.test.jsonl", [{**ROW, "output": "other"}])
+    notes = DataNotes()
+    assert load_examples(tmp_path, split="train", notes=notes)["a"][0].output == "hi"
+    assert notes.lines() == []
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_a_key_that_stands_twice_in_a_row_is_refused(tmp_path: Path, name: str) -> None:
+    line = '{"instruction": "q", "output": "x", "output": "y"}'
+    path = write(tmp_path / name, f"[{line}]" if name == "x.json" else line)
+    with pytest.raises(DataError, match="the key 'output' stands twice"):
+        load_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("weight", 0), ("weight", 0.0), ("train", False), ("trainable", "false")]
+)
+def test_a_row_that_is_switched_off_is_refused_by_name(tmp_path: Path, field: str, value: object) -> None:
+    path = write(tmp_path / "x.jsonl", [ROW, {**ROW, field: value}])
+    with pytest.raises(DataError, match=rf"x.jsonl:2: field '{field}' .* Remove the row"):
+        load_examples(path)
+    assert load_examples(write(tmp_path / "y.jsonl", [{**ROW, field: 1}]))

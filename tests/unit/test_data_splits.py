@@ -85,6 +85,14 @@ def test_file_alone_gives_a_cut_and_no_test(tmp_path: Path) -> None:
     assert cuts[0] != cuts[1] or cuts[1] != cuts[2]
 
 
+def test_a_cut_that_takes_half_of_a_task_is_told(tmp_path: Path) -> None:
+    rows = [{"task": "t", "instruction": f"q{i % 2}", "output": str(i)} for i in range(40)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    splits = load_splits(data=tmp_path / "x.jsonl")
+    assert (len(splits.train["t"]), len(splits.validation["t"])) == (20, 20)
+    assert splits.notes == ("validation took 20 of the 40 rows of task t: rows of one prompt stay together",)
+
+
 def test_divided_folder_gives_all_three(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         write(tmp_path / split / "x.jsonl", ["a"], tag=split)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from manylora.data import encode
+from manylora.errors import ModelError
 from manylora.training import (
     RunFolder,
     TrainConfig,
@@ -24,7 +28,7 @@ from manylora.training import (
 )
 from manylora.training.batches import Collator, EncodedRows
 from manylora.training.memory import LiveBytes, estimate_memory, training_loss
-from manylora.training.models import base_fingerprint
+from manylora.training.models import base_fingerprint, load_classifier
 from manylora.training.plan import adapter_config, shadow_model
 from manylora.training.trainer import ManyTaskTrainer
 
@@ -41,6 +45,49 @@ def test_the_plan_counts_what_the_model_has(tiny_base: Path, small_data: Path) -
         trainable, total = model.get_nb_trainable_parameters()
         assert (prepared.plan.trainable, prepared.plan.total) == (trainable, total)
         assert sum(prepared.plan.modules.values()) == 14
+
+
+def test_cut_validation_prompts_are_told(tiny_base: Path, tmp_path: Path) -> None:
+    for name, long in (("train", False), ("validation", True)):
+        row = {"task": "t", "instruction": "why " * (400 if long else 1), "output": "x"}
+        lines = [json.dumps({**row, "input": str(i)}) for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prepared = prepare(config(tiny_base, tmp_path, max_length=64))
+    assert "validation prompts longer than 64 tokens and cut: t 100.0 %" in prepared.plan.notes
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
+def test_a_base_of_which_weights_are_missing_is_refused(
+    tiny_base: Path, tmp_path: Path, task_type: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    weights = load_file(base / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    load = partial(load_classifier, labels=2, pad_token_id=0, seed=0) if task_type == "SEQ_CLS" else load_base
+    for changed, named in (
+        ({name: value for name, value in weights.items() if name != lost}, re.escape(lost)),
+        ({f"x.{name}": value for name, value in weights.items()}, ".* and [0-9]+ more"),
+    ):
+        save_file(changed, base / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=f"weights of .* lack {named}.* start at random"):
+            load(str(base), device="cpu")
+
+
+def test_weights_of_a_base_that_have_no_place_are_named(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {**weights, "model.extra.weight": torch.ones(2)},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with caplog.at_level("WARNING", logger="manylora"):
+        load_base(str(base), device="cpu")
+    assert "its weights model.extra.weight have no place in this model and are not used" in caplog.text
 
 
 def test_the_schedule_reads_every_row_once_an_epoch(tiny_base: Path, small_data: Path) -> None:

@@ -22,6 +22,8 @@ _THOUGHT = (
 )
 _TOOLS = "Write the row as messages, with tools and each turn's tool_calls."
 _IN_PROMPT = "Write it into 'prompt', which is taken as it stands, or drop the column."
+SWITCHES = ("weight", "train", "trainable")
+"""Fields that say whether a row or a turn is learnt: 1 or true, 0 or false."""
 MEANINGFUL: Mapping[str, str] = {
     "tools": "Only chat rows (messages) have tools; write the row so.",
     "tool_calls": _TOOLS,
@@ -35,6 +37,7 @@ MEANINGFUL: Mapping[str, str] = {
     "reasoning_content": _THOUGHT,
     "thinking": _THOUGHT,
     "reasoning": _THOUGHT,
+    **dict.fromkeys(SWITCHES, "Remove the row."),
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _MEDIA),
 }
 """Fields that change what a row means, and what to do about one that its form does not use."""
@@ -43,6 +46,11 @@ MEANINGFUL: Mapping[str, str] = {
 def is_blank(value: object) -> bool:
     """Whether a field stands there for nothing: null, a blank cell of a table, an empty list."""
     return value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
+
+
+def is_off(value: object) -> bool:
+    """Whether a switch says no; tables may hold it as text."""
+    return value in (0, "0", "0.0") or (isinstance(value, str) and value.strip().lower() == "false")
 
 
 def check_unused(
@@ -68,7 +76,7 @@ def check_unused(
     for name, value in fields.items():
         if name in used or is_blank(value):
             continue
-        if name in MEANINGFUL:
+        if name in MEANINGFUL and (name not in SWITCHES or is_off(value)):
             raise DataError(
                 f"{place}: field {name!r} is {short(value)}, which changes what the row means and is not used here. "
                 f"{MEANINGFUL[name]}"

@@ -131,6 +131,23 @@ def _row(value: object, place: str) -> Row:
     return Row(place=place, fields=value)
 
 
+def _parse_json(text: str) -> Any:
+    """A JSON value; a key that stands twice, of which Python would keep the last alone, is refused.
+
+    Raises:
+        ValueError, RecursionError: see `json.loads`.
+    """
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {short(twice)} stands twice in one object")
+    return found
+
+
 def _read_lines(path: Path) -> Iterator[Row]:
     yield from _parse_lines(path, _text(path))
 
@@ -141,7 +158,7 @@ def _parse_lines(path: Path, text: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = _parse_json(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise DataError(
@@ -154,7 +171,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     text = _text(path)
     if text.lstrip().startswith("["):
         try:
-            values = json.loads(text)
+            values = _parse_json(text)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}:{error.lineno} is not valid JSON ({error.msg}). Mend that line."

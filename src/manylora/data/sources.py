@@ -222,8 +222,14 @@ def _open_folder(folder: Path) -> _Source:
         tables.setdefault(file.split, []).append(_file_table(file.path, file.task))
     if not tables:
         raise DataError(f"{folder} holds no data files. {SUPPORTED}.")
+    left_out = list(found.left_out)
+    if (
+        None in tables and "train" in tables
+    ):  # they may hold the rows of all splits: nobody should train on the test
+        del tables[None]
+        left_out += [str(file.path.relative_to(folder)) for file in found.files if file.split is None]
     order = {split: tables[split] for split in (None, *SPLITS) if split in tables}
-    return _Source(name=str(folder), tables=order, left_out=tuple(found.left_out))
+    return _Source(name=str(folder), tables=order, left_out=tuple(left_out))
 
 
 def _open_hub(dataset_id: str, *, name: str, config: str | None) -> _Source:
@@ -244,11 +250,12 @@ def _open_hub(dataset_id: str, *, name: str, config: str | None) -> _Source:
     finally:
         hub_logging.set_verbosity(verbosity)
     tables: dict[str | None, list[_Table]] = {}
+    others = [split for split in loaded if split_name(split) is None]
     for split, rows in loaded.items():
         read = functools.partial(_hub_rows, rows, f"{label} {split}")
         table = _Table(default_task=name, read=read)
         tables.setdefault(split_name(split) or split, []).append(table)
-    return _Source(name=label, tables=tables)
+    return _Source(name=label, tables=tables, left_out=tuple(others if len(others) < len(loaded) else ()))
 
 
 def _hub_rows(rows: Any, place: str) -> list[Row]:

@@ -94,6 +94,7 @@ def load_splits(
         dropped += dropped_too
     else:
         train, held_out = cut_validation(train, fraction=validation_fraction, seed=seed)
+        notes.others += _large_cuts(train, held_out, fraction=validation_fraction)
     tested: dict[str, list[Example]] = {}
     if test is not None or "test" in there:
         tested = load_side(data if test is None else test, "test")
@@ -105,6 +106,18 @@ def load_splits(
         dropped=dropped,
         notes=(*notes.lines(), *_gaps(train, held_out, tested)),
     )
+
+
+def _large_cuts(train: TaskData, held_out: TaskData, *, fraction: float) -> list[str]:
+    """A sentence for each task whose cut took far more than was asked for, as its rows have few prompts."""
+    found = []
+    for task, rows in held_out.items():
+        whole = len(rows) + len(train[task])
+        if len(rows) > max(1, 2 * fraction * whole):
+            found.append(
+                f"validation took {len(rows):,} of the {whole:,} rows of task {task}: rows of one prompt stay together"
+            )
+    return found
 
 
 def _gaps(train: TaskData, held_out: TaskData, tested: TaskData) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from manylora.data.examples import Message
 from manylora.data.fields import (
     ACCEPTED_FORMS,
+    SWITCHES,
     check_unused,
     checked_text,
     is_blank,
@@ -31,9 +32,6 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 PASSED = ("name", "tool_calls", "tool_call_id", *THOUGHTS)
 """Fields of a turn that the chat template gets."""
-
-_LOSS = ("weight", "train", "trainable")
-"""Fields of a turn that say whether it is learnt: 1 or true, 0 or false."""
 
 _SHAREGPT = {
     "system": "system",
@@ -121,7 +119,7 @@ def _message(turn: object, *, place: str, unused: set[str] | None, where: str) -
     role = turn["role"]
     if role not in ROLES:
         raise DataError(f"{place}: role {short(role)} is unknown. Known: {', '.join(ROLES)}.")
-    check_unused(turn, {"role", "content", *PASSED, *_LOSS}, place=place, unused=unused, where=where)
+    check_unused(turn, {"role", "content", *PASSED, *SWITCHES}, place=place, unused=unused, where=where)
     content = "" if calls and turn.get("content") is None else _content(turn["content"], place)
     fields = {name: turn[name] for name in PASSED if not is_blank(turn.get(name))}
     if calls:
@@ -197,16 +195,16 @@ def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
 
 
 def _is_learnt(turn: Mapping[str, Any], place: str) -> bool:
-    for name in _LOSS:
+    for name in SWITCHES:
         value = turn.get(name)
         if value is not None and value not in (0, 1):
             raise DataError(
                 f"{place}: field {name!r} is {short(value)}. A turn is learnt (1, true) or not (0, false); weights "
                 "between are not supported."
             )
-    return all(turn.get(name) in (None, 1) for name in _LOSS)
+    return all(turn.get(name) in (None, 1) for name in SWITCHES)
 
 
 def _mark(turn: Mapping[str, Any]) -> str:
     """The field that says a turn is not learnt, with its value."""
-    return next(f"{name!r} of {turn[name]!r}" for name in _LOSS if turn.get(name) == 0)
+    return next(f"{name!r} of {turn[name]!r}" for name in SWITCHES if turn.get(name) == 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,8 +185,43 @@ def load_base(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
     load_config(model)
     place = pick_device(device)
     # safetensors only: older weight files are pickles, which run what a stranger wrote
-    base = _from_pretrained(AutoModelForCausalLM, model, dtype=pick_dtype(dtype, place), use_safetensors=True)
+    base, loading = _from_pretrained(
+        AutoModelForCausalLM,
+        model,
+        dtype=pick_dtype(dtype, place),
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    _check_loaded(loading, model)
     return base.to(place)
+
+
+def _check_loaded(loading: Mapping[str, Any], model: str, *, drawn: Collection[str] = ()) -> None:
+    """Refuse a base of which weights are missing: transformers draws them at random and only logs it.
+
+    What is left over is told and no more: a text model is rightly loaded from files that also hold a vision tower.
+
+    Args:
+        loading: transformers' account of the loading.
+        model: for the messages.
+        drawn: parts of the model that may be drawn, such as a classifier's head.
+
+    Raises:
+        ModelError: naming a weight that is missing.
+    """
+    lacking = sorted(name for name in loading["missing_keys"] if name.split(".")[0] not in drawn)
+    if lacking:
+        others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ModelError(
+            f"The weights of {model} lack {lacking[0]}{others} and so would start at random; give a model that has "
+            "them."
+        )
+    unused = sorted(loading["unexpected_keys"])
+    if unused:
+        others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        _LOG.warning(
+            f"{model}: its weights {unused[0]}{others} have no place in this model and are not used."
+        )
 
 
 def load_classifier(
@@ -208,12 +244,7 @@ def load_classifier(
         ignore_mismatched_sizes=True,  # a head for other labels gives way to ours
         output_loading_info=True,
     )
-    heads = head_modules(base)
-    lacking = sorted(name for name in loading["missing_keys"] if name.split(".")[0] not in heads)
-    if lacking:
-        raise ModelError(
-            f"The weights of {model} lack {lacking[0]} and so would start at random; give a model that has them."
-        )
+    _check_loaded(loading, model, drawn=head_modules(base))
     pool_as_told(base, base_location(model))
     base.config.pad_token_id = pad_token_id
     return base.to(place)

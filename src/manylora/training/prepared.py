@@ -143,10 +143,20 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
             validation,
             order,
             labels=labels,
-            notes=[*splits.notes, *([] if labels else unread_note(splits.rows(), tokenizer))],
+            notes=[
+                *splits.notes,
+                *_cut_validation(validation, config.max_length),
+                *([] if labels else unread_note(splits.rows(), tokenizer)),
+            ],
         ),
         labels=labels,
     )
+
+
+def _cut_validation(validation: Sequence[EncodedTask], max_length: int) -> list[str]:
+    """A sentence on the validation prompts that are cut: the plan's column counts those of training."""
+    cut = [f"{task.name} {100 * task.truncated:.1f} %" for task in validation if task.truncated]
+    return [f"validation prompts longer than {max_length} tokens and cut: {', '.join(cut)}"] if cut else []
 
 
 def _labels(splits: Splits) -> LabelSets:
