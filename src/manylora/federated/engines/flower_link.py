@@ -231,10 +231,15 @@ class FlowerLink:
     def push(self, node: int, labels: Mapping[str, str], data: bytes | None, *, seconds: float) -> str:
         """Send a message that nobody works on after `seconds`; returns its id, empty where it was not taken."""
         from flwr.app import Message
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
         content = envelope(labels, data)
         with self._reached():
-            sent = list(self._grid.push_messages([Message(content, node, "query", ttl=seconds)]))
+            try:
+                sent = list(self._grid.push_messages([Message(content, node, "query", ttl=seconds)]))
+            except ObjectPushError:  # the run, or Flower's session for it, ended while the message was on its way
+                self._grid.get_nodes()  # raises where it was the run
+                return ""
         return str(sent[0]) if sent and sent[0] else ""
 
     def pull(self, messages: Sequence[str], *, most: int) -> list[Answer]:
