@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from manylora.data import EMBEDDED, PromptRecord, find_prompts
 from manylora.errors import ConfigError, ModelError
@@ -98,16 +98,19 @@ def client_of(adapter: str | None) -> tuple[Path, str, bool] | None:
     return (run, client.name, reference) if "strategy" in RunFolder(run).read_config() else None
 
 
-def client_rows(run: Path, name: str, *, reference: bool) -> tuple[FederateConfig, TaskData]:
-    """The settings of a federated run, and the test rows of one of its clients.
+def client_rows(
+    run: Path, name: str, *, reference: bool, part: Literal["train", "test"] = "test"
+) -> tuple[FederateConfig, TaskData]:
+    """The settings of a federated run, and the rows of one of its clients.
 
     Args:
         run: the run's folder.
         name: of the client's folder.
         reference: the client is one of the run's reference.
+        part: which of its rows.
 
     Raises:
-        ConfigError: the rows are on another machine, there is no such client, or it has no test rows.
+        ConfigError: the rows are on another machine, there is no such client, or it has no such rows.
         DataError: the rows cannot be read.
     """
     from manylora.federated import client_data
@@ -117,9 +120,11 @@ def client_rows(run: Path, name: str, *, reference: bool) -> tuple[FederateConfi
     config = RunFolder(run).config(FederateConfig, verb="federate").resolved()
     config = config.local_reference() if reference else config
     rows = client_data(config) if config.engine == "local" else {}
-    found = next((data.test for client, data in rows.items() if folder_name(client) == name), {})
+    found: TaskData = next(
+        (getattr(data, part) for client, data in rows.items() if folder_name(client) == name), {}
+    )
     if not found:
-        raise ConfigError(f"{run} has no test rows of client {name}; give rows to score with --data.")
+        raise ConfigError(f"{run} has no {part} rows of client {name}; give rows with --data.")
     return config, dict(found)
 
 
