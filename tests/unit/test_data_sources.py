@@ -528,3 +528,15 @@ def test_a_parquet_date_that_python_cannot_hold_is_one_line(kind: str, value: in
     pq.write_table(pa.table({"instruction": ["a"], "output": ["b"], "when": far}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"rows\.parquet is not a readable Parquet file"):
         load_examples(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2Jboolq", "a\u202eb", "a\x85b", "tab\tbed"])
+def test_a_task_name_that_commands_a_terminal_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"task": name, "instruction": "Say yes.", "output": "yes"}
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="holds the control character") as found:
+        load_examples(path)
+    assert str(found.value).isprintable()
+    path.write_text(json.dumps({**row, "task": "日本語 [red] é"}) + "\n", encoding="utf-8")
+    assert list(load_examples(path)) == ["日本語 [red] é"]

@@ -178,7 +178,9 @@ def test_a_base_that_was_swapped_is_refused_by_every_client(
     head, _, tail = mark.partition("/")
     clients.bench.fingerprint = f"{head[:-1]}{'0' if head[-1] != '0' else '1'}/{tail}"
     try:
-        with pytest.raises(RunError, match=r"only 0 of 3 clients counted.*not the one that the run was begun"):
+        with pytest.raises(
+            RunError, match=r"only 0 of 3 clients counted.*not the one that the run was begun"
+        ):
             rounds.run()
     finally:
         clients.bench.fingerprint = mark
