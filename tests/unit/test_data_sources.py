@@ -570,3 +570,15 @@ def test_a_row_that_is_switched_off_is_refused_by_name(tmp_path: Path, field: st
     with pytest.raises(DataError, match=rf"x.jsonl:2: field '{field}' .* Remove the row"):
         load_examples(path)
     assert load_examples(write(tmp_path / "y.jsonl", [{**ROW, field: 1}]))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2Jboolq", "a\u202eb", "a\x85b", "tab\tbed"])
+def test_a_task_name_that_commands_a_terminal_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"task": name, "instruction": "Say yes.", "output": "yes"}
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="holds the control character") as found:
+        load_examples(path)
+    assert str(found.value).isprintable()
+    path.write_text(json.dumps({**row, "task": "日本語 [red] é"}) + "\n", encoding="utf-8")
+    assert list(load_examples(path)) == ["日本語 [red] é"]

@@ -300,3 +300,27 @@ def test_a_client_knows_its_base_by_a_mark_of_an_earlier_version(tiny_base: Path
     assert bench.is_on(bench.fingerprint)
     assert not bench.is_on("0123456789abcdef")
     assert not bench.is_on("None")
+
+
+@pytest.mark.parametrize("lost", [("base",), ("data",), ("data", "base")])
+def test_a_run_without_a_fingerprint_says_that_nothing_is_compared(
+    lost: tuple[str, ...], tiny_base: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    interrupted(tiny_base, small_data, run)
+    folder = RunFolder.open(run)
+    kept = {name: mark for name, mark in folder.state["fingerprints"].items() if name not in lost}
+    folder.set_state("running", fingerprints=kept)
+    prepared = prepare(TrainConfig(**folder.read_config()))
+    with caplog.at_level(logging.WARNING, logger="manylora"), folder:
+        folder.lock()
+        finetune(prepared, folder)
+    (line,) = (r.getMessage() for r in caplog.records if "no fingerprint" in r.getMessage())
+    assert f"no fingerprint of the {' and the '.join(lost)} it was begun with" in line
+
+
+def test_linear_layers_of_another_architecture_are_not_called_a_merge() -> None:
+    told = differing_part(
+        "v2:0123456789abcdef/1.00:0123456789abcdef/1.00", "v2:0123456789abcdef/1.00:fedcba9876543210/1.00"
+    )
+    assert "the architecture is another one" in told

@@ -12,6 +12,7 @@ import pytest
 from manylora.errors import RunError
 from manylora.files import write_text
 from manylora.training import RunFolder
+from manylora.training.runs import step_of
 
 
 def make_checkpoint(run: RunFolder, step: int, *, whole: bool, keep: tuple[int, ...] = ()) -> Path:
@@ -105,3 +106,13 @@ def test_a_damaged_run_says_which_file(tmp_path: Path) -> None:
         (run.path / "state.json").write_text("{", encoding="utf-8")
         with pytest.raises(RunError, match=r"state\.json"):
             _ = run.state
+
+
+def test_a_folder_whose_number_is_no_number_is_no_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for name in ("checkpoint-2", "checkpoint-²", "checkpoint-٣", "checkpoint-"):
+        folder = run.checkpoints / name
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text("{}", encoding="utf-8")
+    assert run.newest_checkpoint() == run.checkpoints / "checkpoint-2"
+    assert [step_of(Path(f"checkpoint-{name}")) for name in ("7", "²", "٣", "9" * 5000)] == [7, -1, -1, -1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from manylora.files import whole_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -32,8 +34,8 @@ def locate(names: Iterable[str]) -> dict[str, Place]:
 def _split(name: str) -> tuple[int | None, tuple[str, ...]]:
     parts = tuple(name.split("."))
     for index, part in enumerate(parts[:-1]):
-        if part.isdigit():
-            return int(part), parts[index + 1 :]
+        if (layer := whole_number(part)) is not None:
+            return layer, parts[index + 1 :]
     return None, parts
 
 

@@ -22,7 +22,7 @@ from manylora.adapters import ManyLoraConfig, expert_names, read_any
 from manylora.adapters.export import PREFIX
 from manylora.adapters.ops import Layout
 from manylora.errors import ModelError
-from manylora.files import Record, read_record
+from manylora.files import Record, read_record, whole_number
 from manylora.training import RunFolder, adapter_folder, check_layers, find_snapshots, read_task_facts
 
 Format = Literal["manylora", "lora"]
@@ -196,9 +196,9 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     """Step to adapter folder, as transformers' Trainer names them."""
     found = {}
     for config in folder.glob(f"checkpoint-*/{_CONFIG}"):
-        number = config.parent.name.removeprefix("checkpoint-")
-        if number.isdigit():
-            found[int(number)] = config.parent
+        number = whole_number(config.parent.name.removeprefix("checkpoint-"))
+        if number is not None:
+            found[number] = config.parent
     return dict(sorted(found.items()))
 
 

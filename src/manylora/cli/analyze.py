@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from manylora.cli.options import AnalyzeOptions
 from manylora.cli.parsing import parse
 from manylora.errors import ConfigError, RunError
+from manylora.files import whole_number
 
 if TYPE_CHECKING:
     from manylora.analysis import Analysis, Source
@@ -89,7 +90,12 @@ def _sources(options: AnalyzeOptions) -> list[Source]:
 def _label(text: str) -> tuple[str, tuple[tuple[str, ...], int | None]]:
     path, equals, value = text.rpartition("=")
     task, _, seed = value.rpartition(",")
-    if not equals or not path or not (seed.strip().isdigit() or not seed.strip()) or not value.strip(", "):
+    if (
+        not equals
+        or not path
+        or (seed.strip() and whole_number(seed.strip()) is None)
+        or not value.strip(", ")
+    ):
         raise ConfigError(
             f"--label {text} cannot be read; write PATH=TASK,SEED, such as loras/a=sums,0 (or PATH=TASK, or PATH=,0)."
         )

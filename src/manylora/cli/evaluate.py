@@ -106,13 +106,20 @@ def _rows(options: EvaluateOptions) -> tuple[str, int | None, TaskData, list[str
     what is left out.
 
     Raises:
-        ConfigError: the run has no test rows.
+        ConfigError: the run has no test rows, or there is no run to ask.
     """
-    from manylora.cli.subjects import run_settings
+    from manylora.cli.subjects import client_of, run_settings
     from manylora.data import EMBEDDED, DataNotes, available_splits, load_examples
     from manylora.training.config import as_list
 
+    if options.data is None and (client := client_of(options.adapter)) is not None:
+        return _rows_of_client(options, *client)
     run = {} if options.data is not None else run_settings(options.adapter)
+    if options.data is None and options.adapter is not None and not run:
+        raise ConfigError(
+            f"{options.adapter} lies in no run, so its test rows are unknown; give rows to score with --data "
+            f"(--data {EMBEDDED} for the embedded suite)."
+        )
     data = str(options.data or run.get("test") or run.get("data") or EMBEDDED)
     if run and not run.get("test") and "test" not in available_splits(data):
         raise ConfigError(f"The run of {options.adapter} has no test rows; give rows to score with --data.")
@@ -128,3 +135,21 @@ def _rows(options: EvaluateOptions) -> tuple[str, int | None, TaskData, list[str
     )
     order = tasks or run.get("tasks") or list(test)
     return data, limit, {task: test[task] for task in order if task in test}, notes.lines()
+
+
+def _rows_of_client(
+    options: EvaluateOptions, run: Path, name: str, reference: bool
+) -> tuple[str, int | None, TaskData, list[str]]:
+    """`_rows` of a client of a federated run: the test rows that the run scored it on."""
+    from manylora.cli.subjects import client_rows
+    from manylora.data import sample_tasks
+    from manylora.data.sources import pick_tasks
+    from manylora.training.config import as_list
+
+    if options.task_column is not None:
+        raise ConfigError("--task-column is about rows that are named; give them with --data.")
+    config, test = client_rows(run, name, reference=reference)
+    data = str(config.test or config.data)
+    if tasks := as_list(options.tasks):
+        test = pick_tasks(test, tasks, source=f"client {name}")
+    return data, options.limit or config.limit, sample_tasks(test, options.limit), []

@@ -17,8 +17,11 @@ from manylora.federated.config import FederateConfig
 from manylora.training.config import as_list
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from manylora.evaluation import Scores
-    from manylora.federated import ClientData, Clients, LocalClients
+    from manylora.federated import ClientData, Clients, LocalClients, Workbench
+    from manylora.federated.server_state import ServerState
     from manylora.training import RunFolder
 
 DESCRIPTION = """\
@@ -109,7 +112,11 @@ def _resume(path: str, *, from_round: int | None, reset: Sequence[str]) -> int:
     folder = RunFolder.open(path)
     config = folder.config(FederateConfig, verb="federate").resolved()
     back = from_round is not None or bool(reset)
-    if folder.state["state"] == "finished" and not back:
+    finished = folder.state["state"] == "finished" and not back
+    missing = _missing(folder, config) if finished else None
+    if missing:
+        print(f"{path} was finished, but its {missing} is gone; what is missing is made again.")
+    elif finished:
         print(f"{path} is finished already.")
         print_result(folder.path)
         draw_report(folder.path)
@@ -118,6 +125,28 @@ def _resume(path: str, *, from_round: int | None, reset: Sequence[str]) -> int:
         folder.lock()
         folder.set_state("running")
         return _work(config, _data(config), folder, from_round=from_round, reset=reset)
+
+
+def _missing(folder: RunFolder, config: FederateConfig) -> str | None:
+    """The first file of a finished run's result that is not there; None where all are.
+
+    Raises:
+        RunError: all are, but one is not what the run noted.
+    """
+    from manylora.federated.home import VersionedState
+    from manylora.files import changed_file, noted
+
+    notes = noted(folder.path)
+    last = VersionedState(folder.path / "rounds").file(config.rounds or 0).relative_to(folder.path)
+    wanted = (last.as_posix(), "scores.json", "metrics.jsonl", *notes)
+    missing = next((name for name in wanted if not (folder.path / name).is_file()), None)
+    changed = None if missing else changed_file(folder.path, notes)
+    if changed is not None:
+        raise RunError(
+            f"{folder.path / changed} is broken or was changed: it is not what the run wrote. Put a copy of it back, "
+            "or remove it and go on with --resume, which makes it again."
+        )
+    return missing
 
 
 def _check_test(config: FederateConfig, data: Mapping[str, ClientData]) -> None:
@@ -225,11 +254,31 @@ def _run(
                 if line := cut_prompts(bench, rows):
                     print(f"{name}: {line}", flush=True)
         rounds = Rounds(config, clients, path, progress=progress)
-        state = rounds.load(from_round=from_round, reset=reset)
+
+        def check(state: ServerState) -> None:
+            if isinstance(clients, LocalClients) and state.members:
+                _check_base(clients.bench, state, path)
+
+        state = rounds.load(from_round=from_round, reset=reset, check=check)
         if isinstance(clients, LocalClients):
             _check_states(clients, state.counted, inside=inside)
         rounds.run()
         return rounds.score()
+
+
+def _check_base(bench: Workbench, state: ServerState, path: Path) -> None:
+    """Stop where the base of this machine is not the one that the run was begun on."""
+    from manylora.training.fingerprint import weakness
+
+    if not bench.is_on(state.base):
+        raise RunError(f"{path}: {bench.other_base(state.base)}")
+    if dict(bench.shapes) != dict(state.shapes):
+        raise RunError(
+            f"{path}: the run was begun on other layers than the base has; put the old base and config.yaml back, or "
+            "start a new run."
+        )
+    if weak := weakness(state.base, bench.fingerprint):
+        print(f"note: {path}: {weak}")
 
 
 def _check_states(clients: LocalClients, counted: Mapping[str, int], *, inside: str) -> None:

@@ -11,7 +11,7 @@ from manylora.analysis import Gates, Gradients, LabelReader, Reader, Source, mea
 from manylora.cli.classifying import Labelled, is_classifier
 from manylora.cli.console import CountProgress
 from manylora.cli.options import AnalyzeOptions
-from manylora.cli.subjects import load_subject, run_settings
+from manylora.cli.subjects import client_of, client_rows, load_subject, run_settings
 from manylora.data import (
     EMBEDDED,
     DataNotes,
@@ -21,7 +21,9 @@ from manylora.data import (
     load_examples,
     load_splits,
     sample_rows,
+    sample_tasks,
 )
+from manylora.data.sources import pick_tasks
 from manylora.errors import ConfigError, ManyLoraError
 from manylora.evaluation.generation import NO_LIMIT
 from manylora.training import adapter_base_name, context_of, encode_labelled
@@ -179,6 +181,10 @@ def _rows(source: Source, options: AnalyzeOptions, notes: DataNotes) -> TaskData
             limit=limit,
             notes=notes,
         )
+    if (client := client_of(str(source.folder))) is not None:
+        folder, name, reference = client
+        _, train = client_rows(folder, name, reference=reference, part="train")
+        return sample_tasks(pick_tasks(train, tasks, source=source.name) if tasks else train, limit)
     run = run_settings(str(source.folder))
     if run.get("data"):
         names = ("data", "test", "validation", "tasks", "task_column", "seed", "validation_fraction", "limit")
@@ -187,6 +193,7 @@ def _rows(source: Source, options: AnalyzeOptions, notes: DataNotes) -> TaskData
             raise ConfigError(f"The run has no task {unknown[0]!r}; its tasks: {', '.join(train)}.")
         return {task: sample_rows(train[task], limit, task=task) for task in tasks or train}
     if (options.model or adapter_base_name(source.folder)) == EMBEDDED:
+        notes.others.append("it comes from no run; what is measured is measured on the embedded suite's rows")
         return load_examples(EMBEDDED, tasks=tasks, split="train", limit=limit)
     raise ConfigError(f"{source.name} comes from no run; give rows of its tasks with --data.")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from manylora.data import EMBEDDED, PromptRecord, find_prompts
 from manylora.errors import ConfigError, ModelError
@@ -24,6 +25,9 @@ from manylora.training import (
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from manylora.data import TaskData
+    from manylora.federated.config import FederateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,51 @@ def run_settings(adapter: str | None) -> dict[str, Any]:
     if not (folder / "config.yaml").is_file():
         return {}
     return RunFolder(folder).config(TrainConfig, verb="train").to_dict()
+
+
+def client_of(adapter: str | None) -> tuple[Path, str, bool] | None:
+    """The federated run that a client's adapter lies in, the client's folder name, and whether it is of the reference
+    that the run compares with; None for every other adapter.
+    """
+    if adapter is None:
+        return None
+    client = adapter_folder(adapter).absolute().parent
+    inside = client.parent.parent
+    reference = inside.name == "reference" and not (inside / "config.yaml").is_file()
+    run = inside.parent if reference else inside
+    if client.parent.name != "clients" or not (run / "config.yaml").is_file():
+        return None
+    return (run, client.name, reference) if "strategy" in RunFolder(run).read_config() else None
+
+
+def client_rows(
+    run: Path, name: str, *, reference: bool, part: Literal["train", "test"] = "test"
+) -> tuple[FederateConfig, TaskData]:
+    """The settings of a federated run, and the rows of one of its clients.
+
+    Args:
+        run: the run's folder.
+        name: of the client's folder.
+        reference: the client is one of the run's reference.
+        part: which of its rows.
+
+    Raises:
+        ConfigError: the rows are on another machine, there is no such client, or it has no such rows.
+        DataError: the rows cannot be read.
+    """
+    from manylora.federated import client_data
+    from manylora.federated.config import FederateConfig
+    from manylora.federated.home import folder_name
+
+    config = RunFolder(run).config(FederateConfig, verb="federate").resolved()
+    config = config.local_reference() if reference else config
+    rows = client_data(config) if config.engine == "local" else {}
+    found: TaskData = next(
+        (getattr(data, part) for client, data in rows.items() if folder_name(client) == name), {}
+    )
+    if not found:
+        raise ConfigError(f"{run} has no {part} rows of client {name}; give rows with --data.")
+    return config, dict(found)
 
 
 def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: str) -> Subject:

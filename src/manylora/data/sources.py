@@ -6,7 +6,7 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -26,6 +26,9 @@ _Split: TypeAlias = Literal["train", "validation", "test"]
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 """The parts that a source may be divided into."""
+
+_COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, ends of lines, turns of the direction of writing, halves of a character."""
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/(?P<name>[\w.-]+))(:(?P<config>[\w.-]+))?")
 
@@ -129,9 +132,19 @@ def load_examples(
                 unused=notes.unused,
             ):
                 data.setdefault(example.task, []).append(example)
+        _check_names(data, source=str(source))
     if tasks is not None:
         data = pick_tasks(data, tasks, source=str(source))
     return sample_tasks(data, limit)
+
+
+def _check_names(tasks: Iterable[str], *, source: str) -> None:
+    """Refuse names that would break the lines of a table, or command the terminal in which it is shown."""
+    for task in tasks:
+        if found := _COMMANDS.search(task):
+            raise DataError(
+                f"{source} has the task {task!a}, whose name holds the control character {found[0]!a}. Rename the task."
+            )
 
 
 def available_splits(source: str | Path) -> tuple[str, ...]:

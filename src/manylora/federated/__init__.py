@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from manylora.federated.config import SCHEDULES, FederateConfig
 
 if TYPE_CHECKING:
-    from manylora.federated.client import Client, ClientData, cut_prompts
+    from manylora.federated.client import Client, ClientData
     from manylora.federated.clients import Clients, Reply
-    from manylora.federated.dealing import client_data, client_for
+    from manylora.federated.dealing import client_data, client_for, cut_prompts
     from manylora.federated.engines.local import LocalClients
     from manylora.federated.exchange import Exchange
     from manylora.federated.progress import Progress, Quiet
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from manylora.federated.workbench import Workbench
 
 _HOME = {
-    "client": ("Client", "ClientData", "cut_prompts"),
+    "client": ("Client", "ClientData"),
     "clients": ("Clients", "Reply"),
-    "dealing": ("client_data", "client_for"),
+    "dealing": ("client_data", "client_for", "cut_prompts"),
     "engines.local": ("LocalClients",),
     "exchange": ("Exchange",),
     "progress": ("Progress", "Quiet"),

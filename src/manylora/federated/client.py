@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from manylora.data import Example, PromptRecord, encode_prompt
+from manylora.data import Example, PromptRecord
 from manylora.errors import AnswerError, ManyLoraError
 from manylora.evaluation import generate_answers, score_all
 from manylora.federated.compress import corrected, expanded, lightest, residual_of
@@ -30,6 +30,17 @@ from manylora.federated.exchange import PLAIN, State, only, split_name
 from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
 from manylora.federated.home import DamagedStateError, VersionedState, append_log, folder_name
 from manylora.federated.initial import initial_state, seed_of
+from manylora.federated.kept import (
+    MOMENTS,
+    RESIDUAL,
+    TRAINED,
+    broken_layer,
+    check_private,
+    check_stack,
+    private_layout,
+    with_moments,
+    with_prefix,
+)
 from manylora.federated.messages import read_order
 from manylora.federated.personal import save_personal
 from manylora.federated.wire import Message, pack, unpack
@@ -40,9 +51,6 @@ from manylora.training.passes import PassResult, train_pass
 if TYPE_CHECKING:
     from manylora.evaluation import Scores
     from manylora.training.batches import EncodedTask
-
-RESIDUAL, MOMENTS, TRAINED = "residual/", "moments/", "trained/"
-"""Prefixes under which these stand beside the private parts on disk."""
 
 _ANSWER_MARGIN = 8
 """Tokens that an answer may be longer than the longest training answer, as in `manylora train`."""
@@ -123,6 +131,9 @@ class Client:
         if message.kind != "join" and order["rank"] not in (config.ranks or [config.r]):
             raise ClientError(Fault.MESSAGE, f"the server's rank {order['rank']} is none of the run's.")
         self._check_settings(order["settings"])
+        # Of a client that begins anew, or was not chosen yet, no private state says on which base it was.
+        if not self.bench.is_on(base := order.get("base", self.bench.fingerprint)):
+            raise ClientError(Fault.BASE_OTHER, self.bench.other_base(base))
         return verbs[message.kind](message, order)
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
@@ -177,7 +188,8 @@ class Client:
         private |= self._moments(result)
         if self.bench.config.personal == "trained":
             private |= {TRAINED + name: value for name, value in trained.items() if name not in private}
-        self.private.write(message.round, private, {"rank": rank, "base": self.bench.fingerprint})
+        facts = {"rank": rank, "base": self.bench.fingerprint, "moments": with_moments(private)}
+        self.private.write(message.round, private, facts)
         self.private.keep(*self._needed(version, message.round))
         return answer
 
@@ -207,7 +219,35 @@ class Client:
                     f"the private state of client {self.name!r} was trained with {what} {facts.get(what)}, now it is "
                     f"{now}; start a new run.",
                 )
+        self._check_kept(version, state, facts, rank=rank)
         return state
+
+    def check_kept(self, version: int) -> None:
+        """Read the private state of a version, as an order would that goes on from it.
+
+        Raises:
+            MissingStateError, DamagedStateError: it is not there, or not what this run goes on from.
+        """
+        state, facts = self.private.read(version)
+        rank = facts.get("rank")
+        if type(rank) is not int:
+            path = self.private.file(version)
+            raise DamagedStateError(f"{path} is damaged (its rank is {shown(rank)}); put a copy of it back.")
+        self._check_kept(version, state, facts, rank=rank)
+
+    def _check_kept(self, version: int, state: State, facts: Mapping[str, Any], *, rank: int) -> None:
+        noted = facts.get("moments")
+        check_private(
+            state,
+            private_layout(
+                self.bench.strategy,
+                self.bench.config,
+                self.bench.shapes,
+                rank=rank,
+                moments=noted if isinstance(noted, list) else None,  # of an earlier version: of every matrix
+            ),
+            source=self.private.file(version),
+        )
 
     def _put_on(self, message: Message, order: Mapping[str, Any], kept: State) -> None:
         """The client's model at the beginning of its part of a round."""
@@ -240,7 +280,7 @@ class Client:
                 )
             state |= message.tensors
         if message.kind == "score" and config.personal == "trained":  # nothing for one that never took part
-            state |= _with_prefix(kept, TRAINED)
+            state |= with_prefix(kept, TRAINED)
         bench.fold(stacks)
         self._stacks_on = stacks
         bench.load(state, rank=rank)
@@ -258,7 +298,10 @@ class Client:
                 f"client {self.name!r} has the stacks of rounds {known}, but there are {order.get('stacks')}; put its "
                 "folder back.",
             )
-        return [(number, self._stacks.read(number)[0]) for number in known]
+        stacks: list[tuple[int, State]] = [(number, self._stacks.read(number)[0]) for number in known]
+        for number, whole in stacks:
+            check_stack(whole, self.bench.shapes, source=self._stacks.file(number))
+        return stacks
 
     def _sent_stacks(self, message: Message) -> dict[int, dict[str, Tensor]]:
         """The stacks in a message, each whole: an A (K, D) and a B (O, K) for every layer."""
@@ -272,10 +315,8 @@ class Client:
                 )
             arrived.setdefault(int(label), {})[matrix] = value
         for stack in arrived.values():
-            for layer, (rows, columns) in self.bench.shapes.items():
-                a, b = stack.get(f"{layer}.A"), stack.get(f"{layer}.B")
-                if a is None or b is None or (b.shape[0], *a.shape) != (rows, b.shape[1], columns):
-                    raise ClientError(Fault.MESSAGE, f"the server sent a stack without a whole {layer!r}.")
+            if (layer := broken_layer(stack, self.bench.shapes)) is not None:
+                raise ClientError(Fault.MESSAGE, f"the server sent a stack without a whole {layer!r}.")
         return arrived
 
     def _has_stack(self, number: int, stack: State) -> bool:
@@ -321,7 +362,7 @@ class Client:
             raise ClientError(Fault.NOT_FINITE, "what would leave is not finite; lower the learning rate.")
         if wire == "fp32" or not strategy.feedback:
             return lightest(values, own_rank=rank, factors=trained), {}
-        values = corrected(values, _with_prefix(kept, RESIDUAL))
+        values = corrected(values, with_prefix(kept, RESIDUAL))
         light = lightest(values, own_rank=rank)
         arriving = unpack(pack(Message(kind="", client="", round=0, tensors=light), wire)).tensors
         return light, residual_of(values, expanded(arriving))
@@ -340,7 +381,7 @@ class Client:
     def _remembered_moments(self, kept: State) -> dict[str, dict[str, Tensor]]:
         parameters = {part: name for name, part in self.bench.parameter_names().items()}
         moments: dict[str, dict[str, Tensor]] = {}
-        for name, value in _with_prefix(kept, MOMENTS).items():
+        for name, value in with_prefix(kept, MOMENTS).items():
             part, _, key = name.rpartition("/")
             moments.setdefault(parameters[part], {})[key] = value.reshape(()) if key == "step" else value
         return moments
@@ -397,34 +438,6 @@ class Client:
         lines = (json_text(row) + "\n" for row in scores.prediction_rows())
         write_text(self.folder / "predictions.jsonl", "".join(lines))
         return scores
-
-
-def cut_prompts(bench: Workbench, rows: ClientData) -> str:
-    """A sentence on a client's prompts that are too long and lose their beginnings; "" where all are whole.
-
-    Raises:
-        DataError: a row cannot be encoded.
-    """
-    length = bench.config.max_length
-    train = {task.name: sum(row.truncated for row in task.rows) for task in bench.encode(rows.train)}
-    test = {
-        task: sum(
-            encode_prompt(row, bench.tokenizer, max_length=length, vocabulary=bench.vocabulary)[1]
-            for row in found
-        )
-        for task, found in rows.test.items()
-    }
-    shares = [
-        f"{100 * cut / len(found[task]):.1f} % of {task}'s {what} prompts"
-        for what, cuts, found in (("training", train, rows.train), ("test", test, rows.test))
-        for task, cut in cuts.items()
-        if cut
-    ]
-    return f"longer than {length} tokens and cut to their ends: {', '.join(shares)}" if shares else ""
-
-
-def _with_prefix(kept: State, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
 
 
 def _distance(after: State, before: State) -> float:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 from manylora.data import EMBEDDED, check_date, today
 from manylora.errors import ConfigError
 from manylora.federated.faults import shown
-from manylora.files import check_values
+from manylora.files import check_values, whole_number
 from manylora.training.config import RECIPES, TrainConfig, Words, as_list
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
@@ -223,7 +223,7 @@ class FederateConfig:
                     raise ConfigError(f"{name} means nothing to the engine local; add --engine flower.")
             return
         host, _, port = (self.superlink or "").rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        if not host or not 0 < (whole_number(port) or 0) < 65536:
             raise ConfigError(
                 f"superlink is {self.superlink!r}; the engine flower needs the SuperLink's HOST:PORT."
             )

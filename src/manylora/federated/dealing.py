@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manylora.data import Splits, load_splits, partition
+from manylora.data import Splits, encode_prompt, load_splits, partition
 from manylora.errors import ConfigError
 from manylora.federated.client import Client, ClientData
 from manylora.federated.config import FederateConfig
@@ -85,3 +85,27 @@ def client_for(
             )
         rows = shares[name]
     return Client(name, rows, home=home, bench=Workbench(config))
+
+
+def cut_prompts(bench: Workbench, rows: ClientData) -> str:
+    """A sentence on a client's prompts that are too long and lose their beginnings; "" where all are whole.
+
+    Raises:
+        DataError: a row cannot be encoded.
+    """
+    length = bench.config.max_length
+    train = {task.name: sum(row.truncated for row in task.rows) for task in bench.encode(rows.train)}
+    test = {
+        task: sum(
+            encode_prompt(row, bench.tokenizer, max_length=length, vocabulary=bench.vocabulary)[1]
+            for row in found
+        )
+        for task, found in rows.test.items()
+    }
+    shares = [
+        f"{100 * cut / len(found[task]):.1f} % of {task}'s {what} prompts"
+        for what, cuts, found in (("training", train, rows.train), ("test", test, rows.test))
+        for task, cut in cuts.items()
+        if cut
+    ]
+    return f"longer than {length} tokens and cut to their ends: {', '.join(shares)}" if shares else ""

@@ -25,6 +25,7 @@ class Fault(str, Enum):
     STATE_MISSING = "state_missing"
     STATE_DAMAGED = "state_damaged"
     STATE_OTHER = "state_other"
+    BASE_OTHER = "base_other"
     NOT_FINITE = "not_finite"
     MEMORY = "memory"
     DISK = "disk"
@@ -46,6 +47,7 @@ _WORDS: Mapping[Fault, str] = {
     Fault.STATE_MISSING: f"its private state is missing; {_RESET}",
     Fault.STATE_DAMAGED: f"its private state is damaged; {_RESET}",
     Fault.STATE_OTHER: "its private state is of another rank or base; start a new run",
+    Fault.BASE_OTHER: "its base model is not the one that the run was begun with; put that one back there",
     Fault.NOT_FINITE: "its training is not finite; lower the learning rate",
     Fault.MEMORY: "it ran out of memory; a smaller --micro-batch-size or --max-length needs less",
     Fault.DISK: "its disk is full, or a file of its own cannot be read or written; its own log says which",

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from manylora.errors import RunError
 from manylora.federated.exchange import State
 from manylora.federated.faults import clean_text
+from manylora.files import whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,8 +84,8 @@ class VersionedState:
 
     def versions(self) -> list[int]:
         """Rounds with a state, in order."""
-        found = (file.stem.removeprefix("round-") for file in self.path.glob("round-*.safetensors"))
-        return sorted(int(number) for number in found if number.isdigit())
+        names = (file.stem.removeprefix("round-") for file in self.path.glob("round-*.safetensors"))
+        return sorted(number for name in names if (number := whole_number(name)) is not None)
 
     def read(self, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Matrices and notes of one version.

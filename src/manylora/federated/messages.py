@@ -1,6 +1,7 @@
 """Every field of every message: what it may be, read in one place at both ends.
 
-    server to client   join, train, score    the settings; rank, version and, for FLoRA, the number of stacks
+    server to client   join, train, score    the settings; rank, version, the base's fingerprint and, for FLoRA, the
+                                             number of stacks
     client to server   joined                examples, base, layers
                        trained               version, examples, loss, steps, moved
                        scored                scores, one row a task; nothing where there are no test rows
@@ -122,7 +123,8 @@ def read_order(message: Message) -> dict[str, Any]:
     fields: dict[str, Reader] = {"settings": _settings}
     if message.kind != "join":
         fields |= {"rank": _whole(1, _MOST_SIZE), "version": _whole(0), "stacks": _whole(0)}
-    return _read(message.fields, fields, optional={"stacks"})
+        fields["base"] = _label(200)
+    return _read(message.fields, fields, optional={"stacks", "base"})
 
 
 def _check_kind(message: Message, kind: str, name: str) -> None:

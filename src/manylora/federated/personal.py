@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from manylora.adapters import check_finite
 from manylora.federated.exchange import State
+from manylora.federated.faults import ClientError, Fault
+from manylora.federated.kept import not_finite
 
 if TYPE_CHECKING:
     from manylora.data import PromptRecord
@@ -34,7 +35,7 @@ def save_personal(
         prompts: how the client's rows asked, to go along.
 
     Raises:
-        ModelError: a weight is not finite.
+        ClientError: a weight is not finite.
     """
     s = bench.config.scaling
     weights, rank = {}, 0
@@ -53,7 +54,12 @@ def save_personal(
         base_model_name_or_path=bench.config.model,
         inference_mode=True,
     )
-    check_finite(weights, "The personal model")
+    if broken := not_finite(weights):  # a product of finite factors can overflow
+        raise ClientError(
+            Fault.NOT_FINITE,
+            f"the personal model holds NaN or infinity, first in {broken}; lower the learning rate, or go back to a "
+            "round before with --resume RUN --from-round.",
+        )
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)

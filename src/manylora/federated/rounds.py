@@ -18,7 +18,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from manylora.errors import AnswerError, RunError, WireError
@@ -41,10 +41,11 @@ from manylora.federated.faults import FailedError, Fault, clean_text
 from manylora.federated.home import VersionedState, folder_name
 from manylora.federated.initial import initial_state
 from manylora.federated.joining import Joined, Joining
+from manylora.federated.kept import check_stack
 from manylora.federated.messages import read_scored
 from manylora.federated.progress import Progress, Quiet
 from manylora.federated.robust import changes_of, norm, robust_change, shares_of
-from manylora.federated.server_state import RoundFacts, ServerState, load_state, save_state
+from manylora.federated.server_state import RoundFacts, ServerState, check_shared, load_state, save_state
 from manylora.federated.strategies import strategy_for
 from manylora.federated.wire import JOINING, SCORING, Bounds, Message, pack, unpack
 from manylora.training import RunFolder
@@ -71,18 +72,31 @@ class Rounds:
         self._answers = folder / "answers"
         self.state = ServerState()
 
-    def load(self, *, from_round: int | None = None, reset: Sequence[str] = ()) -> ServerState:
+    def load(
+        self,
+        *,
+        from_round: int | None = None,
+        reset: Sequence[str] = (),
+        check: Callable[[ServerState], None] = lambda state: None,
+    ) -> ServerState:
         """Take up what is on disk, if anything is; `run` does it by itself.
 
         Args:
             from_round: go back to this round; what came after it is forgotten. Default: the last.
             reset: clients that begin anew, as if they had never taken part, because their private state is lost.
+            check: raises where the run cannot go on from its state; called before any round is removed.
 
         Raises:
             RunError: it is not there or damaged, or there is no such client.
         """
         if self._saved.versions():
-            self.state = load_state(self._saved, number=from_round)
+
+            def whole(state: ServerState) -> None:
+                source = self._saved.file(state.round)
+                check_shared(state, self.strategy, self.config, source=source)
+                check(state)
+
+            self.state = load_state(self._saved, number=from_round, check=whole)
         elif from_round is not None or reset or (self.folder / "metrics.jsonl").is_file():
             raise RunError(
                 f"{self._saved.path} has no round, though the run was begun; put the folder back, or start anew with "
@@ -293,6 +307,7 @@ class Rounds:
         """The message that gives one client what is shared, at its rank."""
         member, version = self.state.members[name], self.state.counted.get(name, 0)
         fields = {"settings": self.config.for_clients(), "rank": member.rank, "version": version}
+        fields["base"] = self.state.base
         tensors: State = truncated(values, member.rank) if self.strategy.truncates else values
         if self.strategy.restarts:
             made = [stack for stack in self._stacks.versions() if stack < number]
@@ -302,10 +317,15 @@ class Rounds:
                 f"{stack}/{matrix}": value
                 for stack in made
                 if stack >= version
-                for matrix, value in self._stacks.read(stack)[0].items()
+                for matrix, value in self._stack(stack).items()
             }
         message = Message(kind=kind, client=name, round=number, fields=fields, tensors=tensors)
         return pack(message, self.config.wire)
+
+    def _stack(self, number: int) -> State:
+        stack, _ = self._stacks.read(number)
+        check_stack(stack, self.state.shapes, source=self._stacks.file(number))
+        return stack
 
     def _aggregate(
         self, number: int, counted: Sequence[str], values: State, received: State, facts: RoundFacts

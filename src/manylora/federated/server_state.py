@@ -4,18 +4,29 @@ it learns of a round while that runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from manylora.errors import RunError
 from manylora.federated.check import Member
+from manylora.federated.config import FederateConfig
+from manylora.federated.faults import shown
 from manylora.federated.home import DamagedStateError, MissingStateError, VersionedState
 from manylora.federated.initial import Shapes
+from manylora.federated.kept import RESIDUAL as _RESIDUAL
+from manylora.federated.kept import check_layout, not_finite, shared_layout, with_prefix
+from manylora.federated.strategies import Strategy
+from manylora.files import Record, check_record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_RESIDUAL = "residual/"
+_Count = Annotated[int, Field(ge=1)]
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 @dataclass(kw_only=True)
@@ -76,12 +87,15 @@ def save_state(saved: VersionedState, state: ServerState, *, keep: int) -> None:
     saved.keep(*saved.versions()[-keep:])
 
 
-def load_state(saved: VersionedState, *, number: int | None = None) -> ServerState:
+def load_state(
+    saved: VersionedState, *, number: int | None = None, check: Callable[[ServerState], None] | None = None
+) -> ServerState:
     """The state after a round.
 
     Args:
         saved: where the rounds stand.
         number: of the round; the later ones are removed, as the run goes another way from here. Default: the last.
+        check: raises where the run cannot go on from the state; called before anything is removed.
 
     Raises:
         RunError: it is not there, or not as it was written; says which other rounds one can go on from.
@@ -92,6 +106,8 @@ def load_state(saved: VersionedState, *, number: int | None = None) -> ServerSta
     other = f", or go on from round {earlier[-1]} with --from-round {earlier[-1]}" if earlier else ""
     try:
         state = _state_of(saved, wanted)
+        if check is not None:
+            check(state)
     except MissingStateError as error:
         there = ", ".join(map(str, versions))
         raise RunError(
@@ -104,20 +120,62 @@ def load_state(saved: VersionedState, *, number: int | None = None) -> ServerSta
     return state
 
 
+class _Facts(Record):
+    """The notes beside the matrices."""
+
+    counted: dict[str, _Count]
+    members: dict[str, Annotated[list[_Count | None], Field(min_length=2, max_length=3)]]
+    """Client to rows that it claims, rank and, of later versions, rows that count."""
+    shapes: dict[str, Annotated[list[_Size], Field(min_length=2, max_length=2)]]
+    base: str
+
+
 def _state_of(saved: VersionedState, number: int) -> ServerState:
-    tensors, facts = saved.read(number)
+    tensors, notes = saved.read(number)
+    source, remedy = saved.file(number), "put a copy of it back"
     try:
-        return ServerState(
-            round=number,
-            shared={n: v for n, v in tensors.items() if not n.startswith(_RESIDUAL)},
-            residual={n.removeprefix(_RESIDUAL): v for n, v in tensors.items() if n.startswith(_RESIDUAL)},
-            counted=dict(facts["counted"]),
-            members={n: Member(name=n, examples=e, rank=r, agreed=next(iter(more), None))
-                     for n, (e, r, *more) in facts["members"].items()},
-            shapes={name: (shape[0], shape[1]) for name, shape in facts["shapes"].items()},
-            base=facts["base"],
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise DamagedStateError(
-            f"the state of round {number} in {saved.path} is damaged ({error!r}); put a copy of it back."
-        ) from error
+        facts = check_record(notes, _Facts, source=source, remedy=remedy)
+    except RunError as error:
+        raise DamagedStateError(str(error)) from error
+    members: dict[str, Member] = {}
+    for name, (examples, rank, *more) in facts.members.items():
+        if examples is None or rank is None:
+            raise DamagedStateError(
+                f"{source} is damaged (of client {shown(name)} it has no rows or no rank); {remedy}."
+            )
+        members[name] = Member(name=name, examples=examples, rank=rank, agreed=next(iter(more), None))
+    for name, version in facts.counted.items():
+        if name not in members or version > number:
+            raise DamagedStateError(
+                f"{source} is damaged (client {shown(name)} is said to have counted in round {version}); {remedy}."
+            )
+    return ServerState(
+        round=number,
+        shared={n: v for n, v in tensors.items() if not n.startswith(_RESIDUAL)},
+        residual=with_prefix(tensors, _RESIDUAL),
+        counted=dict(facts.counted),
+        members=members,
+        shapes={name: (shape[0], shape[1]) for name, shape in facts.shapes.items()},
+        base=facts.base,
+    )
+
+
+def check_shared(state: ServerState, strategy: Strategy, config: FederateConfig, *, source: Path) -> None:
+    """Refuse a state that this run cannot go on from; else every client would be told to compare its settings.
+
+    Raises:
+        DamagedStateError: its matrices are not those of its layers, or not finite; or a client's rank is none of
+            the run's.
+    """
+    due = shared_layout(strategy, config, state.shapes)
+    check_layout(state.shared, due, source=source)
+    rounds = strategy.travels and strategy.feedback and config.wire != "fp32" and state.round > 0
+    check_layout(state.residual, due if rounds else {}, source=f"what rounding took, in {source},")
+    wrong = ""
+    if name := not_finite(state.shared) or not_finite(state.residual):
+        wrong = f"its {name} is not finite"
+    for member in state.members.values():
+        if member.rank not in (config.ranks or [config.r]):
+            wrong = f"client {shown(member.name)} has rank {member.rank}, which is none of the run's"
+    if wrong:
+        raise DamagedStateError(f"{source} is damaged ({wrong}); put a copy of it back.")

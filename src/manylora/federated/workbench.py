@@ -14,6 +14,7 @@ from manylora.data import TaskData, fix_date
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
 from manylora.federated.exchange import State
+from manylora.federated.faults import clean_text
 from manylora.federated.initial import Shapes
 from manylora.federated.strategies import Strategy, strategy_for
 from manylora.training import (
@@ -26,7 +27,7 @@ from manylora.training import (
     token_rows,
 )
 from manylora.training.batches import EncodedTask, encode_tasks
-from manylora.training.fingerprint import comparable
+from manylora.training.fingerprint import comparable, differing_part
 from manylora.training.plan import adapter_config
 
 if TYPE_CHECKING:
@@ -77,6 +78,13 @@ class Workbench:
         if not comparable(base, mark):
             mark = base_fingerprint(self.model.get_base_model(), like=base)
         return same_base(base, mark)
+
+    def other_base(self, base: str) -> str:
+        """What to say where the run was begun on a base of another mark."""
+        return (
+            f"the run was begun on the base with fingerprint {clean_text(base)}, this one has {self.fingerprint}"
+            f"{differing_part(base, self.fingerprint)}; put the old one back, or start a new run."
+        )
 
     def encode(self, data: TaskData) -> list[EncodedTask]:
         """Rows as token ids."""

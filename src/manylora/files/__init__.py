@@ -12,6 +12,7 @@ from manylora.files.reading import (
     parse_yaml,
     read_json,
     read_yaml,
+    whole_number,
 )
 from manylora.files.records import Record, check_record, read_record, reason
 from manylora.files.settings import build_config, check_types, check_values
@@ -56,6 +57,7 @@ __all__ = [
     "reason",
     "refuse_links",
     "remove",
+    "whole_number",
     "without_nan",
     "write_bytes",
     "write_json",

@@ -135,6 +135,13 @@ def _check_scalar(item: object, *, finite: bool) -> None:
         raise ValueError(f"it holds a {type(item).__name__}, {str(item)[:40]!r}; put text in quotes")
 
 
+def whole_number(text: str) -> int | None:
+    """The number that a text of ASCII digits is; None for any other. `str.isdigit` also takes "²", which `int` does
+    not, and digits of other scripts, so that two names would be one number.
+    """
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+
+
 def lone_surrogate(text: str) -> str:
     """The first half of a surrogate pair that stands alone, as `\\udcff`, which no UTF-8 file can hold; else ""."""
     if text.isascii():

@@ -83,7 +83,8 @@ def differing_part(one: str, other: str) -> str:
         return ""
     same = [_same_part(mine, theirs) for mine, theirs in zip(*parts, strict=True)]
     return (
-        ": its linear layers differ and nothing else, as where an adapter was merged in"
+        ": its linear layers differ and nothing else, as where an adapter was merged in or the architecture is another "
+        "one of the same sizes"
         if same == [True, False]
         else ""
     )

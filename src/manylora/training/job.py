@@ -145,7 +145,13 @@ def finetune(
 
 def _check_unchanged(run: RunFolder, model: PeftModel, now: Mapping[str, str | None]) -> None:
     """Refuse to go on with other data or another base than the run was begun with."""
-    known: Mapping[str, Any] = run.state.get("fingerprints", now)
+    known: Mapping[str, Any] = run.state.get("fingerprints", {})
+    lacking = [what for what, print_ in now.items() if print_ is not None and known.get(what) is None]
+    if lacking and run.newest_checkpoint() is not None and Processes.here().first:
+        _LOG.warning(
+            f"{run.path}: its state.json has no fingerprint of the {' and the '.join(lacking)} it was begun with, "
+            "so that is not compared; see for yourself that it is the same."
+        )
     base, mark = known.get("base"), now["base"]
     if base is not None and mark is not None:
         mark = mark if comparable(base, mark) else base_fingerprint(model.get_base_model(), like=base)

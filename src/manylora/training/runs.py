@@ -52,6 +52,7 @@ from manylora.files import (
     reason,
     refuse_links,
     remove,
+    whole_number,
     write_json,
     write_text,
 )
@@ -152,7 +153,11 @@ class RunFolder:
         notes = known.get(NOTES)
         sums = {name: notes[name] for name in ("config.yaml",) if isinstance(notes, dict) and name in notes}
         if state == "finished":
-            weights = [*self.path.glob("adapter/*"), *self.path.glob("adapters/*.safetensors")]
+            weights = [
+                *self.path.glob("adapter/*"),
+                *self.path.glob("adapters/*.safetensors"),
+                *self.path.glob("clients/*/adapter/*"),  # of a federated run
+            ]
             names = [*_RESULTS, *(place.relative_to(self.path).as_posix() for place in weights)]
             sums = folder_sums(self.path, names) | sums
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -336,7 +341,8 @@ class RunFolder:
 
     def _complete(self) -> list[Path]:
         """The complete checkpoints, the newest first."""
-        found = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
+        places = (path.parent for path in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}"))
+        found = [place for place in places if step_of(place) >= 0]
         return sorted(found, key=step_of, reverse=True)
 
     # ---- metrics
@@ -394,8 +400,8 @@ def environment(seed: int) -> dict[str, Any]:
 
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint folder's name; -1 where there is none."""
-    suffix = checkpoint.name.rpartition("-")[2]
-    return int(suffix) if suffix.isdigit() else -1
+    step = whole_number(checkpoint.name.rpartition("-")[2])
+    return -1 if step is None else step
 
 
 def _next_free(kind: str) -> Path:

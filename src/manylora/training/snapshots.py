@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from manylora.files import make_folder, remove
+from manylora.files import make_folder, remove, whole_number
 
 EARLY = 0.05
 """Where in a run the early snapshot is taken. B is zero at step 0 and cannot be compared with; a convention of ours."""
@@ -44,9 +44,9 @@ def find_snapshots(run: Path) -> dict[int, Path]:
     """Step to file of the snapshots that a run folder holds, in order."""
     found = {}
     for path in (run / _FOLDER).glob(f"{_PREFIX}*{_SUFFIX}"):
-        number = path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-        if number.isdigit():
-            found[int(number)] = path
+        number = whole_number(path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX))
+        if number is not None:
+            found[number] = path
     return dict(sorted(found.items()))
 
 

@@ -90,7 +90,8 @@ class NodeClient:
         return envelope(told, answer)
 
     def _handle(self, data: bytes, name: str, run: str, node_config: Mapping[str, Any]) -> bytes:
-        from manylora.federated.client import Client, cut_prompts
+        from manylora.federated.client import Client
+        from manylora.federated.dealing import cut_prompts
         from manylora.federated.home import folder_name
         from manylora.federated.messages import read_order
         from manylora.federated.wire import unpack

@@ -49,7 +49,7 @@ class LocalClients:
             MissingStateError, DamagedStateError: one is not there, or not as it was written.
         """
         for name in versions.keys() & self.data.keys():
-            self._client(name).private.read(versions[name])
+            self._client(name).check_kept(versions[name])
 
     def ask(
         self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None, most: int
