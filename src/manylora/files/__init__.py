@@ -15,7 +15,7 @@ from manylora.files.reading import (
 )
 from manylora.files.records import Record, check_record, read_record, reason
 from manylora.files.settings import build_config, check_types, check_values
-from manylora.files.sums import NOTES, changed_file, check_noted, file_sum, folder_sums, noted
+from manylora.files.sums import COMPLETE, NOTES, changed_file, check_noted, file_sum, folder_sums, noted
 from manylora.files.writing import (
     append_line,
     json_text,
@@ -30,6 +30,7 @@ from manylora.files.writing import (
 )
 
 __all__ = [
+    "COMPLETE",
     "NOTES",
     "Record",
     "append_line",

@@ -33,6 +33,7 @@ from pydantic import Field
 from manylora._version import __version__
 from manylora.errors import RunError
 from manylora.files import (
+    COMPLETE,
     NOTES,
     Record,
     append_line,
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
 
     Config = TypeVar("Config", bound=DataclassInstance)
 
-COMPLETE = "complete.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 _RESULTS = ("config.yaml", "tasks.json", "scores.json", "predictions.jsonl")
 """Files whose checksums a finished run notes, beside those in adapter/ and adapters/."""
@@ -153,6 +153,7 @@ class RunFolder:
         sums = {name: notes[name] for name in ("config.yaml",) if isinstance(notes, dict) and name in notes}
         if state == "finished":
             weights = [*self.path.glob("adapter/*"), *self.path.glob("adapters/*.safetensors")]
+            weights += self.path.glob(f"clients/*/{COMPLETE}")  # which note what is beside them
             names = [*_RESULTS, *(place.relative_to(self.path).as_posix() for place in weights)]
             sums = folder_sums(self.path, names) | sums
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
