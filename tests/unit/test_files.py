@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +123,16 @@ def test_what_is_dumped_is_read_back(values: dict[str, Any]) -> None:
 def test_numbers_may_be_written_as_people_write_them() -> None:
     assert parse_yaml("[1e-3, 1.5E+2, .5, 3]") == [0.001, 150.0, 0.5, 3]
     assert parse_yaml(dump_yaml({"model": "1e-3"})) == {"model": "1e-3"}
+    assert parse_yaml("[0, -0, +3, 1_000, 1., 1_0.5, -.5, .5e3]") == [0, 0, 3, 1000, 1.0, 10.5, -0.5, 500.0]
+    assert parse_yaml("[.inf, -.INF]") == [math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("text", ["1:30", "190:20:30.5", "0x10", "-0x1F", "0b11", "010", "0o17", "1e-3x", "+", "1e"])
+def test_a_text_that_yaml_1_1_takes_for_another_number_is_a_text(text: str) -> None:
+    assert parse_yaml(f"limit: {text}") == {"limit": text}
+    assert parse_yaml(dump_yaml({"limit": text})) == {"limit": text}
+    with pytest.raises(ConfigError, match=rf"count is '{re.escape(text)}', not a whole number"):
+        build_config(Settings, parse_yaml(f"count: {text}"), source="x.yaml", remedy="mend it")
 
 
 @given(st.binary(max_size=60))
