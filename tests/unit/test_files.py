@@ -127,7 +127,9 @@ def test_numbers_may_be_written_as_people_write_them() -> None:
     assert parse_yaml("[.inf, -.INF]") == [math.inf, -math.inf]
 
 
-@pytest.mark.parametrize("text", ["1:30", "190:20:30.5", "0x10", "-0x1F", "0b11", "010", "0o17", "1e-3x", "+", "1e"])
+@pytest.mark.parametrize(
+    "text", ["1:30", "190:20:30.5", "0x10", "-0x1F", "0b11", "010", "0o17", "1e-3x", "+", "1e"]
+)
 def test_a_text_that_yaml_1_1_takes_for_another_number_is_a_text(text: str) -> None:
     assert parse_yaml(f"limit: {text}") == {"limit": text}
     assert parse_yaml(dump_yaml({"limit": text})) == {"limit": text}
@@ -237,7 +239,9 @@ def damage_notes(notes: Path, text: str | None) -> None:
         write_text(notes, text)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"files": []}', '{"files": null}', '{"files": {"x": 1}}'])
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", '{"files": []}', '{"files": null}', '{"files": {"x": 1}}']
+)
 def test_where_the_notes_are_lost_nothing_is_read_on_trust(tmp_path: Path, text: str | None) -> None:
     run = tmp_path / "run"
     client, checkpoint = run / "clients" / "ada", run / "checkpoints" / "checkpoint-2"
@@ -256,7 +260,9 @@ def test_where_the_notes_are_lost_nothing_is_read_on_trust(tmp_path: Path, text:
 
     damage_notes(run / "state.json", text)
     for path in (*weights[:2], tmp_path / "link" / "weights", run / "config.yaml"):
-        with pytest.raises(RunError, match=r"state\.json is missing or broken .* Put a copy of it back, or copy"):
+        with pytest.raises(
+            RunError, match=r"state\.json is missing or broken .* Put a copy of it back, or copy"
+        ):
             check_noted(path)
     shutil.copytree(run / "adapter", tmp_path / "alone")
     check_noted(tmp_path / "alone" / "weights")

@@ -133,7 +133,9 @@ def test_broken_settings_are_one_line_and_a_half_written_last_line_is_left_out(t
 @pytest.mark.parametrize("line", [b"null", b"{", b"\xff", b'{"a": "\xff"}', b"", b"\0", b"[" * 5000])
 def test_a_damaged_line_is_named(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl:2 cannot be read \(.*\); mend or remove that line") as caught:
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl:2 cannot be read \(.*\); mend or remove that line"
+    ) as caught:
         list(read_lines(tmp_path / "metrics.jsonl"))
     assert "\n" not in str(caught.value)
 

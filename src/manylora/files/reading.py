@@ -186,7 +186,8 @@ _EXPONENTS = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 """YAML 1.1 takes 1e-3 for text."""
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 # YAML 1.1 takes 1:30 for 90, 0x10 for 16, 0b11 for 3 and 010 for 8. Nobody writes settings so and means it: these are
-# texts here, as in YAML 1.2, which the check of the setting's type refuses. The Dumper quotes what either version takes for a number.
+# texts here, as in YAML 1.2, which the check of the setting's type refuses. The Dumper quotes what either version
+# takes for a number.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in known if tag not in (_INT, _FLOAT)]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -143,6 +143,6 @@ def _read(notes: Path) -> dict[str, str]:
     if notes.name == _STATE and not any((notes.parent / name).is_file() for name in _RUN):
         return {}  # another program's file of that name
     raise RunError(
-        f"{notes} is missing or broken ({fault.rstrip('.')}), so that nothing says whether the files beside it are what "
-        f"the run wrote. {_REMEDY}"
+        f"{notes} is missing or broken ({fault}), so that nothing says whether the files beside it are what the run "
+        f"wrote. {_REMEDY}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from manylora.adapters import check_folder, check_result, loading, read_settings, read_weights
+from manylora.adapters import (
+    check_expressions,
+    check_folder,
+    check_result,
+    loading,
+    read_settings,
+    read_weights,
+)
 from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED
 from manylora.errors import ManyLoraError, ModelError
@@ -326,7 +334,12 @@ def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str) -> Non
 
 
 def with_adapter(base: PreTrainedModel, config: PeftConfig, *, low_cpu_mem_usage: bool = False) -> PeftModel:
-    """The base with an adapter of these settings and no weights yet, in the class that PEFT has for its task type."""
+    """The base with an adapter of these settings and no weights yet, in the class that PEFT has for its task type.
+
+    Raises:
+        ConfigError: an expression in the settings takes too long on the base's names.
+    """
+    check_expressions(config, [name for name, _ in base.named_modules()])
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     return kind(base, config, low_cpu_mem_usage=low_cpu_mem_usage)
 
@@ -344,7 +357,9 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
         folder / SAFETENSORS_WEIGHTS_NAME
     )  # PEFT reads them again; a fault of the file is said of the file
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        with warnings.catch_warnings():  # of settings that are off; others have been refused by name
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+            config = PeftConfig.from_pretrained(str(folder))
         check_base(base, config, source=str(adapter))
         config.inference_mode = True
         # not PeftModel.from_pretrained, which keeps to itself what did not arrive
