@@ -5,6 +5,7 @@ passes here; what it writes into a run folder does, too.
 """
 
 from manylora.files.reading import (
+    MOST_BYTES,
     check_plain,
     dump_yaml,
     lone_surrogate,
@@ -31,6 +32,7 @@ from manylora.files.writing import (
 
 __all__ = [
     "COMPLETE",
+    "MOST_BYTES",
     "NOTES",
     "Record",
     "append_line",
