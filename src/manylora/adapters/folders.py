@@ -53,7 +53,11 @@ def read_adapter(folder: Path) -> tuple[ManyLoraConfig, dict[str, Tensor]]:
     values = _settings(folder)
     kind = values.get("peft_type")
     if kind != ManyLoraType.MANYLORA.value:
-        remedy = "a plain LoRA needs no export" if kind == "LORA" else "only those can be exported"
+        remedy = (
+            "a plain LoRA needs no export (--merge writes it into its base)"
+            if kind == "LORA"
+            else "only those can be exported"
+        )
         raise ModelError(f"{folder} holds a {kind} adapter, not one of ManyLoRA; {remedy}.")
     return _built(ManyLoraConfig, values, folder), _weights(folder, values)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -358,7 +358,7 @@ class Client:
             self.bench,
             self.folder / "adapter",
             stacks=[stack for _, stack in self._stacks_on],
-            prompts=prompts,
+            prompts=replace(prompts, base_fingerprint=self.bench.fingerprint),
         )
         write_json(
             self.folder / "tasks.json",

@@ -31,7 +31,7 @@ from manylora.adapters import (
     read_weights,
 )
 from manylora.assets import embedded_base_path
-from manylora.data import EMBEDDED
+from manylora.data import EMBEDDED, PromptRecord
 from manylora.errors import ManyLoraError, ModelError
 from manylora.training.fingerprint import base_fingerprint, differing_part, same_base, weakness
 from manylora.training.pooling import pool_as_told
@@ -311,16 +311,32 @@ def adapter_task_type(adapter: str | Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str) -> None:
+_TOLD: set[str] = set()
+"""Of which adapters it has been said that their base was not compared: one run may put them on more than once."""
+
+
+def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str, mark: str | None = None) -> None:
     """Refuse a base that is not the one which an adapter was trained on, where the adapter bears its mark.
 
-    A mark that covers less than all weights is compared as far as it goes, and a line on the log says so.
+    A mark that covers less than all weights is compared as far as it goes, and a line on the log says so, as it says
+    that there is no mark.
+
+    Args:
+        base: without the adapter.
+        config: the adapter's settings.
+        source: what it is or where it comes from, for the error.
+        mark: its mark of the base, where its settings have no place for one.
 
     Raises:
         ModelError: it is another one.
     """
-    known = getattr(config, "base_fingerprint", None)
+    known = getattr(config, "base_fingerprint", None) or mark
     if known is None:
+        if source not in _TOLD:
+            _TOLD.add(source)
+            _LOG.warning(
+                f"{source}: it bears no mark of its base, so it is not known whether this is the base it was trained on."
+            )
         return
     head = head_modules(base) if config.task_type == "SEQ_CLS" else ()
     now = base_fingerprint(base, without=head, like=known)
@@ -360,7 +376,8 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
         with warnings.catch_warnings():  # of settings that are off; others have been refused by name
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
             config = PeftConfig.from_pretrained(str(folder))
-        check_base(base, config, source=str(adapter))
+        record = PromptRecord.read(folder)
+        check_base(base, config, source=str(adapter), mark=record.base_fingerprint if record else None)
         config.inference_mode = True
         # not PeftModel.from_pretrained, which keeps to itself what did not arrive
         model = with_adapter(base, config)
