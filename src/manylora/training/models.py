@@ -335,7 +335,7 @@ def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str, mark: 
         if source not in _TOLD:
             _TOLD.add(source)
             _LOG.warning(
-                f"{source}: it bears no mark of its base, so it is not known whether this is the base it was trained on."
+                f"{source}: it bears no mark of its base, so nothing tells whether this is the one it was trained on."
             )
         return
     head = head_modules(base) if config.task_type == "SEQ_CLS" else ()
