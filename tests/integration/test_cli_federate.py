@@ -103,6 +103,36 @@ def test_a_personal_model_is_scored_by_evaluate(
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/manylora_prompts.json",
+        "tasks.json",
+        "complete.json",
+        "../../state.json",
+    ],
+)
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_personal_model_that_was_changed_is_not_asked(
+    name: str, gone: bool, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = tmp_path / "run" / "clients" / "swap"
+    shutil.copytree(finished, tmp_path / "run")
+    path = client / name
+    if gone:
+        path.unlink()
+    else:
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-2] + bytes([raw[-2] ^ 1]) + raw[-1:])
+    capsys.readouterr()
+    assert main(["predict", "--adapter", str(client), "--device", "cpu", "--max-new-tokens", "2", "hi"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    # without settings a folder is no adapter's
+    assert path.name in line
+
+
+@pytest.mark.parametrize(
     "words", [["evaluate", "--adapter"], ["predict", "hi", "--adapter"], ["export", "--to", "x", "--adapter"]]
 )
 def test_a_federated_run_stands_for_its_clients_adapters(

@@ -12,7 +12,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from manylora.adapters import ManyLoraConfig, check_folder
+from manylora.adapters import ManyLoraConfig, check_folder, read_adapter, read_any, read_lora
 from manylora.adapters.patterns import check_time
 from manylora.errors import ConfigError, ManyLoraError, ModelError
 from manylora.files import folder_sums, write_json
@@ -115,6 +115,97 @@ def test_a_plain_lora_of_absurd_rank_is_refused_by_its_weights(tmp_path: Path) -
         with pytest.raises(ModelError, match=message):
             load_adapter(llama(), tmp_path / "bad")
         shutil.rmtree(tmp_path / "bad")
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    get_peft_model(
+        llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+READERS = [lambda folder: load_adapter(llama(), folder), check_folder, read_lora, read_any]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": BACKTRACKS},
+        {"exclude_modules": BACKTRACKS},
+        {"rank_pattern": {BACKTRACKS: 2}},
+        {"alpha_pattern": {BACKTRACKS: 2}},
+        {"layers_to_transform": [0], "layers_pattern": BACKTRACKS},
+        {"target_modules": "("},
+        {"alpha_pattern": {"a" * 3000: 2}},
+        {"rank_pattern": [1]},
+    ],
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_plain_lora_s_expressions_end(
+    values: dict[str, Any], reader: Any, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader(lora)
+    monkeypatch.setattr("manylora.adapters.patterns._SECONDS", 0.5)
+    change(lora, **values)
+    with pytest.raises(
+        ManyLoraError, match=next(name for name in values if "pattern" in name or "modules" in name)
+    ):
+        reader(lora)
+
+
+def test_an_expression_that_only_backtracks_on_the_base_s_names_ends(
+    lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manylora.adapters.patterns._SECONDS", 0.5)
+    change(lora, target_modules=r".*q_proj|.*(embed|(.|_)+(.|_)+(.|_)+(.|_)+(.|_)+)+tokens\$")
+    with pytest.raises(ConfigError, match="backtracks"):
+        load_adapter(llama(), lora)
+
+
+@pytest.mark.parametrize("reader", [read_adapter, check_folder, read_any])
+def test_readers_of_our_own_files_match_no_expression_for_ever(
+    reader: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manylora.adapters.patterns._SECONDS", 0.5)
+    change(folder, alpha_pattern={BACKTRACKS: 2})
+    with pytest.raises(ConfigError, match=r"alpha_pattern .* backtracks"):
+        reader(folder)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, 1e308, -1e300, 1e-300, 10**200, True, "16", None, [16]])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_plain_lora_s_alpha_that_is_no_scale_is_refused_by_name(
+    alpha: Any, reader: Any, lora: Path
+) -> None:
+    for values, name in (
+        ({"lora_alpha": alpha}, "lora_alpha="),
+        ({"alpha_pattern": {"q_proj": alpha}}, "q_proj"),
+    ):
+        before = (lora / "adapter_config.json").read_text(encoding="utf-8")
+        change(lora, **values)
+        with pytest.raises(ModelError, match=name) as caught:
+            reader(lora)
+        assert "\n" not in str(caught.value)
+        (lora / "adapter_config.json").write_text(before, encoding="utf-8")
+    change(lora, lora_alpha=-16)  # takes away what was learnt, which PEFT's users do
+    reader(lora)
+
+
+@pytest.mark.parametrize("reader", [lambda folder: load_adapter(llama(), folder), check_folder, read_any])
+def test_settings_that_nothing_knows_are_refused_by_name_and_off_they_say_nothing(
+    reader: Any, folder: Path, lora: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    for place, remedy in ((folder, "remove them, or install the manylora"), (lora, "install the PEFT")):
+        change(place, router_topk=None, use_more=False)
+        reader(place)
+        assert not [str(one.message) for one in recwarn if "Unexpected" in str(one.message)]
+        change(place, router_topk=1)
+        with pytest.raises(ModelError, match=rf"\(router_topk\); {remedy}"):
+            reader(place)
+    change(folder, format_version=99)  # the settings of a later version are that version's
+    with pytest.raises(ManyLoraError, match="format_version 99"):
+        load_adapter(llama(), folder)
 
 
 def test_a_flipped_bit_is_noticed_where_a_run_noted_the_file_and_a_copy_elsewhere_loads(folder: Path) -> None:

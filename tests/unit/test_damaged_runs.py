@@ -37,6 +37,7 @@ FILES = [
     "predictions.jsonl",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
+    "adapter/manylora_prompts.json",
     "checkpoints/N/adapter_config.json",
     "checkpoints/N/adapter_model.safetensors",
     "checkpoints/N/complete.json",
@@ -322,3 +323,45 @@ def test_settings_that_were_changed_are_refused_until_their_note_is_removed(
     del state["files"]["config.yaml"]
     (run / "state.json").write_text(json.dumps(state), encoding="utf-8")
     assert use("resume", run, capsys)[0] == 0
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict", "export"])
+@pytest.mark.parametrize("state", [None, "{", "files"])
+def test_without_the_run_s_notes_no_adapter_is_used(
+    verb: str, state: str | None, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "finished", run)
+    known = json.loads((run / "state.json").read_text(encoding="utf-8"))
+    if state is None:
+        (run / "state.json").unlink()
+    else:
+        text = state if state == "{" else json.dumps({**known, "files": []})
+        (run / "state.json").write_text(text, encoding="utf-8")
+    code, err, _ = use(verb, run, capsys)
+    assert code == 2
+    (line,) = err.splitlines()
+    assert "state.json is missing or broken" in line
+    shutil.copytree(run / "adapter", tmp_path / "alone")
+    assert main(["predict", "--adapter", str(tmp_path / "alone"), "--device", "cpu", "--raw", "hi"]) == 0
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "complete.json"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_checkpoint_that_was_changed_is_not_used(
+    name: str, moved: bool, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "finished", run)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    if moved:
+        checkpoint = checkpoint.rename(tmp_path / "moved")
+    ask = ["predict", "--adapter", str(checkpoint), "--device", "cpu", "--raw", "--max-new-tokens", "2", "hi"]
+    assert main(ask) == 0
+    raw = (checkpoint / name).read_bytes()
+    cut = name == "complete.json"  # of which a bit may belong to a file that nobody reads here
+    (checkpoint / name).write_bytes(raw[:-20] + (b"" if cut else bytes([raw[-20] ^ 1]) + raw[-19:]))
+    capsys.readouterr()
+    assert main(ask) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "complete.json" in line

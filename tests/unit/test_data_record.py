@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ from manylora.data import (
     question,
     render_prompt,
 )
-from manylora.errors import ConfigError, ModelError
+from manylora.errors import ConfigError, ModelError, RunError
+from manylora.files import folder_sums, write_json
 
 
 def chat(output: str = "so", system: str = "", **fields: Any) -> Example:
@@ -144,6 +149,10 @@ GOOD = {"version": 1, "tasks": {}, "template": None, "date": None, "max_length":
             {"date": "soon"},
             {"max_length": 0},
             {"max_length": True},
+            {"base_fingerprint": ""},
+            {"base_fingerprint": 5},
+            {"template": "\ud800"},
+            {"tasks": {"a": {"form": "chat", "system": "\udfff", "thinks": False}}},
         )
     ],
 )
@@ -156,3 +165,73 @@ def test_a_damaged_record_is_one_line(text: str, tmp_path: Path) -> None:
 def test_the_good_record_is_read(tmp_path: Path) -> None:
     (tmp_path / PROMPTS_FILE).write_text(json.dumps(GOOD), encoding="utf-8")
     assert PromptRecord.read(tmp_path) == PromptRecord(tasks={}, max_length=9)
+
+
+def test_a_record_that_its_run_noted_is_checked_and_missed(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    byte_tokenizer(CHATML).save_pretrained(folder)
+    written = record(a=[ALPACA])
+    written.write(folder)
+    names = [f"adapter/{path.name}" for path in folder.iterdir()]
+    write_json(tmp_path / "state.json", {"files": folder_sums(tmp_path, names)})
+    assert find_prompts(folder) == written
+    replace(written, max_length=3).write(folder)
+    for _ in range(2):
+        with pytest.raises(RunError, match=rf"{PROMPTS_FILE} is (broken or was changed|missing)"):
+            find_prompts(folder)
+        (folder / PROMPTS_FILE).unlink(missing_ok=True)
+    state = json.loads((tmp_path / "state.json").read_text(encoding="utf-8"))
+    del state["files"][f"adapter/{PROMPTS_FILE}"]
+    write_json(tmp_path / "state.json", state)
+    assert find_prompts(folder) is not None
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    with pytest.raises(RunError, match="chat_template"):
+        find_prompts(folder)
+
+
+def test_the_mark_of_a_base_goes_along_and_records_without_one_are_as_they_were(tmp_path: Path) -> None:
+    plain = record(a=[ALPACA])
+    assert "base_fingerprint" not in plain.to_dict()
+    marked = replace(plain, base_fingerprint="v2:abc")
+    marked.write(tmp_path)
+    assert PromptRecord.read(tmp_path) == marked
+    assert marked.only(["a"]).base_fingerprint == "v2:abc"
+
+
+NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+LOOPS = NESTED + "{% endfor %}" * 3
+AFTER_AN_ANSWER = (
+    CHATML + "{% if messages[-1].role == 'assistant' %}{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [LOOPS, AFTER_AN_ANSWER])
+@pytest.mark.parametrize("output", ["so", ""])
+def test_a_stranger_s_template_that_does_not_end_is_one_line(
+    template: str, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manylora.data.templates._SECONDS", 0.5)
+    tokenizer = byte_tokenizer(CHATML)
+    PromptRecord(tasks={}, template=template).prepare(tokenizer)
+    began = time.process_time()
+    with pytest.raises(
+        ModelError, match=r"chat template takes more than 0\.5 s over this row: it loops"
+    ) as caught:
+        render_prompt(chat(output), tokenizer)
+    assert time.process_time() - began < 5
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_is_rendered_in_another_thread_and_no_timer_stays() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(render_prompt(chat(), tokenizer)))
+    thread.start()
+    thread.join()
+    assert found == [render_prompt(chat(), tokenizer)]
+    if hasattr(signal, "setitimer"):
+        assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)

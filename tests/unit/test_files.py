@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from manylora.errors import ConfigError, RunError
 from manylora.files import (
+    COMPLETE,
     append_line,
     build_config,
     changed_file,
@@ -119,6 +123,18 @@ def test_what_is_dumped_is_read_back(values: dict[str, Any]) -> None:
 def test_numbers_may_be_written_as_people_write_them() -> None:
     assert parse_yaml("[1e-3, 1.5E+2, .5, 3]") == [0.001, 150.0, 0.5, 3]
     assert parse_yaml(dump_yaml({"model": "1e-3"})) == {"model": "1e-3"}
+    assert parse_yaml("[0, -0, +3, 1_000, 1., 1_0.5, -.5, .5e3]") == [0, 0, 3, 1000, 1.0, 10.5, -0.5, 500.0]
+    assert parse_yaml("[.inf, -.INF]") == [math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(
+    "text", ["1:30", "190:20:30.5", "0x10", "-0x1F", "0b11", "010", "0o17", "1e-3x", "+", "1e"]
+)
+def test_a_text_that_yaml_1_1_takes_for_another_number_is_a_text(text: str) -> None:
+    assert parse_yaml(f"limit: {text}") == {"limit": text}
+    assert parse_yaml(dump_yaml({"limit": text})) == {"limit": text}
+    with pytest.raises(ConfigError, match=rf"count is '{re.escape(text)}', not a whole number"):
+        build_config(Settings, parse_yaml(f"count: {text}"), source="x.yaml", remedy="mend it")
 
 
 @given(st.binary(max_size=60))
@@ -213,7 +229,69 @@ def test_a_noted_file_is_checked_and_one_without_a_note_is_not(tmp_path: Path) -
     write_json(tmp_path / "state.json", {"files": {}})
     check_noted(adapter)
     write_text(tmp_path / "state.json", "{")
-    check_noted(adapter)
+    check_noted(adapter)  # another program's: nothing beside it is a run's
+
+
+def damage_notes(notes: Path, text: str | None) -> None:
+    if text is None:
+        notes.unlink()
+    else:
+        write_text(notes, text)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", '{"files": []}', '{"files": null}', '{"files": {"x": 1}}']
+)
+def test_where_the_notes_are_lost_nothing_is_read_on_trust(tmp_path: Path, text: str | None) -> None:
+    run = tmp_path / "run"
+    client, checkpoint = run / "clients" / "ada", run / "checkpoints" / "checkpoint-2"
+    weights = [run / "adapter" / "weights", client / "adapter" / "weights", checkpoint / "weights"]
+    for path in (*weights, run / "config.yaml", run / "environment.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"1234")
+    for folder in (client, checkpoint):
+        write_json(folder / COMPLETE, {"files": folder_sums(folder)})
+    names = ["config.yaml", "adapter/weights", f"clients/ada/{COMPLETE}"]
+    write_json(run / "state.json", {"files": folder_sums(run, names)})
+    shutil.copytree(run, tmp_path / "whole")
+    (tmp_path / "link").symlink_to(run / "adapter")
+    for path in weights:
+        check_noted(path)
+
+    damage_notes(run / "state.json", text)
+    for path in (*weights[:2], tmp_path / "link" / "weights", run / "config.yaml"):
+        with pytest.raises(
+            RunError, match=r"state\.json is missing or broken .* Put a copy of it back, or copy"
+        ):
+            check_noted(path)
+    shutil.copytree(run / "adapter", tmp_path / "alone")
+    check_noted(tmp_path / "alone" / "weights")
+    write_json(run / "state.json", {"state": "finished"})  # of an earlier version
+    check_noted(weights[0])
+
+    shutil.rmtree(run)
+    shutil.copytree(tmp_path / "whole", run)
+    for folder in (client, checkpoint):
+        damage_notes(folder / COMPLETE, text)
+    for path in weights[1:]:
+        with pytest.raises(RunError, match=r"complete\.json is (missing|broken)"):
+            check_noted(path)
+    check_noted(weights[0])
+
+
+def test_the_files_of_a_checkpoint_and_of_a_client_are_checked(tmp_path: Path) -> None:
+    for folder in (tmp_path / "checkpoint-3", tmp_path / "ada" / "adapter"):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"1234")
+        write_json(tmp_path / folder.relative_to(tmp_path).parts[0] / COMPLETE, {})
+    checkpoint, client = tmp_path / "checkpoint-3", tmp_path / "ada"
+    for folder, name in ((checkpoint, "weights"), (client, "adapter/weights")):
+        check_noted(folder / name)  # of an earlier version
+        write_json(folder / COMPLETE, {"files": folder_sums(folder, [name])})
+        check_noted(folder / name)
+        (folder / name).write_bytes(b"1235")
+        with pytest.raises(RunError, match=r"weights is broken or was changed.*complete\.json"):
+            check_noted(folder / name)
 
 
 # ---- settings

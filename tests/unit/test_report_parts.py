@@ -121,13 +121,23 @@ def test_a_broken_file_is_one_line_that_names_it(content: str, tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
-def test_broken_settings_are_one_line_and_broken_lines_are_left_out(tmp_path: Path) -> None:
+def test_broken_settings_are_one_line_and_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [1,\n b: }", encoding="utf-8")
     with pytest.raises(RunError, match=r"config\.yaml") as caught:
         read_settings(tmp_path / "config.yaml")
     assert "\n" not in str(caught.value)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnull\n{"step": 2, "lo', encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo', encoding="utf-8")
     assert list(read_lines(tmp_path / "metrics.jsonl")) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("line", [b"null", b"{", b"\xff", b'{"a": "\xff"}', b"", b"\0", b"[" * 5000])
+def test_a_damaged_line_is_named(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl:2 cannot be read \(.*\); mend or remove that line"
+    ) as caught:
+        list(read_lines(tmp_path / "metrics.jsonl"))
+    assert "\n" not in str(caught.value)
 
 
 # ---- style

@@ -17,7 +17,7 @@ from torch import nn
 
 from federation import Listening, bench_for, federation, rows_of, settings
 from manylora.cli import main
-from manylora.data import EMBEDDED
+from manylora.data import EMBEDDED, PromptRecord
 from manylora.errors import ModelError, RunError
 from manylora.federated.wire import pack, unpack
 from manylora.training import (
@@ -217,6 +217,86 @@ def test_an_adapter_of_an_earlier_version_loads_with_a_line(
         other.get_input_embeddings().weight[3].neg_()
     with pytest.raises(ModelError, match="another base model"):
         load_adapter(other, folder)
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's adapter as a plain LoRA."""
+    out = tmp_path_factory.mktemp("exported") / "lora"
+    assert main(["export", str(run), "--to", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def personal(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A client's folder."""
+    folder = tmp_path_factory.mktemp("federated")
+    rounds, _ = federation(settings(tiny_base, small_data, local_steps=1), rows_of(small_data), folder)
+    rounds.run()
+    rounds.score()
+    return folder / "clients" / "cyd"
+
+
+@pytest.mark.parametrize("which", ["exported", "personal"])
+def test_a_plain_lora_of_ours_bears_the_mark_of_its_base(
+    which: str, tiny_base: Path, tmp_path: Path, request: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora = request.getfixturevalue(which)
+    other = save_changed(tiny_base, tmp_path / "changed")
+    with caplog.at_level(logging.WARNING, logger="manylora"):
+        load_adapter(load_base(str(tiny_base), device="cpu"), lora)
+        with pytest.raises(ModelError, match="was trained on another base model"):
+            load_adapter(load_base(str(other), device="cpu"), lora)
+    assert caplog.records == []
+    out = str(tmp_path / "out")
+    assert main(["export", str(lora), "--to", out, "--merge", "--model", str(other), "--device", "cpu"]) == 2
+    assert not Path(out).exists()
+    assert main(["export", str(lora), "--to", out]) == 2  # it is a plain LoRA
+    assert main(["export", str(lora), "--to", out, "--merge", "--limit", "2"]) == 2
+    assert main(["export", str(lora), "--to", out, "--merge", "--device", "cpu"]) == 0
+    record = PromptRecord.read(Path(out))
+    assert record is not None
+    assert record.tasks
+    assert record.base_fingerprint is None  # it is a base of its own
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        wanted = load_adapter(load_base(str(tiny_base), device="cpu"), lora)(ids).logits
+        found = load_base(out, device="cpu").eval()(ids).logits
+    torch.testing.assert_close(found, wanted)
+
+
+def test_loras_of_several_bases_do_not_become_one_adapter(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = f"one={exported},two={exported}"
+    both = ["export", "--from-loras", pair, "--form", "alpaca", "--to"]
+    code = main([*both, str(tmp_path / "joined")])
+    assert code == 0, capsys.readouterr().err
+    joined = json.loads((tmp_path / "joined" / "adapter_config.json").read_text(encoding="utf-8"))
+    record = PromptRecord.read(exported)
+    assert record is not None
+    assert joined["base_fingerprint"] == record.base_fingerprint
+    for folder in (tmp_path / "x", tmp_path / "y"):
+        shutil.copytree(exported, folder)
+    dataclasses.replace(record, base_fingerprint="v2:" + "0" * 16 + "/1.00:-").write(tmp_path / "x")
+    dataclasses.replace(record, base_fingerprint=None).write(tmp_path / "y")
+    assert main(["export", "--from-loras", f"{exported},{tmp_path / 'x'}", "--to", str(tmp_path / "a")]) == 2
+    assert "were trained on different bases" in capsys.readouterr().err
+    assert main(["export", "--from-loras", f"{exported},{tmp_path / 'y'}", "--to", str(tmp_path / "b")]) == 0
+    part = json.loads((tmp_path / "b" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert part["base_fingerprint"] is None
+
+
+def test_that_nothing_is_compared_is_said_once(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_base(str(tiny_base), device="cpu")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with caplog.at_level(logging.WARNING, logger="manylora"):
+        for _ in range(2):
+            load_adapter(load_base(str(tiny_base), device="cpu"), tmp_path / "lora")
+    (record,) = caplog.records
+    assert "bears no mark of its base" in record.getMessage()
 
 
 class StopError(Exception):

@@ -221,3 +221,7 @@ def test_an_encoder_pools_as_its_folder_says(tmp_path: Path) -> None:
     told.write_text('{"pooling_mode_mean_tokens": true}', encoding="utf-8")
     mean, hidden = pooled()
     torch.testing.assert_close(mean, torch.stack([hidden[0, :3].mean(0), hidden[1].mean(0)]))
+    for damage in ("{", "[]", "\udcff"):
+        told.write_bytes(damage.encode("utf-8", "surrogatepass"))
+        with pytest.raises(ModelError, match=r"1_Pooling/config\.json .*; put a copy of it back"):
+            pooled()

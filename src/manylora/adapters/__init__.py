@@ -45,6 +45,7 @@ from manylora.adapters.layer import ManyLoraLinear
 from manylora.adapters.model import ManyLoraModel
 from manylora.adapters.registration import register
 from manylora.adapters.routes import ExpertIds
+from manylora.adapters.targets import check_expressions
 
 register()
 
@@ -67,6 +68,7 @@ __all__ = [
     "PlainLora",
     "RouterKind",
     "Share",
+    "check_expressions",
     "check_finite",
     "check_folder",
     "check_result",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from manylora.adapters.arrival import check_finite
-from manylora.adapters.config import ManyLoraConfig, ManyLoraType
-from manylora.adapters.export import PlainLora
+from manylora.adapters.config import FORMAT_VERSION, ManyLoraConfig, ManyLoraType
+from manylora.adapters.export import PREFIX, PlainLora
+from manylora.adapters.patterns import check_pattern, check_time, expressions_of
 from manylora.errors import ManyLoraError, ModelError
 from manylora.files import check_noted, read_json, reason
 
+_LARGEST_SCALE = 1e15
+"""Of a LoRA's alpha, as of ours: beyond, float32 overflows."""
 _LARGEST_SIDE, _SIDES = 4096, 64
 """Ranks up to the first, or so many times a side of a weight, cost no memory to speak of."""
 
@@ -50,9 +53,13 @@ def read_adapter(folder: Path) -> tuple[ManyLoraConfig, dict[str, Tensor]]:
     values = _settings(folder)
     kind = values.get("peft_type")
     if kind != ManyLoraType.MANYLORA.value:
-        remedy = "a plain LoRA needs no export" if kind == "LORA" else "only those can be exported"
+        remedy = (
+            "a plain LoRA needs no export (--merge writes it into its base)"
+            if kind == "LORA"
+            else "only those can be exported"
+        )
         raise ModelError(f"{folder} holds a {kind} adapter, not one of ManyLoRA; {remedy}.")
-    return _built(ManyLoraConfig, values, folder), _weights(folder)
+    return _built(ManyLoraConfig, values, folder), _weights(folder, values)
 
 
 def read_lora(folder: Path) -> PlainLora:
@@ -66,15 +73,7 @@ def read_lora(folder: Path) -> PlainLora:
         raise ModelError(
             f"{folder} holds a {values.get('peft_type')} adapter, not a plain LoRA; give LoRA folders."
         )
-    known = {field.name for field in dataclasses.fields(LoraConfig)} | {"peft_type", "peft_version"}
-    unknown = sorted(name for name, value in values.items() if name not in known and value)
-    if unknown:
-        raise ModelError(
-            f"{folder / CONFIG_NAME} has settings that the installed PEFT does not know ({', '.join(unknown)}); "
-            "install the PEFT it was made with."
-        )
-    values = {name: value for name, value in values.items() if name in known}
-    return PlainLora(config=_built(LoraConfig, values, folder), weights=_weights(folder))
+    return PlainLora(config=_built(LoraConfig, values, folder), weights=_weights(folder, values))
 
 
 def read_any(
@@ -92,7 +91,7 @@ def read_any(
     values = _settings(folder)
     ours = values.get("peft_type") == ManyLoraType.MANYLORA.value
     config = _built(ManyLoraConfig, values, folder) if ours else values
-    return config, _weights(folder) if weights is None else read_weights(weights)
+    return config, _weights(folder, values) if weights is None else read_weights(weights)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -110,15 +109,18 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ModelError: no weights, pickled ones, damaged files, or ranks that have nothing to do with the weights.
+        ConfigError: an expression that takes too long on the names of the weights.
         RunError: a file is not what the folder's run wrote.
     """
     values, path = _settings(folder), _weights_file(folder)
     check_noted(path)
     try:
         with safe_open(path, framework="pt") as file:
-            sides = [side for key in file.keys() for side in file.get_slice(key).get_shape()]  # noqa: SIM118
+            names = list(file.keys())
+            sides = [side for key in names for side in file.get_slice(key).get_shape()]
     except (SafetensorError, OSError) as error:
         raise ModelError(f"The weights in {path} are broken ({error}).") from error
+    _check_expressions(values, names)
     if values.get("peft_type") == ManyLoraType.MANYLORA.value:
         return  # whose size is looked at when it is put onto a model
     pattern = values.get("rank_pattern")
@@ -180,7 +182,69 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not valid JSON ({reason(error)}); save the adapter again.") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no settings; save the adapter again.")
+    _check_settings(values, path)
     return values
+
+
+_KINDS: Mapping[Any, type[PeftConfig]] = {"LORA": LoraConfig, ManyLoraType.MANYLORA.value: ManyLoraConfig}
+
+
+def _check_settings(values: dict[str, Any], path: Path) -> None:
+    """Refuse, by name, settings that would be passed over in silence, and a plain LoRA's that compute nothing or too
+    much; ours are checked where they are built. Settings that are not known and are off are taken out.
+    """
+    name = values.get("peft_type")
+    kind = _KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        return
+    version = values.get("format_version")
+    if kind is ManyLoraConfig and isinstance(version, int) and version > FORMAT_VERSION:
+        return  # which has settings of its own; whoever builds it asks for a newer manylora
+    known = {field.name for field in dataclasses.fields(kind)} | {"peft_type", "peft_version"}
+    if unknown := sorted(name for name, value in values.items() if name not in known and value):
+        raise ModelError(
+            f"{path} has settings that the installed "
+            + (
+                f"PEFT does not know ({', '.join(unknown)}); install the PEFT it was made with."
+                if kind is LoraConfig
+                else f"manylora does not know ({', '.join(unknown)}); remove them, or install the manylora it was made "
+                "with."
+            )
+        )
+    for name in values.keys() - known:
+        del values[name]
+    if kind is not LoraConfig:
+        return
+    for setting in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(values.get(setting) or {}, dict):
+            raise ModelError(f"{path} has a {setting} that is no object; save the adapter again.")
+    alphas = {"lora_alpha": values["lora_alpha"]} if "lora_alpha" in values else {}
+    alphas |= {
+        f"alpha_pattern[{key!r:.80}]": alpha for key, alpha in (values.get("alpha_pattern") or {}).items()
+    }
+    for name, alpha in alphas.items():
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not number or not 1 / _LARGEST_SCALE <= abs(alpha) <= _LARGEST_SCALE:
+            raise ModelError(
+                f"{path} has {name}={alpha!r:.40}, which is no scale: the adapter would do nothing, or overflow. "
+                f"Give a number such as 16, at most {_LARGEST_SCALE:g}."
+            )
+
+
+def _check_expressions(values: Mapping[str, Any], keys: Collection[str]) -> None:
+    """Refuse expressions that are none or that backtrack, on the names of the weights: readers of files match these."""
+    expressions = expressions_of(values)
+    for setting, found in expressions.items():
+        for one in found:
+            check_pattern(f"{setting}=", one)
+    # the module's name, whatever this kind of adapter puts behind it
+    names = {
+        ".".join(parts[:end])
+        for key in keys
+        for parts in [key.removeprefix(PREFIX).split(".")]
+        for end in (-1, -2)
+    }
+    check_time(expressions, sorted(names - {""}))
 
 
 def _built(kind: type[Any], values: dict[str, Any], folder: Path) -> Any:
@@ -199,5 +263,7 @@ def _weights_file(folder: Path) -> Path:
     return path
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    return read_weights(_weights_file(folder))
+def _weights(folder: Path, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    weights = read_weights(_weights_file(folder))
+    _check_expressions(values, weights)
+    return weights

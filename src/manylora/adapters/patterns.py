@@ -10,7 +10,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from manylora.errors import ConfigError
 
@@ -50,6 +51,32 @@ def check_pattern(setting: str, pattern: object) -> None:
     except (re.error, RecursionError, OverflowError) as error:
         reason = str(error) if isinstance(error, re.error) else "it is nested too deeply or repeats too often"
         raise ConfigError(f"{setting}{pattern!r:.80} is no regular expression: {reason}.") from error
+
+
+def expressions_of(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The regular expressions in an adapter's settings, as PEFT matches them in full, by setting.
+
+    Args:
+        values: settings of any PEFT method, by name; those of another type than PEFT's are left out.
+    """
+
+    def texts(setting: str) -> list[str]:
+        value = values.get(setting) or ()
+        found = [value] if isinstance(value, str) else value
+        return [one for one in found if isinstance(one, str)] if isinstance(found, Iterable) else []
+
+    targets, excluded = (
+        [value] if isinstance(value := values.get(setting), str) else []
+        for setting in ("target_modules", "exclude_modules")
+    )
+    return {
+        "target_modules": targets,
+        "exclude_modules": excluded,
+        "layers_pattern": [rf"(?:^|.*?\.){one}\.\d+\..*" for one in texts("layers_pattern")],
+        "rank_pattern": [rf"(.*\.)?({key})" for key in texts("rank_pattern")],
+        "alpha_pattern": [rf"(.*\.)?({key})" for key in texts("alpha_pattern")],
+        "modules_to_save": [rf"(^|.*\.){name}($|\..*)" for name in texts("modules_to_save")],
+    }
 
 
 def check_time(patterns: Mapping[str, Collection[str]], names: Collection[str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import psutil
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.adapters.config import ManyLoraConfig
 from manylora.adapters.ops import Layout
-from manylora.adapters.patterns import check_time
+from manylora.adapters.patterns import check_time, expressions_of
 from manylora.errors import ConfigError, TargetModulesError
 
 Matches = Callable[[ManyLoraConfig, str], Any]
@@ -160,24 +161,13 @@ def check_targets(config: ManyLoraConfig, model: nn.Module, matches: Matches) ->
     return found
 
 
-def check_expressions(config: ManyLoraConfig, names: Collection[str]) -> None:
+def check_expressions(config: PeftConfig, names: Collection[str]) -> None:
     """Refuse regular expressions that backtrack on any of the names for too long; PEFT matches without a limit.
 
     Raises:
         ConfigError: naming the setting.
     """
-    layers = config.layers_pattern or ()
-    expressions = {
-        "target_modules": [config.target_modules] if isinstance(config.target_modules, str) else [],
-        "exclude_modules": [config.exclude_modules] if isinstance(config.exclude_modules, str) else [],
-        "layers_pattern": [
-            rf"(?:^|.*?\.){one}\.\d+\..*" for one in ((layers,) if isinstance(layers, str) else layers)
-        ],
-        "rank_pattern": [rf"(.*\.)?({key})" for key in config.rank_pattern],
-        "alpha_pattern": [rf"(.*\.)?({key})" for key in config.alpha_pattern],
-        "modules_to_save": [rf"(^|.*\.){name}($|\..*)" for name in config.modules_to_save or ()],
-    }
-    check_time(expressions, names)
+    check_time(expressions_of(vars(config)), names)
 
 
 def _check_tokens(config: ManyLoraConfig, model: nn.Module, names: dict[str, nn.Module]) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from manylora.cli.parsing import parse
 from manylora.errors import ConfigError, ManyLoraError, ModelError, RunError
 
 if TYPE_CHECKING:
-    from manylora.adapters import ManyLoraConfig, PlainLora
+    from peft import PeftConfig
+
+    from manylora.adapters import PlainLora
     from manylora.data import PromptRecord
 
 DESCRIPTION = """\
@@ -94,7 +97,7 @@ def _placed(to: str) -> Iterator[Path]:
 
 
 def _export(options: ExportOptions, for_scoring: str, folder: Path) -> int:
-    from manylora.adapters import expert_names, export_lora, read_adapter
+    from manylora.adapters import expert_names, export_lora, read_adapter, read_settings
     from manylora.data import find_prompts
     from manylora.training import adapter_base_name, adapter_folder, adapter_task_type, check_layers
     from manylora.training.config import as_list
@@ -104,8 +107,11 @@ def _export(options: ExportOptions, for_scoring: str, folder: Path) -> int:
         raise ModelError(
             f"{options.adapter} classifies: it has a head that a plain LoRA has no place for; load it with PEFT."
         )
-    config, weights = read_adapter(source)
     base = options.model or adapter_base_name(source)
+    if options.merge and read_settings(source).get("peft_type") == "LORA":
+        _merge_lora(options, folder, source, for_scoring, base=base)
+        return 0
+    config, weights = read_adapter(source)
     config.base_model_name_or_path = _outside_name(base)
     if not check_layers(config, weights, base=base, source=str(options.adapter)):
         print(_UNCHECKED.format(base=base))
@@ -131,8 +137,21 @@ def _export(options: ExportOptions, for_scoring: str, folder: Path) -> int:
         from manylora.cli.collapsing import collapse
 
         loras, notes = collapse(options, source, config, weights, report_to=folder)
-    _write(options, folder, loras, notes, base=base, trained=config, prompts=find_prompts(source))
+    mark = config.base_fingerprint
+    _write(options, folder, loras, notes, base=base, trained=config, prompts=find_prompts(source), mark=mark)
     return 0
+
+
+def _merge_lora(options: ExportOptions, folder: Path, source: Path, for_scoring: str, *, base: str) -> None:
+    """A LoRA as PEFT saves it, such as a client's personal model, written into its base."""
+    from manylora.adapters import read_lora
+    from manylora.data import find_prompts
+
+    if other := for_scoring or (f"--tasks {options.tasks}" if options.tasks else ""):
+        raise ConfigError(f"{options.adapter} is one plain LoRA, merged exactly; leave out {other}.")
+    lora, prompts = read_lora(source), find_prompts(source)
+    mark = prompts.base_fingerprint if prompts else None
+    _write(options, folder, {"": lora}, {}, base=base, trained=lora.config, prompts=prompts, mark=mark)
 
 
 def _write(
@@ -142,12 +161,14 @@ def _write(
     notes: Mapping[str, str],
     *,
     base: str,
-    trained: ManyLoraConfig,
+    trained: PeftConfig,
     prompts: PromptRecord | None,
+    mark: str | None,
 ) -> None:
     """Fill `folder` and print what it holds; how to ask goes along."""
     from manylora.adapters import write_folder
     from manylora.adapters.card import lora_card, server_rank
+    from manylora.data import PromptRecord
     from manylora.training import write_merged
 
     places = _places(list(loras))
@@ -156,7 +177,9 @@ def _write(
         place = folder / places[task]
         obstacles = _obstacles(lora)
         if options.merge:
-            write_merged(place, base, lora, dtype=options.dtype, device=options.device, trained=trained)
+            write_merged(
+                place, base, lora, dtype=options.dtype, device=options.device, trained=trained, mark=mark
+            )
         else:
             name = places[task] or Path(str(options.to)).name
             outside = lora.config.base_model_name_or_path
@@ -167,8 +190,10 @@ def _write(
             if place == folder:
                 place.rmdir()
             write_folder(place, lora.config, lora.weights, card=card)
-        if prompts is not None:
-            prompts.only([task]).write(place)
+        # A merged model has become a base of its own.
+        own = replace(prompts or PromptRecord(tasks={}), base_fingerprint=None if options.merge else mark)
+        if prompts is not None or own.base_fingerprint is not None:
+            own.only([task]).write(place)
         what = "merged model" if options.merge else f"LoRA of rank {lora.rank}"
         print(f"{Path(str(options.to)) / places[task]}: {what}")
     if options.merge:
@@ -244,6 +269,7 @@ def _import(options: ExportOptions, folder: Path) -> int:
             lora.config.base_model_name_or_path = options.model
         lora.config.base_model_name_or_path = _inside_name(lora.config.base_model_name_or_path)
     config, weights = import_loras(loras)
+    config.base_fingerprint = _common_mark(paths)
     base = config.base_model_name_or_path
     checked = [
         check_layers(lora.config, lora.weights, base=base, source=str(paths[name]))
@@ -259,6 +285,31 @@ def _import(options: ExportOptions, folder: Path) -> int:
     print(f"{options.to}: {len(loras)} experts of rank {config.r}, for the tasks {', '.join(loras)}")
     print(f"next: manylora predict --adapter {options.to} --task {next(iter(loras))} 'your prompt'")
     return 0
+
+
+def _common_mark(paths: Mapping[str, Path]) -> str | None:
+    """The mark of the base that LoRAs were trained on; None where one of them bears none, or one of an earlier version.
+
+    Raises:
+        ModelError: they were trained on different bases.
+    """
+    from manylora.data import find_prompts
+    from manylora.training import comparable, same_base
+
+    marks = {
+        task: record.base_fingerprint if (record := find_prompts(path)) else None
+        for task, path in paths.items()
+    }
+    known = {task: mark for task, mark in marks.items() if mark is not None}
+    first, *others = known or [""]
+    for other in others:
+        if comparable(known[first], known[other]) and not same_base(known[first], known[other]):
+            raise ModelError(
+                f"{paths[first]} and {paths[other]} were trained on different bases (fingerprints {known[first]} and "
+                f"{known[other]}), and an adapter has one; put them into two."
+            )
+    alike = len(known) == len(marks) and all(comparable(known[first], known[other]) for other in others)
+    return known[first] if alike else None
 
 
 def _joined_prompts(options: ExportOptions, paths: Mapping[str, Path]) -> PromptRecord:

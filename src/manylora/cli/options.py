@@ -110,7 +110,7 @@ class PredictOptions:
     input: str = ""
     """Text that the instruction is about, where there is one."""
     file: str | None = None
-    """JSONL file of rows to answer; "-" reads rows from standard input."""
+    """JSONL file of rows to answer, or .jsonl.gz; "-" reads rows from standard input."""
     task: str | None = None
     """Task whose expert answers; needed by adapters with a task router, unless the rows name their task."""
     model: str | None = None

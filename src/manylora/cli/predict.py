@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from manylora.cli.options import PredictOptions
 from manylora.cli.parsing import parse
 from manylora.data import Example, Row, TaskPrompts, parse_row, question
 from manylora.errors import DataError
+from manylora.files import MOST_BYTES, parse_json, reason, without_nan
 
 if TYPE_CHECKING:
     from manylora.cli.subjects import Subject
@@ -26,9 +29,9 @@ Answer prompts with a trained adapter; an answer is printed as it is generated.
   manylora predict --adapter runs/train-001 --file questions.jsonl > answers.jsonl
 
 A prompt is put into the form that the adapter was trained with, which stands in its folder: an Alpaca instruction,
-one turn of the chat template, or the text as it stands; --form and --raw choose another. Rows of a JSONL file have the
-fields of training rows (instruction and input, or prompt, or messages), an answer being optional, and come back with a
-field "prediction"."""
+one turn of the chat template, or the text as it stands; --form and --raw choose another. Rows of a JSONL file (or
+.jsonl.gz) have the fields of training rows (instruction and input, or prompt, or messages), an answer being optional,
+and come back with a field "prediction"."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -59,7 +62,8 @@ def run(arguments: Sequence[str]) -> int:
         count += 1
         told: list[int] = []
         answer = "".join(_pieces(subject, example, options, on_cut=told.append))
-        print(json.dumps({**row, "prediction": answer}), flush=True)
+        # In ASCII, as standard output may have any encoding; JSON has no NaN.
+        print(json.dumps({**without_nan(row), "prediction": answer}), flush=True)
         cut += len(told)
         if told and cut == 1:
             _note(f"{example.origin}: {_cut_words(told[0])}")
@@ -139,24 +143,44 @@ def _pieces(
 def _rows(subject: Subject, options: PredictOptions) -> Iterator[tuple[dict[str, object], Example]]:
     """Rows one by one, so that answers flow while a pipe is still being written."""
     name = "standard input" if options.file == "-" else str(options.file)
+    for number, line in enumerate(_lines(name, from_stdin=options.file == "-"), start=1):
+        place = f"{name}:{number}"
+        try:
+            text = line.decode("utf-8-sig").strip()
+            row = parse_json(text, finite=False) if text else None
+        except ValueError as error:
+            zipped = (
+                " It is gzip: name the file so that it ends in .gz, or unzip it." if line[:2] == _GZIP else ""
+            )
+            raise DataError(
+                f"{place} is not valid JSON ({reason(error)}); write one object per line, in UTF-8.{zipped}"
+            ) from error
+        if not text:
+            continue
+        if not isinstance(row, dict):
+            raise DataError(f"{place} is no object but {text[:40]!r}; write one object per line.")
+        task = str(row.get("task") or options.task or "")
+        example = parse_row(Row(fields=row, place=place), task=task, require_output=False)
+        thinks = subject.prompts is not None and subject.prompts.thinks(task)
+        yield row, dataclasses.replace(example, thinks=thinks)
+
+
+_GZIP = b"\x1f\x8b"
+"""How a gzip file begins."""
+
+
+def _lines(name: str, *, from_stdin: bool) -> Iterator[bytes]:
+    """The lines of standard input or a file, unzipped where its name ends in .gz, as those of data are."""
     with contextlib.ExitStack() as open_files:
-        source = sys.stdin.buffer
-        if options.file != "-":
-            source = open_files.enter_context(Path(name).open("rb"))
-        for number, line in enumerate(source, start=1):
-            place = f"{name}:{number}"
-            try:
-                text = line.decode("utf-8-sig").strip()
-                row = json.loads(text) if text else None
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{place} is not valid JSON ({error}); write one object per line, in UTF-8."
-                ) from error
-            if not text:
-                continue
-            if not isinstance(row, dict):
-                raise DataError(f"{place} is no object but {text[:40]!r}; write one object per line.")
-            task = str(row.get("task") or options.task or "")
-            example = parse_row(Row(fields=row, place=place), task=task, require_output=False)
-            thinks = subject.prompts is not None and subject.prompts.thinks(task)
-            yield row, dataclasses.replace(example, thinks=thinks)
+        source: Any = sys.stdin.buffer
+        if not from_stdin:
+            source = open_files.enter_context(
+                (gzip.open if name.lower().endswith(".gz") else open)(name, "rb")
+            )
+        try:
+            while line := source.readline(MOST_BYTES + 1):
+                if len(line) > MOST_BYTES:
+                    raise DataError(f"{name} has a line of more than {MOST_BYTES:,} bytes; split it.")
+                yield line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{name} is not a whole gzip file ({error}). Write it again.") from error

@@ -1,14 +1,14 @@
 """Which form a run's prompts had, kept beside its adapter, so that whoever uses it asks as it was trained.
 
-ADAPTER/manylora_prompts.json    per task: form, system text, whether answers think; chat template, date, cut-off
+ADAPTER/manylora_prompts.json    per task: form, system text, whether answers think; chat template, date, cut-off;
+                                 beside a plain LoRA, whose settings have no place for it, the mark of its base
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,6 +16,7 @@ from manylora.data.examples import Example, Form, Message, TaskData
 from manylora.data.sampling import sample_rows
 from manylora.data.templates import chat_text, check_date, fix_date, plain_template
 from manylora.errors import ConfigError, ModelError
+from manylora.files import check_noted, read_json, reason, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,8 @@ class PromptRecord:
     """The day that the template was told, YYYY-MM-DD; None where it does not ask."""
     max_length: int | None = None
     """Tokens that a row might have."""
+    base_fingerprint: str | None = None
+    """The mark of the base that a plain LoRA was trained on; `ManyLoraConfig` has its own."""
 
     @classmethod
     def of(
@@ -88,9 +91,7 @@ class PromptRecord:
     def only(self, tasks: list[str]) -> PromptRecord:
         """The same of these tasks alone; all, where none of them is known."""
         kept = {task: self.tasks[task] for task in tasks if task in self.tasks}
-        return PromptRecord(
-            tasks=kept or self.tasks, template=self.template, date=self.date, max_length=self.max_length
-        )
+        return replace(self, tasks=kept or self.tasks)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give a tokenizer the chat template and the date of the training."""
@@ -131,6 +132,7 @@ class PromptRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
+        mark = {"base_fingerprint": self.base_fingerprint} if self.base_fingerprint is not None else {}
         return {
             "version": _VERSION,
             "tasks": {
@@ -140,6 +142,7 @@ class PromptRecord:
             "template": dict(self.template) if isinstance(self.template, Mapping) else self.template,
             "date": self.date,
             "max_length": self.max_length,
+            **mark,
         }
 
     @classmethod
@@ -166,12 +169,14 @@ class PromptRecord:
         check_date(date)
         if length is not None and _typed(length, int) < 1:
             raise ValueError(f"max_length is {length}")
-        return cls(tasks=tasks, template=template, date=date, max_length=length)
+        mark = saved.get("base_fingerprint")
+        if mark is not None and not _typed(mark, str):
+            raise ValueError("base_fingerprint is empty")
+        return cls(tasks=tasks, template=template, date=date, max_length=length, base_fingerprint=mark)
 
     def write(self, folder: Path) -> None:
         """Put the record into an adapter's folder."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (folder / PROMPTS_FILE).write_text(text, encoding="utf-8")
+        write_json(folder / PROMPTS_FILE, self.to_dict())
 
     @classmethod
     def read(cls, folder: Path) -> PromptRecord | None:
@@ -179,15 +184,16 @@ class PromptRecord:
 
         Raises:
             ModelError: it is damaged.
+            RunError: it is not what the folder's run wrote.
         """
         path = folder / PROMPTS_FILE
+        check_noted(path)
         if not path.is_file():
             return None
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(f"{path} is damaged ({reason}); remove it to go on without.") from error
+            return cls.from_dict(read_json(path))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(f"{path} is damaged ({reason(error)}); remove it to go on without.") from error
 
 
 def find_prompts(folder: Path) -> PromptRecord | None:
@@ -196,6 +202,7 @@ def find_prompts(folder: Path) -> PromptRecord | None:
 
     Raises:
         ModelError: the record is damaged.
+        RunError: a file is not what the folder's run wrote.
     """
     record = PromptRecord.read(folder)
     if record is not None or _json_at(folder / "adapter_config.json").get("peft_type") != "LORA":
@@ -206,6 +213,7 @@ def find_prompts(folder: Path) -> PromptRecord | None:
 
 def _template_beside(folder: Path) -> str | None:
     """The chat template of a tokenizer that was saved into the folder."""
+    check_noted(folder / "chat_template.jinja")
     try:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -214,9 +222,10 @@ def _template_beside(folder: Path) -> str | None:
 
 
 def _json_at(path: Path) -> dict[str, Any]:
+    check_noted(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_json(path)
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

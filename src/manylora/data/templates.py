@@ -7,15 +7,18 @@ that the run has.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from manylora.data.examples import Example
 from manylora.data.turns import THOUGHTS
-from manylora.errors import ConfigError, DataError
+from manylora.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +31,8 @@ _CLOCK = "strftime_now"
 
 _DATED = "{#- manylora: the date of the run -#}"
 _DIRECTIVES = "aAbBcdDeFgGhHIjklmMpPrRsSTuUVwWxXyYzZ"
+_SECONDS = 10.0
+"""Of computing, for one row. A long conversation takes milliseconds."""
 _TRIED = 20
 """Rows by which it is seen whether a template reads a field of earlier turns."""
 
@@ -236,19 +241,53 @@ def _rendered(
         for turn in example.messages
     ]
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                turns if answer is None else [*turns, dict(answer)],
-                tools=[dict(tool) for tool in example.tools] if tools and example.tools else None,
-                add_generation_prompt=answer is None,
-                tokenize=False,
+        with _bounded():
+            return str(
+                tokenizer.apply_chat_template(
+                    turns if answer is None else [*turns, dict(answer)],
+                    tools=[dict(tool) for tool in example.tools] if tools and example.tools else None,
+                    add_generation_prompt=answer is None,
+                    tokenize=False,
+                )
             )
-        )
+    except _TimeUpError:
+        # no DataError: other rows would take as long, and a probe would pass over it
+        raise ModelError(
+            f"{origin_of(example)}: the tokenizer's chat template takes more than {_SECONDS:g} s over this row: it "
+            "loops. Do not use a stranger's; set tokenizer.chat_template, or take another model or adapter."
+        ) from None
     except Exception as error:  # a template is foreign code and refuses a row with whatever it likes
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
             f"{origin_of(example)}: the tokenizer's chat template refuses the row ({reason}). Change its roles."
         ) from error
+
+
+class _TimeUpError(Exception):
+    """A template computes for too long."""
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """End the block after `_SECONDS` of this process's computing, where the system has a timer for that.
+
+    A chat template comes with a model or an adapter, and its sandbox lets it count to 99,999 within as many. Python
+    hears a timer in its main thread alone; in others, and on Windows, nothing is bounded.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TimeUpError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
 
 
 def origin_of(example: Example) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from manylora.federated.messages import read_order
 from manylora.federated.personal import save_personal
 from manylora.federated.wire import Message, pack, unpack
 from manylora.federated.workbench import Workbench, total_rows
-from manylora.files import json_text, write_json, write_text
+from manylora.files import COMPLETE, NOTES, folder_sums, json_text, remove, write_json, write_text
 from manylora.training.passes import PassResult, train_pass
 
 if TYPE_CHECKING:
@@ -394,11 +394,12 @@ class Client:
         prompts = PromptRecord.of(
             self.data.train, self.bench.tokenizer, date=config.date, max_length=config.max_length
         )
+        remove(self.folder / COMPLETE)  # it speaks of what is about to be replaced
         save_personal(
             self.bench,
             self.folder / "adapter",
             stacks=[stack for _, stack in self._stacks_on],
-            prompts=prompts,
+            prompts=replace(prompts, base_fingerprint=self.bench.fingerprint),
         )
         write_json(
             self.folder / "tasks.json",
@@ -410,6 +411,9 @@ class Client:
         fields: dict[str, Any] = {}
         if self.data.test:
             fields["scores"] = self._scores(limits).to_rows()
+        names = [path.relative_to(self.folder).as_posix() for path in self.folder.glob("adapter/*")]
+        sums = folder_sums(self.folder, [*names, "tasks.json", "predictions.jsonl"])
+        write_json(self.folder / COMPLETE, {"round": message.round, NOTES: sums})
         return pack(Message(kind="scored", client=self.name, round=message.round, fields=fields))
 
     def _answer_tokens(self) -> dict[str, int]:

@@ -32,7 +32,7 @@ def save_personal(
         bench: with the client's adapter on.
         folder: replaced if it is there.
         stacks: what was folded into the base.
-        prompts: how the client's rows asked, to go along.
+        prompts: how the client's rows asked, and the base's mark, to go along.
 
     Raises:
         ClientError: a weight is not finite.

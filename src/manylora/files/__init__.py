@@ -5,6 +5,7 @@ passes here; what it writes into a run folder does, too.
 """
 
 from manylora.files.reading import (
+    MOST_BYTES,
     check_plain,
     dump_yaml,
     lone_surrogate,
@@ -16,7 +17,7 @@ from manylora.files.reading import (
 )
 from manylora.files.records import Record, check_record, read_record, reason
 from manylora.files.settings import build_config, check_types, check_values
-from manylora.files.sums import NOTES, changed_file, check_noted, file_sum, folder_sums, noted
+from manylora.files.sums import COMPLETE, NOTES, changed_file, check_noted, file_sum, folder_sums, noted
 from manylora.files.writing import (
     append_line,
     json_text,
@@ -31,6 +32,8 @@ from manylora.files.writing import (
 )
 
 __all__ = [
+    "COMPLETE",
+    "MOST_BYTES",
     "NOTES",
     "Record",
     "append_line",

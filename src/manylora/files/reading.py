@@ -189,8 +189,21 @@ class _Dumper(yaml.SafeDumper):
     pass
 
 
-for _kind in (_Loader, _Dumper):
-    # YAML 1.1 takes 1e-3 for text; the Dumper quotes such a text.
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-    )
+_EXPONENTS = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+"""YAML 1.1 takes 1e-3 for text."""
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+# YAML 1.1 takes 1:30 for 90, 0x10 for 16, 0b11 for 3 and 010 for 8. Nobody writes settings so and means it: these are
+# texts here, as in YAML 1.2, which the check of the setting's type refuses. The Dumper quotes what either version
+# takes for a number.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in (_INT, _FLOAT)]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+for _pattern in (
+    _EXPONENTS.pattern + "$",
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)$",
+    r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+):
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_FLOAT, re.compile(_pattern), list("-+.0123456789"))

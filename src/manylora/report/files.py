@@ -54,18 +54,28 @@ def read_if_there(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, none where it is absent; half-written lines and other values are left out."""
+    """The objects of a JSONL file, none where it is absent; a last line that a kill left half-written is left out.
+
+    Raises:
+        RunError: another line is damaged, or none of an object.
+    """
     if not path.is_file():
         return
     check_noted(path)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
             try:
-                row = parse_json(line, finite=False)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+                row = parse_json(line.decode("utf-8"), finite=False)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                fault = reason(error)
+            else:
+                if isinstance(row, dict):
+                    yield row
+                    continue
+                fault = f"it holds {type(row).__name__} where an object is expected"
+            raise RunError(f"{path}:{number} cannot be read ({fault}); mend or remove that line.")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from manylora.training.config import METHODS, RECIPES, TrainConfig
 if TYPE_CHECKING:
     from manylora.training.batches import ExpertCollator
     from manylora.training.facts import TaskFacts, read_task_facts
-    from manylora.training.fingerprint import base_fingerprint, same_base
+    from manylora.training.fingerprint import base_fingerprint, comparable, same_base
     from manylora.training.job import build_model, finetune
     from manylora.training.labels import LabelSets, encode_labelled, label_of, predict_labels
     from manylora.training.layers import check_layers
@@ -42,7 +42,7 @@ _HOME = {
     "batches": ("ExpertCollator",),
     "facts": ("TaskFacts", "read_task_facts"),
     "job": ("build_model", "finetune"),
-    "fingerprint": ("base_fingerprint", "same_base"),
+    "fingerprint": ("base_fingerprint", "comparable", "same_base"),
     "labels": ("LabelSets", "encode_labelled", "label_of", "predict_labels"),
     "layers": ("check_layers",),
     "memory": ("MemoryPlan",),
@@ -87,6 +87,7 @@ __all__ = [
     "base_location",
     "build_model",
     "check_layers",
+    "comparable",
     "context_of",
     "encode_labelled",
     "environment",

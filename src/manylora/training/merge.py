@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from manylora.adapters import ManyLoraConfig, PlainLora, import_loras, put_weights
+from manylora.adapters import PlainLora, import_loras, put_weights
 from manylora.training.models import check_base, load_base, load_config, load_tokenizer
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def merged(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    trained: ManyLoraConfig | None = None,
+    trained: PeftConfig | None = None,
+    mark: str | None = None,
 ) -> PreTrainedModel:
     """The base with the LoRA added to its weights; sums run in float32 and are rounded once.
 
@@ -52,6 +53,7 @@ def merged(
         dtype: type of the result; "auto": that of the base's files.
         device: where to compute; "auto": a GPU where there is one.
         trained: settings of the adapter that the LoRA comes from, which tell the base it was trained on.
+        mark: of that base, where the settings have no place for one.
 
     Raises:
         ModelError: the base cannot be loaded, is another one, does not fit, or the result is not finite.
@@ -61,7 +63,7 @@ def merged(
     config, weights = import_loras({"lora": lora})
     plain_base = load_base(base, dtype=dtype, device=device)
     if trained is not None:
-        check_base(plain_base, trained, source="The adapter")
+        check_base(plain_base, trained, source="The adapter", mark=mark)
     if _changes_embedding(lora):
         _untie(plain_base)
     # inference mode off: PEFT would cast the adapter's weights to the base's type before they are added
@@ -82,8 +84,10 @@ def write_merged(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    trained: ManyLoraConfig | None = None,
+    trained: PeftConfig | None = None,
+    mark: str | None = None,
 ) -> None:
     """Write merged weights and the base's tokenizer into `folder`; transformers alone loads them. See `merged`."""
-    merged(base, lora, dtype=dtype, device=device, trained=trained).save_pretrained(str(folder))
+    model = merged(base, lora, dtype=dtype, device=device, trained=trained, mark=mark)
+    model.save_pretrained(str(folder))
     load_tokenizer(base).save_pretrained(str(folder))

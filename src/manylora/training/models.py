@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import warnings
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,9 +23,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from manylora.adapters import check_folder, check_result, loading, read_settings, read_weights
+from manylora.adapters import (
+    check_expressions,
+    check_folder,
+    check_result,
+    loading,
+    read_settings,
+    read_weights,
+)
 from manylora.assets import embedded_base_path
-from manylora.data import EMBEDDED
+from manylora.data import EMBEDDED, PromptRecord
 from manylora.errors import ManyLoraError, ModelError
 from manylora.training.fingerprint import base_fingerprint, differing_part, same_base, weakness
 from manylora.training.pooling import pool_as_told
@@ -334,16 +342,32 @@ def adapter_task_type(adapter: str | Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str) -> None:
+_TOLD: set[str] = set()
+"""Of which adapters it has been said that their base was not compared: one run may put them on more than once."""
+
+
+def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str, mark: str | None = None) -> None:
     """Refuse a base that is not the one which an adapter was trained on, where the adapter bears its mark.
 
-    A mark that covers less than all weights is compared as far as it goes, and a line on the log says so.
+    A mark that covers less than all weights is compared as far as it goes, and a line on the log says so, as it says
+    that there is no mark.
+
+    Args:
+        base: without the adapter.
+        config: the adapter's settings.
+        source: what it is or where it comes from, for the error.
+        mark: its mark of the base, where its settings have no place for one.
 
     Raises:
         ModelError: it is another one.
     """
-    known = getattr(config, "base_fingerprint", None)
+    known = getattr(config, "base_fingerprint", None) or mark
     if known is None:
+        if source not in _TOLD:
+            _TOLD.add(source)
+            _LOG.warning(
+                f"{source}: it bears no mark of its base, so nothing tells whether this is the one it was trained on."
+            )
         return
     head = head_modules(base) if config.task_type == "SEQ_CLS" else ()
     now = base_fingerprint(base, without=head, like=known)
@@ -357,7 +381,12 @@ def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str) -> Non
 
 
 def with_adapter(base: PreTrainedModel, config: PeftConfig, *, low_cpu_mem_usage: bool = False) -> PeftModel:
-    """The base with an adapter of these settings and no weights yet, in the class that PEFT has for its task type."""
+    """The base with an adapter of these settings and no weights yet, in the class that PEFT has for its task type.
+
+    Raises:
+        ConfigError: an expression in the settings takes too long on the base's names.
+    """
+    check_expressions(config, [name for name, _ in base.named_modules()])
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     return kind(base, config, low_cpu_mem_usage=low_cpu_mem_usage)
 
@@ -375,8 +404,11 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
         folder / SAFETENSORS_WEIGHTS_NAME
     )  # PEFT reads them again; a fault of the file is said of the file
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        check_base(base, config, source=str(adapter))
+        with warnings.catch_warnings():  # of settings that are off; others have been refused by name
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+            config = PeftConfig.from_pretrained(str(folder))
+        record = PromptRecord.read(folder)
+        check_base(base, config, source=str(adapter), mark=record.base_fingerprint if record else None)
         config.inference_mode = True
         # not PeftModel.from_pretrained, which keeps to itself what did not arrive
         model = with_adapter(base, config)

@@ -7,13 +7,15 @@ token's vector, and on 62 % by the mean.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from manylora.errors import ModelError
+from manylora.files import read_json, reason
 
 POOLING = Path("1_Pooling") / "config.json"
 """Where sentence-transformers says how tokens become one vector."""
@@ -44,11 +46,19 @@ def pool_as_told(model: PreTrainedModel, location: str) -> None:
     """Let a classifier read the mean of the tokens where its folder says that this is the encoder's vector.
 
     Changes models whose encoder has a pooler of its own (BERT, MPNet, …); others stay as they are.
+
+    Raises:
+        ModelError: what the folder says is damaged.
     """
     told = Path(location) / POOLING
     if not told.is_file() or not isinstance(getattr(model.base_model, "pooler", None), nn.Module):
         return
-    settings = json.loads(told.read_text(encoding="utf-8"))
+    try:
+        settings = read_json(told)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{told} cannot be read ({reason(error)}); put a copy of it back.") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{told} holds no settings; put a copy of it back.")
     if settings.get("pooling_mode_mean_tokens") or settings.get("pooling_mode") == "mean":
         pooler = MeanPooler()
         model.base_model.pooler = pooler

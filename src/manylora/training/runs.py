@@ -33,6 +33,7 @@ from pydantic import Field
 from manylora._version import __version__
 from manylora.errors import RunError
 from manylora.files import (
+    COMPLETE,
     NOTES,
     Record,
     append_line,
@@ -63,7 +64,6 @@ if TYPE_CHECKING:
 
     Config = TypeVar("Config", bound=DataclassInstance)
 
-COMPLETE = "complete.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 _RESULTS = ("config.yaml", "tasks.json", "scores.json", "predictions.jsonl")
 """Files whose checksums a finished run notes, beside those in adapter/ and adapters/."""
@@ -157,6 +157,7 @@ class RunFolder:
                 *self.path.glob("adapter/*"),
                 *self.path.glob("adapters/*.safetensors"),
                 *self.path.glob("clients/*/adapter/*"),  # of a federated run
+                *self.path.glob(f"clients/*/{COMPLETE}"),  # which note what is beside them
             ]
             names = [*_RESULTS, *(place.relative_to(self.path).as_posix() for place in weights)]
             sums = folder_sums(self.path, names) | sums

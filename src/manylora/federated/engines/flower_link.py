@@ -237,7 +237,9 @@ class FlowerLink:
         with self._reached():
             try:
                 sent = list(self._grid.push_messages([Message(content, node, "query", ttl=seconds)]))
-            except ObjectPushError:  # the run, or Flower's session for it, ended while the message was on its way
+            except (
+                ObjectPushError
+            ):  # the run, or Flower's session for it, ended while the message was on its way
                 self._grid.get_nodes()  # raises where it was the run
                 return ""
         return str(sent[0]) if sent and sent[0] else ""
