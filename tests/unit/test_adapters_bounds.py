@@ -201,6 +201,9 @@ def test_settings_that_nothing_knows_are_refused_by_name_and_off_they_say_nothin
         reader(place)
         assert not [str(one.message) for one in recwarn if "Unexpected" in str(one.message)]
         change(place, router_topk=1)
+        if (place, reader) == (lora, read_any):  # a reader of matrices alone
+            reader(place)
+            continue
         with pytest.raises(ModelError, match=rf"\(router_topk\); {remedy}"):
             reader(place)
     change(folder, format_version=99)  # the settings of a later version are that version's

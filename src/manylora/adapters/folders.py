@@ -88,7 +88,7 @@ def read_any(
     Raises:
         ModelError: no adapter there, pickled weights, or damaged files.
     """
-    values = _settings(folder)
+    values = _settings(folder, built=False)
     ours = values.get("peft_type") == ManyLoraType.MANYLORA.value
     config = _built(ManyLoraConfig, values, folder) if ours else values
     return config, _weights(folder, values) if weights is None else read_weights(weights)
@@ -101,7 +101,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ModelError: there are none, or they are damaged.
         RunError: they are not what the folder's run wrote.
     """
-    return _settings(folder)
+    return _settings(folder, built=False)
 
 
 def check_folder(folder: Path) -> None:
@@ -171,7 +171,8 @@ def write_folder(folder: Path, config: PeftConfig, weights: Mapping[str, Tensor]
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path, *, built: bool = True) -> dict[str, Any]:
+    """The settings; `built`: whether PEFT will build an adapter of them, so that each of them counts."""
     path = folder / CONFIG_NAME
     check_noted(path)
     try:
@@ -182,14 +183,14 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not valid JSON ({reason(error)}); save the adapter again.") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no settings; save the adapter again.")
-    _check_settings(values, path)
+    _check_settings(values, path, built=built)
     return values
 
 
 _KINDS: Mapping[Any, type[PeftConfig]] = {"LORA": LoraConfig, ManyLoraType.MANYLORA.value: ManyLoraConfig}
 
 
-def _check_settings(values: dict[str, Any], path: Path) -> None:
+def _check_settings(values: dict[str, Any], path: Path, *, built: bool) -> None:
     """Refuse, by name, settings that would be passed over in silence, and a plain LoRA's that compute nothing or too
     much; ours are checked where they are built. Settings that are not known and are off are taken out.
     """
@@ -201,6 +202,8 @@ def _check_settings(values: dict[str, Any], path: Path) -> None:
     if kind is ManyLoraConfig and isinstance(version, int) and version > FORMAT_VERSION:
         return  # which has settings of its own; whoever builds it asks for a newer manylora
     known = {field.name for field in dataclasses.fields(kind)} | {"peft_type", "peft_version"}
+    if kind is LoraConfig and not built:  # which readers of matrices do not need to know
+        known |= values.keys()
     if unknown := sorted(name for name, value in values.items() if name not in known and value):
         raise ModelError(
             f"{path} has settings that the installed "
