@@ -30,7 +30,9 @@ def test_zipped_rows_are_read_as_those_of_data_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [gzip.compress(ROW * 99)[:-9], ROW, b"", gzip.compress(ROW)[:12] + b"\xff" * 30]
+    "raw",
+    [gzip.compress(ROW * 99)[:-9], ROW, b"", gzip.compress(ROW)[:12] + b"\xff" * 30],
+    ids=["cut", "plain", "empty", "garbage"],
 )
 def test_what_is_not_a_whole_gzip_file_is_said_to_be_none(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl.gz").write_bytes(raw)
