@@ -1,8 +1,4 @@
-"""The options of each verb, in a module that imports nothing heavy.
-
-jsonargparse resolves their types by running this module's imports, those under TYPE_CHECKING too, so that these
-classes beside the verbs' own imports would cost every `--help` the seconds that torch takes.
-"""
+"""The options of each verb, in a module that imports nothing heavy: `--help` must not wait for torch."""
 
 from __future__ import annotations
 

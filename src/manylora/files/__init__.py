@@ -14,7 +14,19 @@ from manylora.files.reading import (
     read_yaml,
 )
 from manylora.files.records import Record, check_record, read_record, reason
-from manylora.files.settings import build_config, check_types, check_values
+from manylora.files.settings import (
+    Bound,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Settings,
+    build_config,
+    check_types,
+    check_values,
+    field_types,
+    has_type,
+)
 from manylora.files.sums import NOTES, changed_file, check_noted, file_sum, folder_sums, noted
 from manylora.files.writing import (
     append_line,
@@ -31,7 +43,13 @@ from manylora.files.writing import (
 
 __all__ = [
     "NOTES",
+    "Bound",
+    "Count",
+    "CountOrZero",
+    "NotNegative",
+    "Positive",
     "Record",
+    "Settings",
     "append_line",
     "build_config",
     "changed_file",
@@ -41,8 +59,10 @@ __all__ = [
     "check_types",
     "check_values",
     "dump_yaml",
+    "field_types",
     "file_sum",
     "folder_sums",
+    "has_type",
     "json_text",
     "lone_surrogate",
     "make_folder",

@@ -1,4 +1,8 @@
-"""Settings from a file, checked as those of the command line: each value's type, bounds, and what it contradicts."""
+"""Settings as frozen dataclasses that check themselves: each value's type, bounds, and what it contradicts.
+
+A bound stands in a field's type (`limit: Count | None`), so that the command line, YAML files and Python refuse the
+same values in the same words.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,21 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from manylora.errors import ConfigError
 from manylora.files.reading import lone_surrogate
@@ -30,6 +46,36 @@ _WORDS: Mapping[Any, str] = {
     str: "text",
     type(None): "null",
 }
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number must be, beside its type."""
+
+    holds: Callable[[float], bool]
+    remedy: str
+    """What to give instead, after "give "."""
+
+
+_ABOVE_0 = Bound(lambda value: value > 0, "a value above 0")
+_FROM_0 = Bound(lambda value: value >= 0, "0 or more")
+
+Count: TypeAlias = Annotated[int, _ABOVE_0]
+Positive: TypeAlias = Annotated[float, _ABOVE_0]
+CountOrZero: TypeAlias = Annotated[int, _FROM_0]
+NotNegative: TypeAlias = Annotated[float, _FROM_0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A group of settings. Groups are combined by inheritance; each checks what its own fields contradict."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to `config.yaml`."""
+        return dataclasses.asdict(self)
 
 
 def build_config(
@@ -62,25 +108,45 @@ def check_types(
     Raises:
         ConfigError: naming the file, the key and the value.
     """
-    from pydantic import ValidationError
-
-    fields = _fields(kind)
+    hints = field_types(kind)
     for key, value in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {near[0]}? Else {remedy}" if near else remedy
             raise ConfigError(f"{_at(source)}there is no setting {_shown(key)}; {hint}.")
-        hint, adapter = fields[key]
-        try:
-            adapter.validate_python(value)
-        except ValidationError as error:
+        if not has_type(value, hints[key]):
             raise ConfigError(
-                f"{_at(source)}{key} is {_shown(value)}, not {_expected(hint)}; {remedy}."
-            ) from error
+                f"{_at(source)}{key} is {_shown(value)}, not {_expected(hints[key])}; {remedy}."
+            )
+
+
+@cache
+def field_types(kind: type[DataclassInstance]) -> dict[str, Any]:
+    """Each field's type, without its bounds, in the order of the fields."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def has_type(value: object, hint: Any) -> bool:
+    """Whether a value is of a type, without any conversion but that of an int to a float; NaN and inf are of none."""
+    from pydantic import ValidationError
+
+    try:
+        _adapter(hint).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def check_values(config: DataclassInstance) -> None:
-    """Refuse what no setting of any kind may be: numbers without bounds, texts that are empty or no UTF-8.
+    """Refuse numbers beyond any use or their field's bound, and texts that are empty or no UTF-8.
 
     A text may be empty where its default is.
 
@@ -99,6 +165,26 @@ def check_values(config: DataclassInstance) -> None:
             raise ConfigError(f"{field.name} is {_shown(value)}; give at most {_LARGEST_WHOLE:,}.")
         elif isinstance(value, float) and (math.isnan(value) or abs(value) > _LARGEST):
             raise ConfigError(f"{field.name} is {value}; give a finite number, at most {_LARGEST:g}.")
+    for name, bound in _bounds(type(config)).items():
+        value = getattr(config, name)
+        if value is not None and not bound.holds(value):
+            raise ConfigError(f"{name} is {value}; give {bound.remedy}.")
+
+
+@cache
+def _bounds(kind: type[DataclassInstance]) -> dict[str, Bound]:
+    """Field to its bound, for those that have one."""
+    hints = get_type_hints(kind, include_extras=True)
+    names = (field.name for field in dataclasses.fields(kind))
+    return {name: bound for name in names for bound in _bounds_in(hints[name])}
+
+
+def _bounds_in(hint: Any) -> Iterator[Bound]:
+    if get_origin(hint) is Annotated:
+        yield from (extra for extra in hint.__metadata__ if isinstance(extra, Bound))
+    elif get_origin(hint) in (Union, types.UnionType):
+        for member in get_args(hint):
+            yield from _bounds_in(member)
 
 
 def _check_text(name: str, value: str, *, may_be_empty: bool) -> None:
@@ -112,19 +198,6 @@ def _check_text(name: str, value: str, *, may_be_empty: bool) -> None:
 
 def _at(source: object) -> str:
     return f"{source}: " if str(source) else ""
-
-
-@cache
-def _fields(kind: type[DataclassInstance]) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
-    """Field to its type and what checks it."""
-    from pydantic import ConfigDict, TypeAdapter
-
-    strict = ConfigDict(strict=True, allow_inf_nan=False)
-    hints = get_type_hints(kind)
-    return {
-        field.name: (hints[field.name], TypeAdapter(hints[field.name], config=strict))
-        for field in dataclasses.fields(kind)
-    }
 
 
 def _expected(hint: Any) -> str:
