@@ -165,18 +165,18 @@ def check_values(config: DataclassInstance) -> None:
             raise ConfigError(f"{field.name} is {_shown(value)}; give at most {_LARGEST_WHOLE:,}.")
         elif isinstance(value, float) and (math.isnan(value) or abs(value) > _LARGEST):
             raise ConfigError(f"{field.name} is {value}; give a finite number, at most {_LARGEST:g}.")
-    for name, bound in _bounds(type(config)).items():
+    for name, bound in _bounds(type(config)):
         value = getattr(config, name)
         if value is not None and not bound.holds(value):
             raise ConfigError(f"{name} is {value}; give {bound.remedy}.")
 
 
 @cache
-def _bounds(kind: type[DataclassInstance]) -> dict[str, Bound]:
-    """Field to its bound, for those that have one."""
+def _bounds(kind: type[DataclassInstance]) -> list[tuple[str, Bound]]:
+    """Every field that has a bound, once for each."""
     hints = get_type_hints(kind, include_extras=True)
     names = (field.name for field in dataclasses.fields(kind))
-    return {name: bound for name in names for bound in _bounds_in(hints[name])}
+    return [(name, bound) for name in names for bound in _bounds_in(hints[name])]
 
 
 def _bounds_in(hint: Any) -> Iterator[Bound]:
