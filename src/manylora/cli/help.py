@@ -18,6 +18,11 @@ from manylora.files import Settings, field_types
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_COMMON = [
+    ("-h, --help", "Show this page and exit."),
+    ("--config FILE", "YAML file with any of the options below; may be given many times."),
+]
+
 
 class Command(click.Command):
     """A verb whose options are the fields of a dataclass."""
@@ -48,40 +53,31 @@ class Command(click.Command):
         formatter.write(f"\n{self.help}\n")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """A list for every group of settings, the groups that are made of others last."""
+        """A list for what the configuration itself adds, then one for every group that it is made of."""
         with formatter.section("Options"):
-            formatter.write_dl(
-                [
-                    ("-h, --help", "Show this page and exit."),
-                    ("--config FILE", "YAML file with any of the options below; may be given many times."),
-                ]
-            )
+            formatter.write_dl(_COMMON)
         notes = field_notes(self.config_class)
         hints = field_types(self.config_class)
         fields = {field.name: field for field in dataclasses.fields(self.config_class)}
-        for owner in _groups(self.config_class):
-            names = [name for name in vars(owner).get("__annotations__", {}) if name in fields]
-            if names:
-                rows = [
-                    (
-                        f"--{name.replace('_', '-')}{_metavar(hints[name])}",
-                        _text(notes[name], fields.pop(name)),
-                    )
-                    for name in names
-                ]
-                with formatter.section((owner.__doc__ or owner.__name__).splitlines()[0].rstrip(".")):
-                    formatter.write_dl(rows)
+        for title, names in _sections(self.config_class).items():
+            rows = [
+                (f"--{name.replace('_', '-')}{_metavar(hints[name])}", _text(notes[name], fields[name]))
+                for name in names
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
 
 def field_notes(kind: type[DataclassInstance]) -> dict[str, str]:
     """Field to the text under it in the source, as one line.
 
-    Where a subclass has a field again, its own text counts; one that begins with "Default:" is added to the inherited.
+    Where a subclass has a field again, its own text counts; one that begins with "Default:" replaces only what the
+    inherited text says about the default.
     """
     notes: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):
         for name, note in _own_notes(owner):
-            notes[name] = f"{notes[name]} {note}" if note.startswith("Default:") and name in notes else note
+            notes[name] = f"{_without_default(notes[name])} {note}" if note.startswith("Default:") else note
     return notes
 
 
@@ -106,11 +102,28 @@ def _module_body(name: str) -> list[ast.stmt]:
     return ast.parse(inspect.getsource(sys.modules[name])).body
 
 
-def _groups(kind: type) -> list[type]:
-    """The classes that a configuration is made of, those first that are made of no others."""
-    owners = [owner for owner in kind.__mro__ if dataclasses.is_dataclass(owner)]
-    composed = [owner for owner in owners if owner.__bases__ not in ((Settings,), (object,))]
-    return [owner for owner in owners if owner not in composed] + composed[::-1]
+def _sections(kind: type) -> dict[str, list[str]]:
+    """Title to its fields: those that the configuration itself adds, then group after group.
+
+    A class that only extends one group stands with it. A field stands where it was first.
+    """
+    own: dict[type, list[str]] = {}
+    groups: dict[type, list[str]] = {}
+    seen: set[str] = set()
+    for owner in reversed(kind.__mro__[:-1]):
+        group = owner
+        while len(group.__bases__) == 1 and group.__base__ not in (Settings, object):
+            (group,) = group.__bases__
+        is_group = group.__bases__ in ((Settings,), (object,))
+        names = [name for name in vars(owner).get("__annotations__", {}) if name not in seen]
+        seen.update(names)
+        (groups if is_group else own).setdefault(group if is_group else owner, []).extend(names)
+    sections = [*reversed(own.items()), *reversed(groups.items())]
+    return {_title(owner): names for owner, names in sections if names}
+
+
+def _title(owner: type) -> str:
+    return (owner.__doc__ or owner.__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 def _metavar(hint: Any) -> str:
@@ -124,4 +137,10 @@ def _metavar(hint: Any) -> str:
 
 
 def _text(note: str, field: dataclasses.Field[Any]) -> str:
-    return note if field.default in (None, "", False) else f"{note} [{field.default}]"
+    if field.default is None or field.default is False or field.default == "":
+        return note
+    return f"{_without_default(note)} [{field.default}]"
+
+
+def _without_default(note: str) -> str:
+    return note.partition(" Default:")[0]

@@ -4,6 +4,8 @@ Everything that this package reads back or takes from a stranger (run folders, s
 passes here; what it writes into a run folder does, too.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from manylora.files.reading import (
     check_plain,
     dump_yaml,
@@ -12,8 +14,8 @@ from manylora.files.reading import (
     parse_yaml,
     read_json,
     read_yaml,
+    reason,
 )
-from manylora.files.records import Record, check_record, read_record, reason
 from manylora.files.settings import (
     Bound,
     Count,
@@ -40,6 +42,9 @@ from manylora.files.writing import (
     write_json,
     write_text,
 )
+
+if TYPE_CHECKING:
+    from manylora.files.records import Record, check_record, read_record
 
 __all__ = [
     "NOTES",
@@ -81,3 +86,15 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in (
+        "Record",
+        "check_record",
+        "read_record",
+    ):  # on first use: no --help needs pydantic, a third of its time
+        from manylora.files import records
+
+        return getattr(records, name)
+    raise AttributeError(f"module 'manylora.files' has no attribute {name!r}")

@@ -135,6 +135,13 @@ def _check_scalar(item: object, *, finite: bool) -> None:
         raise ValueError(f"it holds a {type(item).__name__}, {str(item)[:40]!r}; put text in quotes")
 
 
+def reason(error: Exception) -> str:
+    """An error's cause in one line, without the file's name, which the caller gives."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def lone_surrogate(text: str) -> str:
     """The first half of a surrogate pair that stands alone, as `\\udcff`, which no UTF-8 file can hold; else ""."""
     if text.isascii():

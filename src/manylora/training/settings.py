@@ -136,12 +136,18 @@ class ScoringSettings(AnswerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedScoringSettings(ScoringSettings):
+    """Answers of what was trained, and their scores"""
+
+    rouge: Words = "all"
+    eval_batch_size: Count = 64
+    """Rows per batch when answers are generated. It does not change the answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings(
-    ModelSettings, TrainingDataSettings, AdapterSettings, OptimisationSettings, ScoringSettings
+    ModelSettings, TrainingDataSettings, AdapterSettings, OptimisationSettings, TrainedScoringSettings
 ):
     """What every training has, on one machine or on many"""
 
     model: str = EMBEDDED
-    rouge: Words = "all"
-    eval_batch_size: Count = 64
-    """Rows per batch when answers are generated. It does not change the answers."""
