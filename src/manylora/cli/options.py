@@ -9,7 +9,13 @@ from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
 from manylora.files import Bound, Count, CountOrZero, Positive, Settings
 from manylora.training.config import TaskType, TrainConfig
-from manylora.training.settings import AnswerSettings, DataSettings, ModelSettings, ScoringSettings
+from manylora.training.settings import (
+    AdapterAnswerSettings,
+    BatchSettings,
+    DataSettings,
+    ModelSettings,
+    ScoringSettings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +57,6 @@ class FederateOptions(FederateConfig, RunOptions):
     dimensions: str | None = None
     """With --dry-run: count for these layers instead of a model's, as OxDxNUMBER ("4096x4096x64,1024x4096x32"), or
     for one of the published models, "llama2-7b" (q_proj, v_proj) and "qwen2-7b" (q_proj, o_proj)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterAnswerSettings(AnswerSettings):
-    """Answers of an adapter"""
-
-    max_new_tokens: Count | None = None
-    """Default: what the run noted from the training rows of the task, else 64."""
-    max_length: Count | None = None
-    """Tokens a prompt may have; a longer one loses its beginning, which is said. Default: as in the adapter's training,
-    else as many as the model reads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSettings(Settings):
-    """Batches"""
-
-    batch_size: Count = 64
-    """Rows per batch. It does not change the answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from manylora.files.settings import (
     check_values,
     field_types,
     has_type,
+    settings_of,
 )
 from manylora.files.sums import NOTES, changed_file, check_noted, file_sum, folder_sums, noted
 from manylora.files.writing import (
@@ -81,6 +82,7 @@ __all__ = [
     "reason",
     "refuse_links",
     "remove",
+    "settings_of",
     "without_nan",
     "write_bytes",
     "write_json",

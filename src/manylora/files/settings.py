@@ -100,6 +100,11 @@ def build_config(
         raise ConfigError(f"{_at(source)}{error}") from error
 
 
+def settings_of(config: DataclassInstance, kind: type[Config]) -> Config:
+    """The part of a configuration that another kind of configuration has too."""
+    return kind(**{field.name: getattr(config, field.name) for field in dataclasses.fields(kind)})
+
+
 def check_types(
     kind: type[DataclassInstance], values: Mapping[Any, Any], *, source: object, remedy: str
 ) -> None:

@@ -136,6 +136,25 @@ class ScoringSettings(AnswerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterAnswerSettings(AnswerSettings):
+    """Answers of an adapter"""
+
+    max_new_tokens: Count | None = None
+    """Default: what the run noted from the training rows of the task, else 64."""
+    max_length: Count | None = None
+    """Tokens a prompt may have; a longer one loses its beginning, which is said. Default: as in the adapter's training,
+    else as many as the model reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings(Settings):
+    """Batches"""
+
+    batch_size: Count = 64
+    """Rows per batch. It does not change the answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainedScoringSettings(ScoringSettings):
     """Answers of what was trained, and their scores"""
 
