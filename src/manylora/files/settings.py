@@ -119,10 +119,17 @@ def check_types(
             near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {near[0]}? Else {remedy}" if near else remedy
             raise ConfigError(f"{_at(source)}there is no setting {_shown(key)}; {hint}.")
-        if not has_type(value, hints[key]):
-            raise ConfigError(
-                f"{_at(source)}{key} is {_shown(value)}, not {_expected(hints[key])}; {remedy}."
-            )
+        check_type(key, value, hints[key], source=source, remedy=remedy)
+
+
+def check_type(name: str, value: object, hint: Any, *, source: object = "", remedy: str) -> None:
+    """Refuse a value that is of another type.
+
+    Raises:
+        ConfigError: naming the file, the setting and the value.
+    """
+    if not has_type(value, hint):
+        raise ConfigError(f"{_at(source)}{name} is {_shown(value)}, not {_expected(hint)}; {remedy}.")
 
 
 @cache
@@ -160,16 +167,8 @@ def check_values(config: DataclassInstance) -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, str):
-            _check_text(field.name, value, may_be_empty=field.default == "")
-        elif isinstance(value, list):
-            for item in value:
-                if isinstance(item, str):
-                    _check_text(field.name, item, may_be_empty=True)
-        elif isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
-            raise ConfigError(f"{field.name} is {_shown(value)}; give at most {_LARGEST_WHOLE:,}.")
-        elif isinstance(value, float) and (math.isnan(value) or abs(value) > _LARGEST):
-            raise ConfigError(f"{field.name} is {value}; give a finite number, at most {_LARGEST:g}.")
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            check_value(field.name, item, may_be_empty=item is not value or field.default == "")
     for name, bound in _bounds(type(config)):
         value = getattr(config, name)
         if value is not None and not bound.holds(value):
@@ -192,13 +191,23 @@ def _bounds_in(hint: Any) -> Iterator[Bound]:
             yield from _bounds_in(member)
 
 
-def _check_text(name: str, value: str, *, may_be_empty: bool) -> None:
-    if not value.strip() and not may_be_empty:
-        raise ConfigError(f"{name} is empty; give a value, or leave it out.")
-    if lone := lone_surrogate(value) or ("\\x00" if "\0" in value else ""):
-        raise ConfigError(
-            f"{name} is {_shown(value)}, which holds {lone}, no character of UTF-8; write it in UTF-8."
-        )
+def check_value(name: str, value: object, *, may_be_empty: bool = False) -> None:
+    """Refuse a number beyond any use, and a text that is empty or no UTF-8.
+
+    Raises:
+        ConfigError: naming the setting and its value.
+    """
+    if isinstance(value, str):
+        if not value.strip() and not may_be_empty:
+            raise ConfigError(f"{name} is empty; give a value, or leave it out.")
+        if lone := lone_surrogate(value) or ("\\x00" if "\0" in value else ""):
+            raise ConfigError(
+                f"{name} is {_shown(value)}, which holds {lone}, no character of UTF-8; write it in UTF-8."
+            )
+    elif isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
+        raise ConfigError(f"{name} is {_shown(value)}; give at most {_LARGEST_WHOLE:,}.")
+    elif isinstance(value, float) and (math.isnan(value) or abs(value) > _LARGEST):
+        raise ConfigError(f"{name} is {value}; give a finite number, at most {_LARGEST:g}.")
 
 
 def _at(source: object) -> str:
@@ -211,6 +220,8 @@ def _expected(hint: Any) -> str:
         return " or ".join(dict.fromkeys(map(_expected, get_args(hint))))
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
+    if get_origin(hint) is dict:
+        return "a mapping"
     if get_origin(hint) is list:
         return f"a list of {_plural(get_args(hint)[0])}"
     return _WORDS.get(hint, str(hint))
