@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
-from manylora.files import Bound, Count, CountOrZero, Positive, Settings
+from manylora.files.settings import Bound, Count, CountOrZero, Positive, Settings
 from manylora.training.config import TaskType, TrainConfig
 from manylora.training.settings import (
     AdapterAnswerSettings,

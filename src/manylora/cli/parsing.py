@@ -6,6 +6,7 @@ click cuts the words into options and their values; what a value may be, the con
 from __future__ import annotations
 
 import difflib
+import shutil
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 import click
 
-from manylora.cli.help import Command
+from manylora.cli.help import help_page
 from manylora.errors import ConfigError
-from manylora.files import check_types, field_types, has_type, parse_yaml, read_yaml, reason
+from manylora.files import check_types, parse_yaml, read_yaml, reason
+from manylora.files.settings import field_types, has_type
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -54,79 +56,68 @@ def parse(
         SystemExit: after --help.
     """
     hints = field_types(config_class)
-    options = {name: _option(name, hint, many=name in several) for name, hint in hints.items()}
-    config_files = click.Option(["--config"], multiple=True)
-    command = Command(
-        config_class, verb=verb, description=description, params=[config_files, *options.values()]
-    )
-    try:
-        context = command.make_context(
-            f"manylora {verb}",
-            list(arguments),
-            # Unknown options come back among the words: the guess at what was meant is ours.
-            ignore_unknown_options=True,
-            allow_extra_args=True,
-            token_normalize_func=lambda name: name.replace("_", "-"),
-        )
-    except click.exceptions.Exit as end:
-        raise SystemExit(end.exit_code) from None
-    except click.BadOptionUsage as error:
-        raise _no_value(error.option_name, verb) from None
-    words, files = list(context.args), context.params.pop("config")
-    if "-h" in words:
-        print(context.get_help())
+    found, words = _cut(arguments, hints, several, verb)
+    if {"-h", "--help"} & set(words):
+        width = min(110, shutil.get_terminal_size().columns - 2)
+        print(help_page(config_class, verb=verb, description=description, width=width), end="")
         raise SystemExit(0)
     given: dict[str, Any] = {}
-    for name, value in context.params.items():
-        if value in (None, ()):
-            continue
-        if hints[name] is bool:  # click takes any word after a flag for its value
+    files = found.pop("config")
+    for name, value in found.items():
+        if hints[name] is bool:
+            # click takes any word behind a flag for its value; one that is neither true nor false stands for itself.
             words[:0] = (word for word in value if word.lower() not in _TRUTH)
             given[name] = ([True] + [_TRUTH[word.lower()] for word in value if word.lower() in _TRUTH])[-1]
         elif name in several:
             given[name] = list(value)
-        elif value.startswith("--") and (name not in texts or _name_of(value) in hints) and len(value) > 2:
-            raise _no_value(f"--{_dashed(name)}", verb)  # an option, and not the value of the one before
+        elif _is_option(value) and (name not in texts or _field_of(value) in hints):
+            raise _no_value(f"--{_dashed(name)}", verb)  # `--out --dry-run`: the folder is missing
         else:
             given[name] = value if name in (*positional, *texts) else _value(name, value, hints[name])
-    _place_words(words, given, positional, several, options=list(hints), verb=verb)
-    for name in set(texts) & set(given):
-        given[name] = given[name].encode("utf-8", "replace").decode("utf-8")
-    written = {key: value for file in files for key, value in _read_file(file, config_class, verb).items()}
-    return config_class(**{**written, **given}), set(given)
-
-
-def _option(name: str, hint: Any, *, many: bool) -> click.Option:
-    if hint is bool:  # alone, or with "true" or "false" after it
-        return click.Option([f"--{_dashed(name)}", name], multiple=True, is_flag=False, flag_value="true")
-    return click.Option([f"--{_dashed(name)}", name], multiple=many)
-
-
-def _place_words(
-    words: Sequence[str],
-    given: dict[str, Any],
-    positional: Sequence[str],
-    several: Sequence[str],
-    *,
-    options: Sequence[str],
-    verb: str,
-) -> None:
-    """Give each word without an option to the field that takes such words."""
     free = list(positional)
     for word in words:
-        if (word.startswith("--") and len(word) > 2) or not (free or several):
-            near = difflib.get_close_matches(_name_of(word), options, n=1)
+        if _is_option(word) or not (free or several):
+            near = difflib.get_close_matches(_field_of(word), hints, n=1)
             hint = f"did you mean --{_dashed(near[0])}?" if near else f"see manylora {verb} --help."
             raise ConfigError(f"unknown option {word}; {hint}")
         if free:
             given[free.pop(0)] = word
         else:
             given.setdefault(several[0], []).append(word)
+    for name in set(texts) & set(given):
+        given[name] = given[name].encode("utf-8", "replace").decode("utf-8")
+    written = {key: value for file in files for key, value in _read_file(file, config_class, verb).items()}
+    return config_class(**{**written, **given}), set(given)
+
+
+def _cut(
+    arguments: Sequence[str], hints: Mapping[str, Any], several: Sequence[str], verb: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Option to its value as it was typed, a tuple of them where it may stand more than once; and all other words."""
+    options = [click.Option(["--config"], multiple=True)]
+    for name, hint in hints.items():
+        flag: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if hint is bool else {}
+        options.append(
+            click.Option([f"--{_dashed(name)}", name], multiple=bool(flag) or name in several, **flag)
+        )
+    try:
+        context = click.Command(verb, params=[*options], add_help_option=False).make_context(
+            verb,
+            list(arguments),
+            # Unknown options come back among the words: the guess at what was meant is ours.
+            ignore_unknown_options=True,
+            allow_extra_args=True,
+            token_normalize_func=_dashed,
+        )
+    except click.BadOptionUsage as error:
+        raise _no_value(error.option_name, verb) from None
+    values = {name: value for name, value in context.params.items() if value not in (None, ())}
+    return {"config": (), **values}, list(context.args)
 
 
 def _value(name: str, word: str, hint: Any) -> Any:
     """A word as its field takes it: read as YAML where it is no text."""
-    kinds = _kinds(hint)
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if word in choices:
         return word
@@ -139,7 +130,7 @@ def _value(name: str, word: str, hint: Any) -> Any:
         except ValueError:
             value = word
     if float in kinds and type(value) in (int, float):
-        return float(value)  # the configuration itself refuses inf and NaN
+        return float(value)  # inf and NaN too, which the configuration itself refuses
     if has_type(value, hint):
         return value
     if str in kinds:
@@ -149,12 +140,11 @@ def _value(name: str, word: str, hint: Any) -> Any:
     raise ConfigError(f"--{_dashed(name)}{' ' + word if word else ''}: expected {' or '.join(expected)}.")
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, else the type itself."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+def _is_option(word: str) -> bool:
+    return word.startswith("--") and len(word) > 2
 
 
-def _name_of(word: str) -> str:
+def _field_of(word: str) -> str:
     """The field that an option is called after."""
     return word.lstrip("-").partition("=")[0].replace("-", "_")
 

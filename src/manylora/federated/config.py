@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from manylora.data import EMBEDDED, today
 from manylora.errors import ConfigError
 from manylora.federated.faults import shown
-from manylora.files import Bound, Count, CountOrZero, Positive, Settings, field_types, has_type
+from manylora.files.settings import Bound, Count, CountOrZero, Positive, Settings, field_types, has_type
 from manylora.training.config import RECIPES, TrainConfig, as_list
 from manylora.training.settings import TrainingSettings
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from manylora.errors import ConfigError
 from manylora.evaluation.claims import ClaimKind
-from manylora.files import check_type, check_types, check_value, read_yaml, reason
+from manylora.files import check_types, read_yaml, reason
+from manylora.files.settings import check_type, check_value
 from manylora.studies.presets import PRESETS
 
 MEAN = "mean"

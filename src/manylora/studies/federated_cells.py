@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.errors import RunError
 from manylora.federated.config import FederateConfig
-from manylora.files import build_config, field_types, settings_of
+from manylora.files import build_config
+from manylora.files.settings import field_types, settings_of
 from manylora.studies.kinds import Job, Measured
 from manylora.studies.settings import FederateCellSettings
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
-from manylora.files import Count, Positive, Settings
+from manylora.files.settings import Count, Positive, Settings
 from manylora.studies.presets import PRESETS
 from manylora.training.config import TrainConfig
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from manylora.errors import RunError
-from manylora.files import Record, build_config, field_types, read_record, settings_of
+from manylora.files import Record, build_config, read_record
+from manylora.files.settings import field_types, settings_of
 from manylora.studies.kinds import Job, Measured
 from manylora.studies.presets import PRESETS
 from manylora.studies.settings import TrainCellSettings

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, ModelError
-from manylora.files import build_config, field_types, settings_of
+from manylora.files import build_config
+from manylora.files.settings import field_types, settings_of
 from manylora.studies.kinds import Job, Measured, held
 from manylora.studies.settings import TransferCellSettings
 from manylora.studies.train_cells import joined, one_run, only, shortened

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from manylora.data import EMBEDDED, check_date
 from manylora.errors import ConfigError
-from manylora.files import Bound, Count, CountOrZero, NotNegative, Positive, Settings
+from manylora.files.settings import Bound, Count, CountOrZero, NotNegative, Positive, Settings
 
 Words: TypeAlias = Literal["all", "published"]
 """What ROUGE-1 counts as words; see `manylora.evaluation.rouge1`."""
