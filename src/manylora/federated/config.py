@@ -20,9 +20,9 @@ StrategyName: TypeAlias = Literal[
     "fed-alora", "fedsa", "fedit", "ffa", "local", "centralized", "zero-padding", "flora", "flexlora"
 ]
 
-_SHARE = Bound(lambda value: 0 <= value <= 1, "a share of at most 1, such as 0.5")
-Share: TypeAlias = Annotated[float, _SHARE]
-PositiveShare: TypeAlias = Annotated[Positive, _SHARE]
+_AT_MOST_1 = Bound(lambda value: 0 <= value <= 1, "a share of at most 1, such as 0.5")
+Fraction: TypeAlias = Annotated[float, _AT_MOST_1]
+PositiveFraction: TypeAlias = Annotated[Positive, _AT_MOST_1]
 
 
 def _like_training(recipe: str) -> dict[str, Any]:
@@ -44,12 +44,12 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-_NODES_OWN = frozenset(
-    {"model", "data", "test", "tasks", "task_column", "limit", "device", "dtype", "eval_batch_size",
-     "gradient_checkpointing", "micro_batch_size", "reference", "engine", "superlink",
-     "certificate", "node_keys"}
+NODE_SETTINGS = (
+    "model", "data", "test", "tasks", "task_column", "limit", "device", "dtype", "eval_batch_size",
+    "gradient_checkpointing", "micro_batch_size",
 )  # fmt: skip
 """Settings that are each machine's own: a server does not tell a client which files to read."""
+_NEVER_SENT = frozenset({*NODE_SETTINGS, "reference", "engine", "superlink", "certificate", "node_keys"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class StrategySettings(Settings):
     """How rows are dealt out: by task; alike for all; or each task by shares drawn from a Dirichlet."""
     dirichlet_alpha: Positive = 0.5
     """Concentration of the "dirichlet" partition; small values leave each client few tasks."""
-    participation: PositiveShare = 1.0
+    participation: PositiveFraction = 1.0
     """Share of the clients that take part in a round, drawn by seed."""
     ranks: list[int] | str | None = None
     """A rank for each client, as "64,64,32", repeated where there are more clients; r is then the intermediate rank
@@ -115,7 +115,7 @@ class AnswerCheckSettings(Settings):
     wire: Literal["fp32", "bf16", "int8"] = "int8"
     """Numbers on the wire. int8 has one scale per rank component; what rounding loses goes into the next message. The
     default because five seeds show no loss against fp32 (docs/log.md), at a quarter of the bytes."""
-    quorum: Share = 0.5
+    quorum: Fraction = 0.5
     """Share of a round's clients whose answers must count; with fewer the run stops."""
     deadline: Positive | None = None
     """Seconds that joining, a round, or scoring may take; later answers are dropped. Default: none."""
@@ -287,25 +287,25 @@ class FederateConfig(TrainingSettings, StrategySettings, RoundSettings, AnswerCh
         )
 
     def for_clients(self) -> dict[str, Any]:
-        """The settings that a server tells its clients, as plain values."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NODES_OWN}
+        """The settings that a server sends its clients, as plain values."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NEVER_SENT}
 
-    def told(self, settings: Mapping[str, Any]) -> FederateConfig:
-        """This machine's own settings with those that a server told.
+    def accept_settings(self, settings: Mapping[str, Any]) -> FederateConfig:
+        """This machine's own settings with those that a server sent.
 
         Raises:
-            ConfigError: the server told something unknown or impossible.
+            ConfigError: the server sent something unknown or impossible.
         """
-        known = {field.name for field in dataclasses.fields(self)} - _NODES_OWN
+        known = {field.name for field in dataclasses.fields(self)} - _NEVER_SENT
         if unknown := sorted(set(settings) - known):
             raise ConfigError(
                 f"the server sets {shown(unknown[0])}, which this version of manylora does not know."
             )
-        check_types(settings, "the server")
+        check_sent_types(settings, "the server")
         return dataclasses.replace(self, **settings)
 
 
-def check_types(settings: Mapping[str, Any], who: str) -> None:
+def check_sent_types(settings: Mapping[str, Any], who: str) -> None:
     """Refuse settings from elsewhere, each of a known name, that are of another type than they are here.
 
     Raises:

@@ -29,7 +29,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 """Methods are values: share B is ALoRA (arXiv 2509.25414), share A HydraLoRA (2404.19245), none a mixture of
 LoRAs (2310.18339, 2312.09979); with one expert all three are LoRA (2106.09685). 3 experts as in 2509.25414."""
 
-_WARM_ALL: Mapping[str, Any] = {"warmup": 0.06, "target_modules": "all-linear"}
+_ON_ALL_LAYERS: Mapping[str, Any] = {"warmup": 0.06, "target_modules": "all-linear"}
 """100 warm-up steps, as published, can be a whole small run, so 6 % instead."""
 _PUBLISHED: Mapping[str, Any] = {
     "learning_rate": 3e-4, "batch_size": 16, "warmup": 100.0, "micro_batch_size": 4
@@ -39,11 +39,11 @@ _PUBLISHED: Mapping[str, Any] = {
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     # See docs/log.md.
     # 8 rows a step: with 16, one LoRA on the 300 rows of review_verdict never leaves chance.
-    "embedded": {"learning_rate": 5e-3, "epochs": 5.0, "batch_size": 8, **_WARM_ALL},
+    "embedded": {"learning_rate": 5e-3, "epochs": 5.0, "batch_size": 8, **_ON_ALL_LAYERS},
     # The published step size and epochs.
-    "standard": {"learning_rate": 3e-4, "epochs": 3.0, "batch_size": 16, **_WARM_ALL},
+    "standard": {"learning_rate": 3e-4, "epochs": 3.0, "batch_size": 16, **_ON_ALL_LAYERS},
     # For --task-type SEQ_CLS; see docs/log.md.
-    "classification": {"learning_rate": 2e-3, "epochs": 3.0, "batch_size": 16, **_WARM_ALL},
+    "classification": {"learning_rate": 2e-3, "epochs": 3.0, "batch_size": 16, **_ON_ALL_LAYERS},
     # Llama-3-8B on commonsense and math.
     "published-commonsense": {"epochs": 3.0, "target_modules": ["q_proj", "o_proj"], **_PUBLISHED},
     # Llama-2-7B on eight FLAN tasks.
