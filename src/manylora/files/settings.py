@@ -165,38 +165,32 @@ def check_values(config: DataclassInstance) -> None:
     Raises:
         ConfigError: naming the setting and its value.
     """
+    bounds = _bounds(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for item in value if isinstance(value, (list, tuple)) else [value]:
-            check_value(field.name, item, may_be_empty=item is not value or field.default == "")
-    for name, bound in _bounds(type(config)):
-        value = getattr(config, name)
-        if value is not None and not bound.holds(value):
-            raise ConfigError(f"{name} is {value}; give {bound.remedy}.")
+            _check_value(field.name, item, may_be_empty=item is not value or field.default == "")
+            for bound in bounds[field.name] if item is not None else ():
+                if not bound.holds(item):
+                    raise ConfigError(f"{field.name} is {item}; give {bound.remedy}.")
 
 
 @cache
-def _bounds(kind: type[DataclassInstance]) -> list[tuple[str, Bound]]:
-    """Every field that has a bound, once for each."""
+def _bounds(kind: type[DataclassInstance]) -> dict[str, list[Bound]]:
+    """Field to its bounds, or those of its items."""
     hints = get_type_hints(kind, include_extras=True)
-    names = (field.name for field in dataclasses.fields(kind))
-    return [(name, bound) for name in names for bound in _bounds_in(hints[name])]
+    return {field.name: list(_bounds_in(hints[field.name])) for field in dataclasses.fields(kind)}
 
 
 def _bounds_in(hint: Any) -> Iterator[Bound]:
     if get_origin(hint) is Annotated:
         yield from (extra for extra in hint.__metadata__ if isinstance(extra, Bound))
-    elif get_origin(hint) in (Union, types.UnionType):
+    else:
         for member in get_args(hint):
             yield from _bounds_in(member)
 
 
-def check_value(name: str, value: object, *, may_be_empty: bool = False) -> None:
-    """Refuse a number beyond any use, and a text that is empty or no UTF-8.
-
-    Raises:
-        ConfigError: naming the setting and its value.
-    """
+def _check_value(name: str, value: object, *, may_be_empty: bool) -> None:
     if isinstance(value, str):
         if not value.strip() and not may_be_empty:
             raise ConfigError(f"{name} is empty; give a value, or leave it out.")

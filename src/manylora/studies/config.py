@@ -13,7 +13,7 @@ from typing import Any
 from manylora.errors import ConfigError
 from manylora.evaluation.claims import ClaimKind
 from manylora.files import check_types, read_yaml, reason
-from manylora.files.settings import check_type, check_value
+from manylora.files.settings import CountOrZero, NotNegative, Settings, check_type
 from manylora.studies.presets import PRESETS
 
 MEAN = "mean"
@@ -63,7 +63,7 @@ class Contrast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(Settings):
     """A study, checked; `load_study` reads it from YAML."""
 
     name: str
@@ -74,17 +74,17 @@ class Study:
     the first contrast's first, or the first method."""
     single: str | None = None
     """The method that Δm% compares with. Default: "lora-per-task" where the study has it."""
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[CountOrZero, ...] = (0, 1)
     """Seeds of the cells that are scored on the test rows."""
-    learning_rates: tuple[float, ...] = ()
+    learning_rates: tuple[NotNegative, ...] = ()
     """The grid, the same for every method; chosen on validation rows. Default: none, each kind's own rate."""
-    screening_seeds: tuple[int, ...] = (1000,)
+    screening_seeds: tuple[CountOrZero, ...] = (1000,)
     """Seeds of the cells that choose the learning rate, scored on validation rows."""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Further means: name to tasks, or patterns such as "*@8"."""
     contrasts: tuple[Contrast, ...] = ()
     """Default: the reference is better than each other method."""
-    margin: float = 1.0
+    margin: NotNegative = 1.0
     """Points that count as nothing."""
     caveat: str = ""
     """Printed under every table: what was cut."""
@@ -179,7 +179,7 @@ def parse_study(values: object) -> Study:
             for name, tasks in _value(values, "groups", dict[str, list[str] | str], {}).items()
         },
         contrasts=tuple(map(_contrast, _value(values, "contrasts", list[dict[str, Any]], []))),
-        margin=_margin(values),
+        margin=float(_value(values, "margin", float, 1.0)),
         source=dict(values),
     )
     if not study.seeds:
@@ -328,18 +328,6 @@ def _learning_rates(values: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def _each_once(key: str, numbers: list[Any]) -> tuple[Any, ...]:
-    for number in numbers:
-        check_value(key, number)
-        if number < 0:
-            raise ConfigError(f"{key} is {number}; give numbers, 0 or more.")
     if len(set(numbers)) != len(numbers):
         raise ConfigError(f"{key} {numbers} names one twice; give each once.")
     return tuple(numbers)
-
-
-def _margin(values: Mapping[str, Any]) -> float:
-    margin = float(_value(values, "margin", float, 1.0))
-    check_value("margin", margin)
-    if margin < 0:
-        raise ConfigError(f"margin is {margin:g}; give a number, 0 or more.")
-    return margin

@@ -36,7 +36,7 @@ class TrainCellSettings(TrainConfig, RowLimits):
     """One adapter per task, each trained on that task's rows alone (the baseline of Δm%)."""
     match: str | None = None
     """Raise the rank of a LoRA to the number of trainable parameters of this method. Default: leave it."""
-    score_epochs: list[float] | None = None
+    score_epochs: list[Positive] | None = None
     """Score the test rows after these epochs too. Default: after the last alone."""
 
     def __post_init__(self) -> None:
@@ -45,8 +45,6 @@ class TrainCellSettings(TrainConfig, RowLimits):
             raise ConfigError(f"match is {self.match!r}; name a method of training such as 'alora'.")
         if self.match is not None and self.method != "lora":
             raise ConfigError("match raises the rank of a LoRA; set method to lora.")
-        if not all(epochs > 0 for epochs in self.score_epochs or ()):
-            raise ConfigError(f"score_epochs is {self.score_epochs!r}; give a list of numbers of epochs.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ class TransferCellSettings(TrainConfig, RowLimits):
 
     frozen: Literal["A", "B", "none"]
     """The matrix that is taken from the other tasks' training, and not trained on the task that was left out."""
-    shots: list[int] = field(default_factory=lambda: [8, 32, 128])
+    shots: list[Count] = field(default_factory=lambda: [8, 32, 128])
     """Numbers of examples of the task that was left out."""
     left_out: list[str] | None = None
     """Tasks to leave out, each in turn. Default: all."""
@@ -76,9 +74,6 @@ class TransferCellSettings(TrainConfig, RowLimits):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.shots or min(self.shots) < 1:
-            raise ConfigError(
-                f"shots is {self.shots!r}; give a list of numbers of examples, such as [8, 32, 128]."
-            )
-        if self.left_out == []:
-            raise ConfigError("left_out is []; give a list of tasks.")
+        for name in ("shots", "left_out"):
+            if getattr(self, name) == []:
+                raise ConfigError(f"{name} is []; give one or more.")
