@@ -35,7 +35,7 @@ class TrainCellSettings(TrainConfig, RowLimits):
     alone: bool = False
     """One adapter per task, each trained on that task's rows alone (the baseline of Δm%)."""
     match: str | None = None
-    """Raise the rank of a LoRA to the number of trainable parameters of this method. Default: leave it."""
+    """The method whose number of trainable parameters a LoRA's rank is raised to. Default: the rank stays r."""
     score_epochs: list[Positive] | None = None
     """Score the test rows after these epochs too. Default: after the last alone."""
 
