@@ -175,7 +175,7 @@ def test_clients_of_a_federated_run_see_the_servers_date(
     server = FederateConfig(model=str(base), device="cpu").resolved()
     zone(TOMORROW)
     own = FederateConfig(model=str(base), device="cpu")
-    client = own.told(server.for_clients()).resolved()
+    client = own.accept_settings(server.for_clients()).resolved()
     assert client.date == server.date != own.resolved().date
     day = time.strftime("%d %B %Y", time.strptime(server.date or "", "%Y-%m-%d"))
     template = Workbench(client).tokenizer.apply_chat_template(

@@ -32,6 +32,39 @@ def test_dashes_flags_and_given() -> None:
     assert given == {"learning_rate", "dry_run", "num_experts", "seed"}
 
 
+@pytest.mark.parametrize(
+    ("words", "prompt", "raw"),
+    [
+        (["--raw", "hello"], "hello", True),
+        (["hello", "--raw"], "hello", True),
+        (["--raw", "true", "hello"], "hello", True),
+        (["--raw", "False", "hello"], "hello", False),
+        (["--raw=false", "hello"], "hello", False),
+        (["--raw", "-3 + 4 ="], "-3 + 4 =", True),
+        (["-hello"], "-hello", False),
+        (["-"], "-", False),
+        (["--", "hello"], "hello", False),
+    ],
+)
+def test_a_flag_takes_no_word_that_is_not_true_or_false(words: list[str], prompt: str, raw: bool) -> None:
+    options = predict(*words)
+    assert (options.prompt, options.raw) == (prompt, raw)
+
+
+@pytest.mark.parametrize("words", [["--out"], ["--out", "--dry-run"], ["--out", "--sed", "3"], ["--config"]])
+def test_an_option_is_no_value_of_the_one_before(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=rf"argument {words[0]}: expected one argument"):
+        train(*words)
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_is_shown_whatever_else_stands_there(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        train("--r", "4", "stray", word)
+    assert end.value.code == 0
+    assert "Usage: manylora train [options]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["null", "# a comment?", "[1, 2]", "--abc", "-3 + 4 =", "a: b", "ÄÖ\n1"])
 def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
     assert predict("--prompt=" + text).prompt == text

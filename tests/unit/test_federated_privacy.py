@@ -285,5 +285,7 @@ def test_what_a_server_may_not_set_is_refused_before_anything_is_loaded(tmp_path
         ("wire", 8), ("seed", 1e400), ("robust", None), ("data", "/etc"), ("device", "cpu"), ("nonsense", 1),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"the server sets '?{name}'?"):
-            own.told({name: value})
-    assert own.told(FederateConfig(ranks="4,2", target_modules=["q_proj"]).for_clients()).ranks == [4, 2]
+            own.accept_settings({name: value})
+    assert own.accept_settings(
+        FederateConfig(ranks="4,2", target_modules=["q_proj"]).for_clients()
+    ).ranks == [4, 2]

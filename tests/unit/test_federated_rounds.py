@@ -382,13 +382,13 @@ def test_a_client_with_other_settings_is_told(tiny_base: Path, small_data: Path,
 def test_settings_of_the_server_reach_a_client_but_not_its_paths(tiny_base: Path, small_data: Path) -> None:
     server = settings(tiny_base, small_data, r=16, strategy="fedit", rounds=7)
     own = FederateConfig(model="/mine", data="/my-rows", device="cpu")
-    told = own.told(server.for_clients())
-    assert (told.r, told.strategy, told.rounds) == (16, "fedit", 7)
-    assert (told.model, told.data) == ("/mine", "/my-rows")
+    accepted = own.accept_settings(server.for_clients())
+    assert (accepted.r, accepted.strategy, accepted.rounds) == (16, "fedit", 7)
+    assert (accepted.model, accepted.data) == ("/mine", "/my-rows")
     with pytest.raises(ConfigError, match="the server sets 'data'"):
-        own.told({"data": "/etc"})
+        own.accept_settings({"data": "/etc"})
     with pytest.raises(ConfigError, match="rounds is -1"):
-        own.told({"rounds": -1})
+        own.accept_settings({"rounds": -1})
 
 
 @pytest.mark.parametrize(

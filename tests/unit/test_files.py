@@ -10,7 +10,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -32,6 +32,7 @@ from manylora.files import (
     read_json,
     read_yaml,
     refuse_links,
+    settings,
     write_json,
     write_text,
 )
@@ -358,3 +359,50 @@ def test_any_values_give_settings_or_one_line(values: dict[str, Any]) -> None:
     assert (found is None) == bool(error)
     assert "\n" not in error
     assert found is None or {key: getattr(found, key) for key in values} == values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(settings.Settings):
+    width: settings.Count | None = None
+    share: Annotated[settings.Positive, settings.Bound(lambda value: value <= 1, "at most 1")] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends(settings.Settings):
+    start: settings.CountOrZero = 0
+    end: settings.CountOrZero = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start > self.end:
+            raise ConfigError(f"start is {self.start}; give at most end, {self.end}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both(Sizes, Ends):
+    width: settings.Count = 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"width": 0}, "width is 0; give a value above 0"),
+        ({"share": 0.0}, "share is 0.0; give a value above 0"),
+        ({"share": 1.5}, "share is 1.5; give at most 1"),
+        ({"end": -1}, "end is -1; give 0 or more"),
+        ({"start": 2}, "start is 2; give at most end"),
+        ({"share": float("nan")}, "share is nan"),
+    ],
+)
+def test_each_group_checks_its_own_fields_wherever_it_is_part_of(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Both(**values)
+
+
+def test_the_part_of_one_configuration_that_another_has() -> None:
+    both = Both(start=1, end=2)
+    assert both.to_dict() == {"start": 1, "end": 2, "width": 3, "share": 1.0}
+    assert settings.settings_of(both, Ends) == Ends(start=1, end=2)
+    assert list(settings.field_types(Both).items()) == [
+        ("start", int), ("end", int), ("width", int), ("share", float),
+    ]  # fmt: skip

@@ -113,7 +113,7 @@ def test_groups_and_patterns_name_tasks() -> None:
         ({"contrasts": [{"first": "alora", "secnd": "lora"}]}, "did you mean 'second'"),
         ({"seeds": []}, "seeds is empty"),
         ({"seeds": [1, 1]}, "names one twice"),
-        ({"seeds": [0.5]}, "not all whole numbers"),
+        ({"seeds": [0.5]}, "not a list of whole numbers"),
         ({"seeds": "many"}, "seeds is 'many'"),
         ({"learning_rates": [0]}, "holds 0"),
         ({"learning_rates": [1e-3, 1e-2], "screening_seeds": []}, "screening_seeds is empty"),

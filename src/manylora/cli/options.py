@@ -1,46 +1,50 @@
-"""The options of each verb, in a module that imports nothing heavy.
-
-jsonargparse resolves their types by running this module's imports, those under TYPE_CHECKING too, so that these
-classes beside the verbs' own imports would cost every `--help` the seconds that torch takes.
-"""
+"""The options of each verb, in a module that imports nothing heavy: `--help` must not wait for torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
-from manylora.files import check_values
+from manylora.files.settings import Bound, Count, CountOrZero, Positive, Settings
 from manylora.training.config import TaskType, TrainConfig
+from manylora.training.settings import (
+    AdapterAnswerSettings,
+    BatchSettings,
+    DataSettings,
+    ModelSettings,
+    ScoringSettings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(TrainConfig):
+class RunOptions(Settings):
+    """The run"""
+
+    out: str | None = None
+    """Folder of the run; must not exist. Default: the next free runs/train-NNN or runs/federate-NNN."""
+    resume: str | None = None
+    """Continue this run folder where it broke off, a federated run after its last finished round; takes all settings
+    from there."""
+    dry_run: bool = False
+    """Print the plan and stop: rows, adapters, parameters, steps and memory, or in parameters and bytes what would
+    travel, as published and as sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainConfig, RunOptions):
     """Settings of the run, and what to do with them."""
 
-    out: str | None = None
-    """Folder of the run; must not exist. Default: the next free runs/train-NNN."""
-    resume: str | None = None
-    """Continue this run folder where it broke off; takes all settings from there."""
-    dry_run: bool = False
-    """Print the plan (rows, adapters, parameters, steps, memory) and stop."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class FederateOptions(FederateConfig):
-    """Settings of a federated run, and what to do with them."""
+class FederateOptions(FederateConfig, RunOptions):
+    """What to do with a federated run, and with one client of it."""
 
-    out: str | None = None
-    """Folder of the run; must not exist. Default: the next free runs/federate-NNN."""
-    resume: str | None = None
-    """Continue this run folder after its last finished round; takes all settings from there."""
     from_round: int | None = None
     """With --resume: go back to this finished round, one of the last --keep-rounds; what came after it is forgotten."""
     reset_client: list[str] | str | None = None
     """With --resume: let these clients, as "a,b" or a YAML list, begin anew, whose private state is lost."""
-    dry_run: bool = False
-    """Print what would travel, in parameters and bytes, as published and as sent, and stop."""
     node: str | None = None
     """Be a client instead: work for the Flower SuperNode on this machine whose Runtime API is at this HOST:PORT."""
     allow_strategy: list[str] | str | None = None
@@ -56,51 +60,22 @@ class FederateOptions(FederateConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(ModelSettings, DataSettings, AdapterAnswerSettings, ScoringSettings, BatchSettings):
     """What to score, on what."""
 
     adapter: str | None = None
     """Run folder or PEFT adapter folder. Default: none, the bare model is scored."""
-    data: str | None = None
-    """Test rows: "embedded", a file or folder of JSON, JSONL, CSV, TSV or Parquet, or a Hub data set id. Default: those
-    of the adapter's run, else the embedded suite."""
     model: str | None = None
-    """Base model. Default: the one the adapter was trained on, else the embedded one."""
-    tasks: list[str] | str | None = None
-    """Only these tasks, as "a,b" or a YAML list. Default: all; those of the run where its test rows are scored."""
-    task_column: str | None = None
-    """Column that names a row's task. Default: the column "task", else the file's name; the run's own where its test
-    rows are scored."""
-    limit: int | None = None
-    """At most this many rows per task: a sample, the same each time, in which each answer keeps its share. Default:
-    all; that of the run where its test rows are scored."""
-    batch_size: int = 64
-    """Rows per batch. It does not change the answers."""
-    max_new_tokens: int | None = None
-    """Longest answer in tokens. Default: per task what the run noted from its training rows, else 64."""
-    max_length: int | None = None
-    """Tokens a prompt may have; a longer one loses its beginning, which is said. Default: as in the adapter's training,
-    else as many as the model reads."""
-    rouge: Literal["all", "published"] | None = None
-    """What ROUGE-1 counts as words: "all", those of every script; "published", runs of a-z and 0-9 alone. Default: that
-    of the adapter's run, else all."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base. auto: float32 on CPU, bfloat16 on a GPU that has it."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
+    """Default: the one the adapter was trained on, else the embedded one."""
+    data: str | None = None
+    """Default: the test rows of the adapter's run, with its --tasks, --task-column and --limit, else the embedded
+    suite."""
     out: str | None = None
     """Folder for predictions.jsonl and scores.json; must not exist. Default: nothing is written."""
 
-    def __post_init__(self) -> None:
-        check_values(self)
-        for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a value above 0.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions:
+class PredictOptions(ModelSettings, AdapterAnswerSettings):
     """What to answer, and with what."""
 
     adapter: str | None = None
@@ -113,31 +88,16 @@ class PredictOptions:
     """JSONL file of rows to answer, or .jsonl.gz; "-" reads rows from standard input."""
     task: str | None = None
     """Task whose expert answers; needed by adapters with a task router, unless the rows name their task."""
-    model: str | None = None
-    """Base model. Default: the one the adapter was trained on."""
     form: Literal["auto", "alpaca", "prompt", "chat"] = "auto"
     """Form of the prompt: an Alpaca instruction; as it stands; one turn of the user's in the chat template. auto: that
     of the adapter's training rows."""
     raw: bool = False
     """The same as --form prompt: give the prompt to the model as it stands."""
-    max_new_tokens: int | None = None
-    """Longest answer in tokens. Default: what the run noted from its training rows, else 64."""
-    max_length: int | None = None
-    """Tokens a prompt may have; a longer one loses its beginning, which is said. Default: as in the adapter's training,
-    else as many as the model reads."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base. auto: float32 on CPU, bfloat16 on a GPU that has it."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if self.adapter is None:
             raise ConfigError("--adapter is missing; give a run folder, such as runs/train-001.")
-        for name in ("max_new_tokens", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a value above 0.")
         if self.raw and self.form not in ("auto", "prompt"):
             raise ConfigError(
                 f"--raw is --form prompt, but --form {self.form} was given; leave one of them out."
@@ -147,7 +107,7 @@ class PredictOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(ModelSettings, DataSettings, BatchSettings):
     """What to export, where to, and what it may cost."""
 
     adapter: str | None = None
@@ -155,7 +115,7 @@ class ExportOptions:
     to: str | None = None
     """Folder to write; must not exist. One LoRA goes into it, one per task into folders named after the tasks."""
     tasks: list[str] | str | None = None
-    """Only these tasks, as "a,b" or a YAML list. Default: all the adapter (or, with a token router, its data) has."""
+    """Default: all the adapter (or, with a token router, its data) has."""
     merge: bool = False
     """Write whole models with the adapter merged into the weights, not LoRAs; as large as the base, each."""
     from_loras: list[str] | str | None = None
@@ -167,47 +127,32 @@ class ExportOptions:
     model: str | None = None
     """Base model to name in what is written. Default: the one the adapter was trained on."""
     data: str | None = None
-    """Token router: rows of its tasks, to fit the LoRAs and to score them on. Default: the run's training rows for the
-    fit and its validation rows for the scores."""
-    task_column: str | None = None
-    """Column of --data that names a row's task. Default: the column "task", else the file's name."""
+    """Token router: rows of its tasks, of which --limit may take a sample, to fit the LoRAs and to score them on.
+    Default: the run's training rows for the fit and its validation rows for the scores."""
     collapse: Literal["fit", "mean"] = "fit"
     """Token router: what stands for it. fit: the LoRA of the same rank that is nearest to the adapter on the task's
     tokens; mean: the experts averaged with the task's mean routing weights."""
-    limit: int | None = None
-    """Token router: at most this many rows per task: a sample, the same each time, in which each answer keeps its
-    share. Default: all."""
-    max_loss: float = 1.0
+    max_loss: Annotated[float, Bound(lambda value: value >= 0, "points, 0 or more")] = 1.0
     """Token router: refuse when the LoRAs score more than this many points below the adapter, mean over tasks."""
     force: bool = False
     """Token router: write the LoRAs whatever they lose."""
-    batch_size: int = 64
-    """Rows per batch when answers are generated. It does not change the answers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base. auto: for merged weights that of the base's files; for scores float32 on CPU, bfloat16 on a
     GPU that has it."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
         if not self.to:
             raise ConfigError("--to is missing; give a folder to write, such as --to exported.")
-        check_values(self)
+        super().__post_init__()
         if (self.adapter is None) == (self.from_loras is None):
             raise ConfigError(
                 "Give either an adapter to export (manylora export runs/train-001 --to exported) or LoRA folders to "
                 "put into one adapter (--from-loras)."
             )
-        for name in ("limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a value above 0.")
-        if not self.max_loss >= 0:
-            raise ConfigError(f"max_loss is {self.max_loss}; give points, 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeOptions:
+class AnalyzeOptions(ModelSettings, DataSettings, BatchSettings):
     """What to look into, and what to measure on."""
 
     adapters: list[str] | str | None = None
@@ -218,19 +163,14 @@ class AnalyzeOptions:
     measure: Literal["auto", "none", "gradients", "gates", "all"] = "auto"
     """What to measure on rows, for which the base model is loaded. auto: what can be measured."""
     data: str | None = None
-    """Rows to measure on: "embedded", a file or folder of JSON, JSONL, CSV, TSV or Parquet, or a Hub data set id.
-    Default: the training rows of each adapter's run; the embedded suite for other adapters of the embedded base."""
+    """Default: the training rows of each adapter's run; the embedded suite for other adapters of the embedded base."""
     tasks: list[str] | str | None = None
-    """Only rows of these tasks, as "a,b" or a YAML list. Default: all. With --figures the two tasks to train on."""
-    task_column: str | None = None
-    """Column of --data that names a row's task. Default: the column "task", else the file's name."""
-    limit: int = 64
-    """At most this many rows per task are measured on: a sample, the same each time, in which each answer keeps its
-    share."""
-    step: int | None = None
+    """Default: all. With --figures: the two to train on."""
+    limit: Count = 64
+    step: CountOrZero | None = None
     """Measure on the weights that the runs kept at this step (train --keep-adapters). Default: the final ones."""
     model: str | None = None
-    """Base model. Default: the one each adapter was trained on; with --figures the embedded one."""
+    """Default: the one each adapter was trained on; with --figures the embedded one."""
     figures: bool = False
     """Repeat the paper's figures 1 and 2: train one LoRA for each of two tasks and two or more seeds, then compare
     them. Goes on where it was stopped; finished runs are not trained again."""
@@ -238,34 +178,22 @@ class AnalyzeOptions:
     """With --figures: what is trained, a language model that answers or (SEQ_CLS) an encoder that chooses labels."""
     seeds: list[int] | str = "0,1"
     """With --figures: seeds of the runs, as "0,1,2" or a YAML list."""
-    r: int = 8
+    r: Count = 8
     """With --figures: rank of the LoRAs."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """With --figures: passes over the training rows. Default: as `manylora train`."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """With --figures: peak step size. Default: as `manylora train`."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Of the random subspaces that similarity is compared with."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows per forward pass."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base. auto: float32 on CPU, bfloat16 on a GPU that has it."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
     out: str | None = None
     """Folder for analysis.json; must not exist. Default: the next free runs/analyze-NNN; with --figures runs/figures,
     which may exist."""
 
     def __post_init__(self) -> None:
-        check_values(self)
-        for name in ("limit", "batch_size", "r", "epochs", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is {value}; give a value above 0.")
-        for name in ("seed", "step"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} is {value}; give 0 or more.")
+        super().__post_init__()
         if self.figures == bool(self.adapters):
             raise ConfigError(
                 "--figures trains its own adapters; leave the folders out, or leave --figures out."
@@ -279,7 +207,7 @@ class AnalyzeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(Settings):
     """Which study, where, and what to do with it."""
 
     study: str = ""
@@ -288,7 +216,7 @@ class CompareOptions:
     """Folder of the study; one that is there is continued. Default: runs/compare-NAME."""
     model: str | None = None
     """Base model of all methods, in place of the study's."""
-    workers: int | None = None
+    workers: Annotated[int, Bound(lambda value: value >= 1, "1 or more")] | None = None
     """Cells side by side. Default: as many as cores and memory allow."""
     launcher: str | None = None
     """Command that starts a cell elsewhere, such as "srun -c 4 {command}"."""
@@ -304,9 +232,7 @@ class CompareOptions:
     """Rebuild the tables from this cells.jsonl; nothing is trained."""
 
     def __post_init__(self) -> None:
-        check_values(self)
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; give 1 or more.")
+        super().__post_init__()
         chosen = [
             f"--{name.replace('_', '-')}"
             for name in ("dry_run", "print_cells", "cell", "tables", "from_cells")

@@ -25,7 +25,7 @@ from manylora.evaluation import (
     write_scores,
 )
 from manylora.training import Prepared, RunFolder, load_config, token_rows
-from manylora.training.config import Words
+from manylora.training.settings import Words
 
 if TYPE_CHECKING:
     from peft import PeftModel

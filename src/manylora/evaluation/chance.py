@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from manylora.data import TaskData
 from manylora.evaluation.score import Scores, score_task
-from manylora.training.config import Words
+from manylora.training.settings import Words
 
 CONSTANT = "one answer for all rows"
 Z_95 = 1.96

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import regex
 
-from manylora.training.config import Words
+from manylora.training.settings import Words
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer

@@ -12,7 +12,7 @@ from manylora.errors import DataError
 from manylora.evaluation.metrics import exact_match, has_word, option_accuracy, rouge1
 from manylora.evaluation.rules import AnswerRule, rules_for
 from manylora.evaluation.statistics import standard_error
-from manylora.training.config import Words
+from manylora.training.settings import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

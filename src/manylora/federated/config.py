@@ -1,4 +1,4 @@
-"""What a federated run is: one flat, frozen record that the command line, YAML files, server and clients share."""
+"""What a federated run is: groups of settings as one flat, frozen record that server and clients share."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias
 
-from manylora.data import EMBEDDED, check_date, today
+from manylora.data import EMBEDDED, today
 from manylora.errors import ConfigError
 from manylora.federated.faults import shown
-from manylora.files import check_values, whole_number
-from manylora.training.config import RECIPES, TrainConfig, Words, as_list
+from manylora.files import whole_number
+from manylora.files.settings import Bound, Count, CountOrZero, Positive, Settings, field_types, has_type
+from manylora.training.config import RECIPES, TrainConfig, as_list
+from manylora.training.settings import TrainingSettings
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
 StrategyName: TypeAlias = Literal[
     "fed-alora", "fedsa", "fedit", "ffa", "local", "centralized", "zero-padding", "flora", "flexlora"
 ]
+
+_AT_MOST_1 = Bound(lambda value: 0 <= value <= 1, "a share of at most 1, such as 0.5")
+Fraction: TypeAlias = Annotated[float, _AT_MOST_1]
+PositiveFraction: TypeAlias = Annotated[Positive, _AT_MOST_1]
 
 
 def _like_training(recipe: str) -> dict[str, Any]:
@@ -39,53 +45,32 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-_NODES_OWN = frozenset(
-    {"model", "data", "test", "tasks", "task_column", "limit", "device", "dtype", "eval_batch_size",
-     "gradient_checkpointing", "micro_batch_size", "reference", "engine", "superlink",
-     "certificate", "node_keys"}
+NODE_SETTINGS = (
+    "model", "data", "test", "tasks", "task_column", "limit", "device", "dtype", "eval_batch_size",
+    "gradient_checkpointing", "micro_batch_size",
 )  # fmt: skip
 """Settings that are each machine's own: a server does not tell a client which files to read."""
+_NEVER_SENT = frozenset({*NODE_SETTINGS, "reference", "engine", "superlink", "certificate", "node_keys"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class FederateConfig:
-    """Settings of one federated run. A value left at `None` is filled in by `--schedule`."""
-
-    model: str = EMBEDDED
-    """Base model: "embedded" (carried by the package), a local folder or a Hub id of a causal language model."""
-    data: str = EMBEDDED
-    """Training rows of all clients: "embedded" (the suite of 8 tasks), a file or folder of JSON, JSONL, CSV,
-    TSV or Parquet, or a Hub data set id."""
-    test: str | None = None
-    """Test rows, in the same formats. Default: the data's own test split where it has one."""
-    tasks: list[str] | str | None = None
-    """Only these tasks, as "a,b" or a YAML list. Default: all."""
-    task_column: str | None = None
-    """Column that names a row's task. Default: the column "task", else the file's name."""
-    limit: int | None = None
-    """At most this many rows per task and split: a sample, the same each time, in which each answer keeps its share.
-    Default: all."""
-    loss_on: Literal["answer", "all"] = "answer"
-    """Tokens that carry the loss: the answer alone, or prompt and answer."""
-    max_length: int = 256
-    """Tokens a row may have (the paper's cut-off). A longer prompt loses its beginning, an answer never anything."""
-    date: str | None = None
-    """The day, YYYY-MM-DD, that a chat template is told which asks for it, at every client the same. Default: the day
-    on which the run begins, at the server."""
+class StrategySettings(Settings):
+    """Clients, and what travels between them"""
 
     strategy: StrategyName = "fed-alora"
     """fed-alora (B travels), fedsa (A), fedit (both), ffa (B, with A frozen), local (nothing), centralized (the
     data), zero-padding, flora, flexlora."""
-    clients: int | None = None
+    clients: Count | None = None
     """Number of clients. Default: one per task."""
     partition: Literal["task", "iid", "dirichlet"] = "task"
     """How rows are dealt out: by task; alike for all; or each task by shares drawn from a Dirichlet."""
-    dirichlet_alpha: float = 0.5
+    dirichlet_alpha: Positive = 0.5
     """Concentration of the "dirichlet" partition; small values leave each client few tasks."""
-    participation: float = 1.0
+    participation: PositiveFraction = 1.0
     """Share of the clients that take part in a round, drawn by seed."""
     ranks: list[int] | str | None = None
-    """A rank for each client, as "64,64,32", repeated where there are more clients. Default: all have rank r."""
+    """A rank for each client, as "64,64,32", repeated where there are more clients; r is then the intermediate rank
+    that Fed-ALoRA's clients have in common, and the scale stays lora_alpha / r. Default: all have rank r."""
     a_state: Literal["persist", "reset"] = "persist"
     """Where A stays with the client: keep it from round to round (the paper's text), or set it back to its initial
     value each round (the released code)."""
@@ -97,75 +82,67 @@ class FederateConfig:
     optimizer: Literal["reset", "persist"] = "reset"
     """Adam's moments of what stays with the client: forgotten after each round, or kept."""
 
-    r: int = 8
-    """Rank; with --ranks, Fed-ALoRA's intermediate rank that all clients have in common."""
-    lora_alpha: float = 16.0
-    """The adapter's output is scaled by lora_alpha / r, with --ranks for every client alike."""
-    lora_dropout: float = 0.05
-    """Dropout on the adapter's input."""
-    target_modules: list[str] | str | None = None
-    """Layers that get an adapter: names such as "q_proj,v_proj", a regular expression, or "all-linear".
-    Default: from `--schedule`."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "ranks", _as_ranks(self.ranks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundSettings(Settings):
+    """Rounds"""
 
     schedule: Schedule = "auto"
     """Rounds, local epochs, learning rate, batch size, warm-up and target modules as one choice. auto: "embedded" for
     the embedded base, "standard" for any other; "published": 11 rounds of 10 epochs at 5e-4."""
-    rounds: int | None = None
+    rounds: Count | None = None
     """Rounds. Default: from `--schedule`."""
-    local_epochs: float | None = None
+    local_epochs: Positive | None = None
     """Passes of a client over its rows in a round. Default: from `--schedule`."""
-    local_steps: int | None = None
-    """Optimizer steps of a client in a round, in place of --local-epochs."""
-    learning_rate: float | None = None
-    """Peak step size. Default: from `--schedule`."""
-    warmup: float | None = None
-    """Warm-up: a share of a client's steps in all rounds where below 1, else a number of steps. Default: from
-    `--schedule`."""
-    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    """Shape of the learning rate over all rounds after the warm-up."""
-    batch_size: int | None = None
-    """Rows per optimizer step. Default: from `--schedule`."""
-    micro_batch_size: int | None = None
-    """Rows per forward pass; the rest of a batch is accumulated. Default: the whole batch."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 turns clipping off."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the frozen base. auto: float32 on CPU, bfloat16 on a GPU that has it. Adapters stay in float32."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
-    seed: int = 0
-    """Seeds the partition, the participation, initialisation, order and dropout."""
+    local_steps: Count | None = None
+    """Optimizer steps of a client in a round, in place of --local-epochs. Default: --local-epochs counts."""
+    reference: Literal["local", "none"] = "local"
+    """Also train each client alone, with equal steps, to compare with; left out where nothing travels anyway."""
+    scored_clients: CountOrZero | None = None
+    """Score the personal models of this many clients, in order; 0 for none. Default: all."""
+    keep_rounds: Count = 3
+    """How many finished rounds stay on disk, at the server and at the clients, so that --resume --from-round can go
+    back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerCheckSettings(Settings):
+    """What a client's answer may be, and how answers are added up"""
 
     wire: Literal["fp32", "bf16", "int8"] = "int8"
     """Numbers on the wire. int8 has one scale per rank component; what rounding loses goes into the next message. The
     default because five seeds show no loss against fp32 (docs/log.md), at a quarter of the bytes."""
-    quorum: float = 0.5
+    quorum: Fraction = 0.5
     """Share of a round's clients whose answers must count; with fewer the run stops."""
-    deadline: float | None = None
+    deadline: Positive | None = None
     """Seconds that joining, a round, or scoring may take; later answers are dropped. Default: none."""
-    max_examples: int | None = None
+    max_examples: Count | None = None
     """Most examples that a client may claim to have; up to this they count as claimed. Default: 10 million, of which
     at most 10 times the median of the other clients' count."""
-    max_update: float = 4.0
+    max_update: Positive = 4.0
     """Largest change of a matrix that counts, as a multiple of what AdamW can move it (learning rate × steps; root
     mean square). Honest ones were measured below 1, products of unequal ranks below 1.5."""
-    max_ratio: float = 10.0
+    max_ratio: Positive = 10.0
     """Largest change of a client that counts, as a multiple of the median of the others' in its round (norm). Honest
     ones were measured below 2, with 4 to 197 rows a client."""
     robust: Literal["none", "clip", "trimmed-mean", "median"] = "none"
     """How the server adds changes up. none: weighted by examples; clip: likewise, none longer than --clip times the
     median; trimmed-mean, median: number by number, every client alike (Yin et al. 2018)."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """With --robust clip: longest change, as a multiple of the median of the round's."""
-    trim: float = 0.25
+    trim: Annotated[
+        float, Bound(lambda value: 0 < value < 0.5, "a share between 0 and 0.5, such as 0.25")
+    ] = 0.25
     """With --robust trimmed-mean: share of the clients left out at each end of every number, at least one."""
-    keep_rounds: int = 3
-    """How many finished rounds stay on disk, at the server and at the clients, so that --resume --from-round can go
-    back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Settings):
+    """Where clients are"""
 
     engine: Literal["local", "flower"] = "local"
     """What carries messages: "local", all clients in this process; "flower", each on a machine of its own."""
@@ -177,42 +154,18 @@ class FederateConfig:
     node_keys: str | None = None
     """With --engine flower: folder with each client's public key as NAME.pub; only these may take part."""
 
-    reference: Literal["local", "none"] = "local"
-    """Also train each client alone, with equal steps, to compare with; left out where nothing travels anyway."""
-    scored_clients: int | None = None
-    """Score the personal models of this many clients, in order; 0 for none. Default: all."""
-    eval_batch_size: int = 64
-    """Rows per batch when answers are generated. It does not change the answers."""
-    max_new_tokens: int | None = None
-    """Longest answer in tokens. Default: per task, the longest training answer plus 8."""
-    rouge: Words = "all"
-    """What ROUGE-1 counts as words: "all", those of every script; "published", runs of a-z and 0-9 alone."""
+
+@dataclass(frozen=True, kw_only=True)
+class FederateConfig(TrainingSettings, StrategySettings, RoundSettings, AnswerCheckSettings, EngineSettings):
+    """Settings of one federated run. A value left at `None` is filled in by `--schedule`."""
 
     def __post_init__(self) -> None:
-        check_values(self)
-        positive = (
-            "limit", "clients", "dirichlet_alpha", "participation", "r", "lora_alpha", "rounds", "local_epochs",
-            "local_steps", "learning_rate", "batch_size", "micro_batch_size", "max_length", "deadline",
-            "max_examples", "max_update", "max_ratio", "clip", "keep_rounds", "eval_batch_size", "max_new_tokens",
-        )  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"{name} is {value}; give a value above 0.")
+        super().__post_init__()
         if self.learning_rate is not None and self.learning_rate > 1:
             raise ConfigError(
                 f"learning_rate is {self.learning_rate}; give at most 1, as AdamW moves every number by about that "
                 "much in a step."
             )
-        for name in ("participation", "quorum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a share of at most 1, such as 0.5.")
-        if self.scored_clients is not None and self.scored_clients < 0:
-            raise ConfigError(f"scored_clients is {self.scored_clients}; give 0 or more.")
-        check_date(self.date)
-        if not 0 < self.trim < 0.5:
-            raise ConfigError(f"trim is {self.trim}; give a share between 0 and 0.5, such as 0.25.")
-        object.__setattr__(self, "ranks", _as_ranks(self.ranks))
         self._check_strategy()
         self._check_engine()
 
@@ -292,12 +245,9 @@ class FederateConfig:
 
     def train_config(self) -> TrainConfig:
         """The same settings as the training room knows them: one LoRA, whose epochs are those of all rounds."""
-        shared = {field.name for field in dataclasses.fields(TrainConfig)} & {
-            field.name for field in dataclasses.fields(self)
-        }
-        settings = {name: getattr(self, name) for name in shared}
+        common = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainingSettings)}
         epochs = None if self.local_epochs is None else self.local_epochs * (self.rounds or 1)
-        return TrainConfig(**settings, method="lora", epochs=epochs)
+        return TrainConfig(**common, method="lora", epochs=epochs)
 
     def rank_of(self, index: int) -> int:
         """The rank of the client that stands at `index` among all, sorted as the partition gives them."""
@@ -338,51 +288,34 @@ class FederateConfig:
         )
 
     def for_clients(self) -> dict[str, Any]:
-        """The settings that a server tells its clients, as plain values."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NODES_OWN}
+        """The settings that a server sends its clients, as plain values."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NEVER_SENT}
 
-    def told(self, settings: Mapping[str, Any]) -> FederateConfig:
-        """This machine's own settings with those that a server told.
+    def accept_settings(self, settings: Mapping[str, Any]) -> FederateConfig:
+        """This machine's own settings with those that a server sent.
 
         Raises:
-            ConfigError: the server told something unknown or impossible.
+            ConfigError: the server sent something unknown or impossible.
         """
-        known = {field.name for field in dataclasses.fields(self)} - _NODES_OWN
+        known = {field.name for field in dataclasses.fields(self)} - _NEVER_SENT
         if unknown := sorted(set(settings) - known):
             raise ConfigError(
                 f"the server sets {shown(unknown[0])}, which this version of manylora does not know."
             )
-        check_types(settings, "the server")
+        check_sent_types(settings, "the server")
         return dataclasses.replace(self, **settings)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as written to `config.yaml`."""
-        return dataclasses.asdict(self)
 
-
-def check_types(settings: Mapping[str, Any], who: str) -> None:
+def check_sent_types(settings: Mapping[str, Any], who: str) -> None:
     """Refuse settings from elsewhere, each of a known name, that are of another type than they are here.
 
     Raises:
         ConfigError: one is.
     """
-    types = get_type_hints(FederateConfig)
     for name, value in settings.items():
-        if not _is_of(value, types[name]):
+        too_large = isinstance(value, int) and abs(value) > 2**53
+        if too_large or not has_type(value, field_types(FederateConfig)[name]):
             raise ConfigError(f"{who} sets {name} to {shown(value)}, which it cannot be.")
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    """Whether a value that came as JSON is of a field's type; numbers are finite and not beyond any use."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(one, get_args(kind)[0]) for one in value)
-    if get_args(kind):
-        return any(_is_of(value, one) for one in get_args(kind))
-    if kind in (int, float):
-        return type(value) in (int, kind) and abs(value) <= 2**53  # type: ignore[arg-type]
-    return type(value) is kind
 
 
 def _as_ranks(ranks: Sequence[int] | str | None) -> list[int] | None:

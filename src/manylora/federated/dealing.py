@@ -76,7 +76,7 @@ def client_for(
     Raises:
         WireError, ConfigError, DataError, ModelError: what is wrong with the message or this machine's settings.
     """
-    config = own.told(unpack(message).fields.get("settings", {})).resolved()
+    config = own.accept_settings(unpack(message).fields.get("settings", {})).resolved()
     if rows is None:
         shares = client_data(config)
         if name not in shares:

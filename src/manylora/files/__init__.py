@@ -4,6 +4,8 @@ Everything that this package reads back or takes from a stranger (run folders, s
 passes here; what it writes into a run folder does, too.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from manylora.files.reading import (
     MOST_BYTES,
     check_plain,
@@ -13,9 +15,9 @@ from manylora.files.reading import (
     parse_yaml,
     read_json,
     read_yaml,
+    reason,
     whole_number,
 )
-from manylora.files.records import Record, check_record, read_record, reason
 from manylora.files.settings import build_config, check_types, check_values
 from manylora.files.sums import COMPLETE, NOTES, changed_file, check_noted, file_sum, folder_sums, noted
 from manylora.files.writing import (
@@ -30,6 +32,9 @@ from manylora.files.writing import (
     write_json,
     write_text,
 )
+
+if TYPE_CHECKING:
+    from manylora.files.records import Record, check_record, read_record
 
 __all__ = [
     "COMPLETE",
@@ -66,3 +71,15 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in (
+        "Record",
+        "check_record",
+        "read_record",
+    ):  # on first use: no --help needs pydantic, a third of its time
+        from manylora.files import records
+
+        return getattr(records, name)
+    raise AttributeError(f"module 'manylora.files' has no attribute {name!r}")

@@ -142,6 +142,13 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
+def reason(error: Exception) -> str:
+    """An error's cause in one line, without the file's name, which the caller gives."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def lone_surrogate(text: str) -> str:
     """The first half of a surrogate pair that stands alone, as `\\udcff`, which no UTF-8 file can hold; else ""."""
     if text.isascii():

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from manylora.errors import RunError
-from manylora.files.reading import read_json
+from manylora.files.reading import read_json, reason
 from manylora.files.sums import check_noted
 
 
@@ -52,10 +52,3 @@ def check_record(value: Any, kind: type[Kind], *, source: object, remedy: str) -
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "its value"
         raise RunError(f"{source} is damaged ({field}: {first['msg'].lower()}); {remedy}.") from error
-
-
-def reason(error: Exception) -> str:
-    """An error's cause in one line, without the file's name, which the caller gives."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__

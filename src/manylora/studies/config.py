@@ -8,18 +8,19 @@ import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from manylora.errors import ConfigError
 from manylora.evaluation.claims import ClaimKind
-from manylora.files import read_yaml, reason
+from manylora.files import check_types, read_yaml, reason
+from manylora.files.settings import CountOrZero, NotNegative, Settings, check_type
 from manylora.studies.presets import PRESETS
 
 MEAN = "mean"
 """Where a task may be named: the mean over all tasks."""
 
 _MOST_SEEDS = 10_000
-_LARGEST = 1e15
+_REMEDY = "see docs/compare.md"
 
 _RESERVED = frozenset({"seed", "learning_rate", "out"})
 """Settings that a study gives each cell itself."""
@@ -62,7 +63,7 @@ class Contrast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(Settings):
     """A study, checked; `load_study` reads it from YAML."""
 
     name: str
@@ -73,17 +74,17 @@ class Study:
     the first contrast's first, or the first method."""
     single: str | None = None
     """The method that Δm% compares with. Default: "lora-per-task" where the study has it."""
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[CountOrZero, ...] = (0, 1)
     """Seeds of the cells that are scored on the test rows."""
-    learning_rates: tuple[float, ...] = ()
+    learning_rates: tuple[NotNegative, ...] = ()
     """The grid, the same for every method; chosen on validation rows. Default: none, each kind's own rate."""
-    screening_seeds: tuple[int, ...] = (1000,)
+    screening_seeds: tuple[CountOrZero, ...] = (1000,)
     """Seeds of the cells that choose the learning rate, scored on validation rows."""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Further means: name to tasks, or patterns such as "*@8"."""
     contrasts: tuple[Contrast, ...] = ()
     """Default: the reference is better than each other method."""
-    margin: float = 1.0
+    margin: NotNegative = 1.0
     """Points that count as nothing."""
     caveat: str = ""
     """Printed under every table: what was cut."""
@@ -154,32 +155,31 @@ def parse_study(values: object) -> Study:
     if not isinstance(values, Mapping):
         raise ConfigError("a study is a mapping with name, methods and more; see docs/compare.md.")
     refuse_unknown(values, _KEYS, "the study")
-    common = _mapping(values.get("settings"), "settings")
+    common = _value(values, "settings", dict[str, Any], {})
     if "model" in values:
         common = {**common, "model": values["model"]}
     methods = _methods(values.get("methods"), common)
     names = [method.name for method in methods]
     _check_one_metric(methods)
     plain = {
-        key: values[key] for key in ("name", "question", "reference", "single", "caveat") if values.get(key)
+        key: _value(values, key, str, "")
+        for key in ("name", "question", "reference", "single", "caveat")
+        if values.get(key)
     }
-    for key, value in plain.items():
-        if not isinstance(value, str):
-            raise ConfigError(f"{key} is {value!r}; give text.")
     if "name" not in plain or not all(c.isalnum() or c in "-_." for c in plain["name"]):
         raise ConfigError(f"name is {values.get('name')!r}; give one of letters, digits, - and _.")
     study = Study(
         **plain,
         methods=methods,
-        seeds=_numbers(values.get("seeds", (0, 1)), "seeds", int),
-        learning_rates=_numbers(values.get("learning_rates", ()), "learning_rates", float),
-        screening_seeds=_numbers(values.get("screening_seeds", (1000,)), "screening_seeds", int),
+        seeds=_seeds(values, "seeds", [0, 1]),
+        learning_rates=_learning_rates(values),
+        screening_seeds=_seeds(values, "screening_seeds", [1000]),
         groups={
-            name: tuple(_texts(tasks, f"group {name}"))
-            for name, tasks in _mapping(values.get("groups"), "groups").items()
+            name: (tasks,) if isinstance(tasks, str) else tuple(tasks)
+            for name, tasks in _value(values, "groups", dict[str, list[str] | str], {}).items()
         },
-        contrasts=tuple(_contrast(entry) for entry in _list(values.get("contrasts"), "contrasts")),
-        margin=_number(values.get("margin", 1.0), "margin"),
+        contrasts=tuple(map(_contrast, _value(values, "contrasts", list[dict[str, Any]], []))),
+        margin=float(_value(values, "margin", float, 1.0)),
         source=dict(values),
     )
     if not study.seeds:
@@ -248,7 +248,10 @@ def _methods(value: object, common: Mapping[str, Any]) -> tuple[Method, ...]:
         value = dict.fromkeys(map(str, value))
     if not isinstance(value, Mapping) or not value:
         raise ConfigError(f"methods is {value!r}; give a list of names, or a mapping from names to settings.")
-    return tuple(_method(str(name), _mapping(own, f"method {name}"), common) for name, own in value.items())
+    return tuple(
+        _method(str(name), _value({name: own}, name, dict[str, Any], {}), common)
+        for name, own in value.items()
+    )
 
 
 def _method(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Method:
@@ -287,62 +290,44 @@ def _check_one_metric(methods: Sequence[Method]) -> None:
         raise ConfigError(f"rouge differs between the methods ({shown}); give it once, under settings.")
 
 
-def _contrast(value: object) -> Contrast:
-    values = _mapping(value, "a contrast")
+def _contrast(values: Mapping[str, Any]) -> Contrast:
     refuse_unknown(values, {f.name for f in dataclasses.fields(Contrast)}, "a contrast")
     for key in ("first", "second"):
         if key not in values:
             raise ConfigError(f"the contrast {dict(values)} has no {key}; name two methods.")
-    texts = {key: str(text) for key, text in values.items()}
-    if texts["first"] == texts["second"]:
-        raise ConfigError(f"a contrast compares {texts['first']!r} with itself; name two methods.")
-    if texts.get("claim", "better") not in get_args(ClaimKind):
-        raise ConfigError(f"a contrast's claim is {texts['claim']!r}; choose 'better' or 'no worse'.")
-    return Contrast(**texts)  # type: ignore[arg-type]
+    if values["first"] == values["second"]:
+        raise ConfigError(f"a contrast compares {values['first']!r} with itself; name two methods.")
+    check_types(Contrast, values, source="", remedy=_REMEDY)
+    return Contrast(**values)
 
 
-def _mapping(value: object, what: str) -> Mapping[str, Any]:
+def _value(values: Mapping[Any, Any], key: str, hint: Any, default: Any) -> Any:
+    """A setting of the study, of the type that it has."""
+    value = values.get(key)
     if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{what} is {value!r}; give a mapping.")
+        return default
+    check_type(key, value, hint, remedy=_REMEDY)
     return value
 
 
-def _list(value: object, what: str) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise ConfigError(f"{what} is {value!r}; give a list.")
-    return value
+def _seeds(values: Mapping[str, Any], key: str, default: list[int]) -> tuple[int, ...]:
+    """Several seeds; "seeds: 5" are 0 to 4."""
+    seeds = _value(values, key, list[int] | int, default)
+    if isinstance(seeds, int):
+        if not 0 <= seeds <= _MOST_SEEDS:
+            raise ConfigError(f"{key} is {seeds!r}; give a list, or a number of at most {_MOST_SEEDS:,}.")
+        seeds = list(range(seeds))
+    return _each_once(key, seeds)
 
 
-def _texts(value: object, what: str) -> list[str]:
-    return [value] if isinstance(value, str) else [str(item) for item in _list(value, what)]
+def _learning_rates(values: Mapping[str, Any]) -> tuple[float, ...]:
+    rates = _value(values, "learning_rates", list[float], [])
+    if 0 in rates:
+        raise ConfigError(f"learning_rates {rates} holds 0, with which nothing is learnt.")
+    return _each_once("learning_rates", [float(rate) for rate in rates])
 
 
-def _number(value: object, what: str) -> float:
-    try:
-        number = float(value) if not isinstance(value, bool) else None  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or not 0 <= number <= _LARGEST:
-        raise ConfigError(f"{what} is {value!r}; give a number, 0 or more.")
-    return number
-
-
-def _numbers(value: object, what: str, kind: type) -> tuple[Any, ...]:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and kind is int:
-        if not 0 <= value <= _MOST_SEEDS:
-            raise ConfigError(f"{what} is {value!r}; give a list, or a number of at most {_MOST_SEEDS:,}.")
-        value = list(range(int(value)))  # "seeds: 5" are 0 to 4
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{what} is {value!r}; give a list of numbers.")
-    numbers = [_number(item, what) for item in value]
+def _each_once(key: str, numbers: list[Any]) -> tuple[Any, ...]:
     if len(set(numbers)) != len(numbers):
-        raise ConfigError(f"{what} {list(value)} names one twice; give each once.")
-    if kind is int and any(number != int(number) for number in numbers):
-        raise ConfigError(f"{what} {list(value)} are not all whole numbers.")
-    if kind is float and 0 in numbers:
-        raise ConfigError(f"{what} {list(value)} holds 0, with which nothing is learnt.")
-    return tuple(kind(number) for number in numbers)
+        raise ConfigError(f"{key} {numbers} names one twice; give each once.")
+    return tuple(numbers)

@@ -11,39 +11,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manylora.errors import ConfigError, RunError
+from manylora.errors import RunError
 from manylora.federated.config import FederateConfig
 from manylora.files import build_config
+from manylora.files.settings import field_types, settings_of
 from manylora.studies.kinds import Job, Measured
-from manylora.studies.train_cells import check_limits
+from manylora.studies.settings import FederateCellSettings
 
 if TYPE_CHECKING:
     from manylora.evaluation import Scores
     from manylora.federated import ClientData
 
-SETTINGS = frozenset(field.name for field in dataclasses.fields(FederateConfig)) | {"train_limit"}
+SETTINGS = frozenset(field_types(FederateCellSettings))
 
 
 def check(settings: Mapping[str, Any]) -> None:
     """Refuse values that cannot be.
 
     Raises:
-        ConfigError: see `FederateConfig`.
+        ConfigError: see `FederateCellSettings`.
     """
-    if settings.get("engine", "local") != "local":
-        raise ConfigError(
-            f"engine is {settings['engine']!r}; a study's clients are in its own process (local)."
-        )
-    check_limits(settings)
     _config(settings)
 
 
 def _config(settings: Mapping[str, Any], **more: Any) -> FederateConfig:
     """The settings that `manylora federate` has too; it knows one limit, for training and test rows."""
-    own = {key: value for key, value in settings.items() if key != "train_limit"}
-    if settings.get("train_limit") is not None:
-        own["limit"] = settings["train_limit"]
-    return build_config(FederateConfig, own, source="", remedy="see manylora federate --help", **more)
+    cell = build_config(FederateCellSettings, settings, source="", remedy="see docs/compare.md", **more)
+    config = settings_of(cell, FederateConfig)
+    return config if cell.train_limit is None else dataclasses.replace(config, limit=cell.train_limit)
 
 
 def tasks(settings: Mapping[str, Any]) -> list[str]:

@@ -27,6 +27,4 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "transfer-a": ("transfer", {"frozen": "A"}),
     "transfer-none": ("transfer", {"frozen": "none"}),
 }
-"""`match`: the method whose number of trainable parameters a LoRA's rank is raised to. `alone`: one adapter per task,
-each trained on that task's rows alone (the baseline of Δm%). `frozen`: the matrix that is taken from the other tasks'
-training and not trained on the task that was left out."""
+"""Kind and settings; `manylora.studies.settings` says what `match`, `alone` and `frozen` are."""

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from manylora.errors import ConfigError, RunError
+from manylora.errors import RunError
 from manylora.files import Record, build_config, read_record
+from manylora.files.settings import field_types, settings_of
 from manylora.studies.kinds import Job, Measured
 from manylora.studies.presets import PRESETS
+from manylora.studies.settings import TrainCellSettings
 from manylora.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -25,10 +27,7 @@ if TYPE_CHECKING:
     from manylora.evaluation import Scores
     from manylora.training import Prepared, RunFolder
 
-_OWN = frozenset({"alone", "match", "score_epochs", "test_limit", "train_limit"})
-"""Settings of this kind beside those of `manylora train`; see docs/compare.md."""
-
-SETTINGS = frozenset(field.name for field in dataclasses.fields(TrainConfig)) | _OWN
+SETTINGS = frozenset(field_types(TrainCellSettings))
 
 
 class _Saved(Record):
@@ -49,38 +48,15 @@ def check(settings: Mapping[str, Any]) -> None:
     """Refuse values that cannot be.
 
     Raises:
-        ConfigError: see `TrainConfig`; or settings of this kind contradict each other.
+        ConfigError: see `TrainCellSettings`.
     """
     train_config(settings)
-    match, epochs = settings.get("match"), settings.get("score_epochs")
-    if match is not None and (match not in PRESETS or PRESETS[match][0] != "train"):
-        raise ConfigError(f"match is {match!r}; name a method of training such as 'alora'.")
-    if match is not None and settings.get("method") != "lora":
-        raise ConfigError("match raises the rank of a LoRA; set method to lora.")
-    if epochs is not None and (
-        not isinstance(epochs, list)
-        or not all(isinstance(e, (int, float)) and 0 < e < math.inf for e in epochs)
-    ):
-        raise ConfigError(f"score_epochs is {epochs!r}; give a list of numbers of epochs.")
-    check_limits(settings)
-
-
-def check_limits(settings: Mapping[str, Any]) -> None:
-    """Refuse limits that keep no row.
-
-    Raises:
-        ConfigError: naming the limit.
-    """
-    for name in ("train_limit", "test_limit"):
-        limit = settings.get(name)
-        if limit is not None and not (type(limit) is int and limit > 0):
-            raise ConfigError(f"{name} is {limit!r}; give a number of rows.")
 
 
 def train_config(settings: Mapping[str, Any], **more: Any) -> TrainConfig:
     """The settings that `manylora train` has too."""
-    own = {key: value for key, value in settings.items() if key not in _OWN}
-    return build_config(TrainConfig, own, source="", remedy="see manylora train --help", **more)
+    cell = build_config(TrainCellSettings, settings, source="", remedy="see docs/compare.md", **more)
+    return settings_of(cell, TrainConfig)
 
 
 def tasks(settings: Mapping[str, Any]) -> list[str]:
@@ -186,7 +162,7 @@ def matched(config: TrainConfig, target: Mapping[str, Any], *, tasks: int) -> Tr
         target: settings of the method to match.
         tasks: number of tasks, on which the size of a task router's adapter depends.
     """
-    wanted = trainable(train_config({k: v for k, v in target.items() if k not in _OWN}), tasks=tasks)
+    wanted = trainable(train_config({**target, "match": None}), tasks=tasks)
     per_rank = trainable(dataclasses.replace(config, r=1), tasks=tasks)
     rank = -(-wanted // per_rank)
     grown = rank / config.r

@@ -28,19 +28,13 @@ from manylora._version import __version__
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ManyLoraError
 from manylora.federated.allowed import Allowed
-from manylora.federated.config import FederateConfig, check_types
+from manylora.federated.config import NODE_SETTINGS, FederateConfig, check_sent_types
 from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
 from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
 
 if TYPE_CHECKING:
     from manylora.federated.client import ClientData
     from manylora.federated.workbench import Workbench
-
-OWN = (
-    "model", "data", "test", "tasks", "task_column", "limit", "device", "dtype", "eval_batch_size",
-    "gradient_checkpointing", "micro_batch_size",
-)  # fmt: skip
-"""Options of `manylora federate` that `--node-config` may set."""
 
 _KEPT_DAYS = 30.0
 """Days that a run's private state waits on a client's disk for the run to go on."""
@@ -99,7 +93,7 @@ class NodeClient:
 
         if not run or clean_text(run) != run:  # it becomes the name of a folder in `home`
             raise ClientError(Fault.MESSAGE, f"the server calls its run {shown(run)}; give it a name.")
-        config = settings_of(node_config).told(read_order(unpack(data))["settings"]).resolved()
+        config = settings_of(node_config).accept_settings(read_order(unpack(data))["settings"]).resolved()
         self.allowed.check(config)
         if self._key != (name, config) or self._bench is None or self._rows is None:
             self._key = self._bench = self._rows = None
@@ -153,9 +147,11 @@ def settings_of(node_config: Mapping[str, Any]) -> FederateConfig:
     """
     given = {key.replace("-", "_"): value for key, value in node_config.items()}
     given = {key: value for key, value in given.items() if key not in ("client", "home")}
-    if unknown := sorted(set(given) - set(OWN)):
-        raise ConfigError(f"--node-config sets {unknown[0]!r}; it may set client, home, {', '.join(OWN)}.")
-    check_types(given, "--node-config")
+    if unknown := sorted(set(given) - set(NODE_SETTINGS)):
+        raise ConfigError(
+            f"--node-config sets {unknown[0]!r}; it may set client, home, {', '.join(NODE_SETTINGS)}."
+        )
+    check_sent_types(given, "--node-config")
     return FederateConfig(**given)
 
 
