@@ -250,7 +250,7 @@ def test_a_damaged_state_is_named(
     facts = {name: value for name, value in {**good, **change}.items() if value is not None}
     VersionedState(tmp_path / "rounds").write(1, {}, facts)
     rounds, _ = federation(settings(tiny_base, small_data), rows_of(small_data), tmp_path)
-    with pytest.raises(RunError, match=r"the state of round 1 in .* is damaged .* put a copy of it back"):
+    with pytest.raises(RunError, match=r"round-0001.safetensors is damaged \(.*; put a copy of it back"):
         rounds.run()
 
 

@@ -100,10 +100,8 @@ class Client:
             message = unpack(data)
             return self._answer(message)
         except (ManyLoraError, MemoryError, RuntimeError) as error:
-            fault, text = (
-                fault_of(error),
-                f"{clean_text(message.kind)}, round {shown(message.round)}: {error}",
-            )
+            fault = fault_of(error)
+            text = f"{clean_text(message.kind)}, round {shown(message.round)}: {error}"
             if not isinstance(error, ManyLoraError) and fault is not Fault.MEMORY:
                 raise
         append_log(self.folder / "log.txt", text)
