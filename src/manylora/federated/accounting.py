@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from manylora.errors import ConfigError
-from manylora.federated.compress import product_is_lighter
-from manylora.federated.exchange import UPDATE
-from manylora.federated.initial import part_shape
-from manylora.federated.strategies import Strategy, strategy_for
+from manylora.federated.parts import PARTS, PLAIN, sent_as
+from manylora.federated.strategies import STRATEGIES, strategy_for
+from manylora.federated.strategy import Strategy
 from manylora.federated.wire import Format, payload_bytes
 
 Layers: TypeAlias = Mapping[tuple[int, int], int]
@@ -97,28 +96,8 @@ def published_parameters(rule: str, layers: Layers, ranks: Sequence[int], *, r: 
     """
     value = _published(rule, layers, ranks, r)
     if value is None:
-        raise ConfigError(f"there is no rule {rule!r} of counting; see PUBLISHED_RULES.")
+        raise ConfigError(f"there is no rule {rule!r} of counting; see `Strategy.published`.")
     return value
-
-
-PUBLISHED_RULES: Mapping[str, tuple[str, ...]] = {
-    "fed-alora": ("B, both ways",),
-    "fed-alora unequal": ("B2 up, B0 down", "B2 up, B0 down, and the r × rank terms of B1 and M"),
-    "fedsa": ("A, both ways",),
-    "fedit": ("A and B, both ways",),
-    "ffa": ("B, both ways",),
-    "local": ("nothing",),
-    "centralized": ("nothing",),
-    "zero-padding": ("A and B, up at each rank, down at the largest",),
-    "flora": ("A and B up, the stack of all down",),
-    "flexlora": ("A and B, both ways",),
-}
-"""Strategy to the rules by which its traffic is published; with unequal ranks Fed-ALoRA has two."""
-
-
-def published_rules(strategy: Strategy) -> tuple[str, ...]:
-    """The rules of one strategy."""
-    return PUBLISHED_RULES[f"{strategy.name} unequal" if strategy.factored else strategy.name]
 
 
 _EIGHT = (8,) * 8
@@ -164,13 +143,17 @@ def _client(
 ) -> Traffic:
     # Per way: parameters and bytes of one round.
     totals = {"up": [0, 0], "down": [0, 0]}
-    for (out, in_), count in layers.items():
-        sent = {"up": _parts_up(strategy, out, rank, r), "down": sorted(strategy.exchange.down)}
-        for way, parts in sent.items():
-            own = sum(ranks) if strategy.restarts and way == "down" else rank
-            for part in ("A", "B") if strategy.restarts else parts:
-                shape = part_shape(part, layer=(out, in_), rank=own, intermediate=r)
-                components = shape[1] if part in ("B", "dB", "B0", "B2") else shape[0]
+    for layer, count in layers.items():
+        up = (one for part in strategy.up for one in sent_as(part, layer=layer, rank=rank, intermediate=r))
+        down = (
+            [(part, sum(ranks)) for part in PLAIN]
+            if strategy.restarts
+            else [(part, rank) for part in strategy.down]
+        )
+        for way, sent in (("up", [(part, rank) for part in up]), ("down", down)):
+            for part, own in sent:
+                shape = PARTS[part].shape(layer=layer, rank=own, intermediate=r)
+                components = shape[PARTS[part].components]
                 totals[way][0] += count * math.prod(shape)
                 totals[way][1] += count * payload_bytes(shape, wire, components=components)
     return Traffic(
@@ -179,13 +162,6 @@ def _client(
         bytes_up=totals["up"][1],
         bytes_down=totals["down"][1],
     )
-
-
-def _parts_up(strategy: Strategy, out: int, rank: int, r: int) -> list[str]:
-    parts = sorted(strategy.exchange.up)
-    if UPDATE in parts and not product_is_lighter(out_features=out, rank=r, own_rank=rank):
-        return ["B2", "B1"]
-    return parts
 
 
 def mean_traffic(clients: Sequence[Traffic]) -> Traffic:
@@ -222,8 +198,6 @@ def parse_dimensions(text: str) -> Layers:
 
 def strategies_for(ranks: Sequence[int]) -> list[Strategy]:
     """Every strategy that can work with these ranks, those without traffic left out."""
-    from manylora.federated.strategies import STRATEGIES
-
     unequal = len(set(ranks)) > 1
     found = (strategy_for(name, unequal=unequal) for name in STRATEGIES)
     return [strategy for strategy in found if strategy.travels and (strategy.unequal or not unequal)]

@@ -10,7 +10,7 @@ from manylora.federated.check import agreed_counts, check_joined
 from manylora.federated.clients import Clients, Reply
 from manylora.federated.config import FederateConfig
 from manylora.federated.faults import clean_text
-from manylora.federated.initial import Shapes
+from manylora.federated.parts import Shapes
 from manylora.federated.progress import Progress
 from manylora.federated.wire import JOINING, unpack
 from manylora.training import same_base

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.errors import RunError
 from manylora.federated.check import Member
 from manylora.federated.home import DamagedStateError, MissingStateError, VersionedState
-from manylora.federated.initial import Shapes
+from manylora.federated.parts import Shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

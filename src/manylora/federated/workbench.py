@@ -13,9 +13,9 @@ from manylora.adapters import ExpertBank, FactoredBank, ManyLoraLinear
 from manylora.data import TaskData, fix_date
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
-from manylora.federated.exchange import State
-from manylora.federated.initial import Shapes
-from manylora.federated.strategies import Strategy, strategy_for
+from manylora.federated.parts import Shapes, State
+from manylora.federated.strategies import strategy_for
+from manylora.federated.strategy import Strategy
 from manylora.training import (
     base_fingerprint,
     context_of,
@@ -41,14 +41,15 @@ class Workbench:
 
     Args:
         config: resolved.
+        strategy: of the run. Default: the one that `config` names.
 
     Raises:
         ModelError, TargetModulesError: the base cannot be loaded, or has no such layers.
     """
 
-    def __init__(self, config: FederateConfig) -> None:
+    def __init__(self, config: FederateConfig, *, strategy: Strategy | None = None) -> None:
         self.config = config
-        self.strategy: Strategy = strategy_for(config.strategy, unequal=config.ranks is not None)
+        self.strategy = strategy or strategy_for(config.strategy, unequal=config.ranks is not None)
         self.tokenizer = load_tokenizer(config.model)
         fix_date(self.tokenizer, config.date)
         architecture = load_config(config.model)

@@ -33,7 +33,7 @@ from manylora.federated.engines.flower_link import QUIET, envelope, opened, requ
 from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
 
 if TYPE_CHECKING:
-    from manylora.federated.client import ClientData
+    from manylora.federated.personal import ClientData
     from manylora.federated.workbench import Workbench
 
 OWN = (
@@ -90,9 +90,10 @@ class NodeClient:
         return envelope(told, answer)
 
     def _handle(self, data: bytes, name: str, run: str, node_config: Mapping[str, Any]) -> bytes:
-        from manylora.federated.client import Client, cut_prompts
+        from manylora.federated.client import Client
         from manylora.federated.home import folder_name
         from manylora.federated.messages import read_order
+        from manylora.federated.personal import cut_prompts
         from manylora.federated.wire import unpack
         from manylora.federated.workbench import Workbench
 
@@ -164,8 +165,8 @@ def rows_of(config: FederateConfig, name: str, *, notes: list[str]) -> ClientDat
     Raises:
         ConfigError, DataError: there are none.
     """
-    from manylora.federated.client import ClientData
     from manylora.federated.dealing import all_rows, client_data
+    from manylora.federated.personal import ClientData
 
     if config.data == EMBEDDED:
         shares = client_data(config)

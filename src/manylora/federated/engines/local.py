@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from manylora.federated.client import Client, ClientData
+from manylora.federated.client import Client
 from manylora.federated.clients import Reply
+from manylora.federated.personal import ClientData
 from manylora.federated.workbench import Workbench
 
 
