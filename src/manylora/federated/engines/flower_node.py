@@ -29,6 +29,7 @@ from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ManyLoraError
 from manylora.federated.allowed import Allowed
 from manylora.federated.config import FederateConfig, check_types
+from manylora.federated.engines import flower_private
 from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
 from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
 
@@ -194,16 +195,15 @@ def work(supernode: str, *, say: Callable[[str], None], allowed: Allowed | None 
     require_flower()
     os.environ.update(QUIET)
     import httpx
-    from flwr.proto.runtime_pb2 import AcquireTaskRequest
-    from flwr.supercore.constant import TaskType
 
     client = NodeClient(allowed=allowed, say=say)
     there = True  # told once until the next message
-    with contextlib.closing(_runtime(supernode)) as runtime:
+    wanted = flower_private.AcquireTaskRequest(supported_task_types=[flower_private.TaskType.CLIENT_APP])
+    with contextlib.closing(flower_private.runtime_client(supernode, interceptors=[])) as runtime:
 
         def offered() -> str:
             """The token of a message that waits, or nothing."""
-            got = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+            got = runtime.AcquireTask(wanted)
             return str(got.token) if got.HasField("task") else ""
 
         while True:
@@ -232,46 +232,40 @@ def _one(
         The token of the next message, where that came before this one was whole.
     """
     import httpx
-    from flwr.app import Message
-    from flwr.app.error import Error
-    from flwr.common.constant import ErrorCode, SubStatus
-    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
-    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+    from flwr.app import Error, Message
 
-    with contextlib.closing(_runtime(supernode, token)) as connection:
+    push_output, status = flower_private.push_task_output, flower_private.SubStatus
+    lost = (flower_private.ObjectPullError, RuntimeError, httpx.HTTPError)
+    its_token = flower_private.RuntimeTokenHttpInterceptor(token)
+    with contextlib.closing(flower_private.runtime_client(supernode, interceptors=[its_token])) as connection:
         runtime = _TaskRuntime(connection, offered)
-        heart = HeartbeatSender(make_task_heartbeat_fn_http(runtime))
+        heart = flower_private.HeartbeatSender(flower_private.make_task_heartbeat_fn_http(runtime))
         heart.start()
         try:
             try:
-                message, context, _, _ = pull_task_input(runtime)
-            except (ObjectPullError, RuntimeError, httpx.HTTPError) as error:
+                message, context, _, _ = flower_private.pull_task_input(runtime)
+            except lost as error:
                 if isinstance(error, httpx.HTTPError) and not runtime.next:
                     raise  # the SuperNode does not answer, and sees to the message by itself if it is there
                 say(f"a message did not come whole: {error}")
                 if runtime.next:
                     # Otherwise the SuperNode would answer it itself, a minute later and in place of the next one.
-                    push_task_output(runtime, None, SubStatus.FAILED, Fault.OTHER.value)
+                    push_output(runtime, None, status.FAILED, Fault.OTHER.value)
                 return runtime.next
-            status, began = SubStatus.COMPLETED, time.monotonic()
+            ended, began = status.COMPLETED, time.monotonic()
             try:
                 reply = Message(client.answer(message.content, context.node_config), reply_to=message)
             except Exception as error:  # what `answer` itself cannot answer: only a code leaves
                 traceback.print_exc()
-                reason = fault_of(error).value
-                status, reply = (
-                    SubStatus.FAILED,
-                    Message(
-                        Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message
-                    ),
-                )
+                code = flower_private.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+                reply = Message(Error(code=code, reason=fault_of(error).value), reply_to=message)
+                ended = status.FAILED
             try:
-                push_message(runtime, reply, context)
-            except ObjectPushError as error:
+                flower_private.push_message(runtime, reply, context)
+            except flower_private.ObjectPushError as error:
                 say(f"an answer did not get to the SuperNode: {error}; restart it")
                 return ""
-            push_task_output(runtime, context, status, "")
+            push_output(runtime, context, ended, "")
             say(f"answered a message in {time.monotonic() - began:.1f} s")
             return ""
         finally:
@@ -321,16 +315,6 @@ class _TaskRuntime:
         with self._lock:
             self.next = self.next or self._offered()
         return bool(self.next)
-
-
-def _runtime(supernode: str, token: str | None = None) -> Any:
-    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
-    from flwr.supercore.runtime import RuntimeHttpClient
-
-    interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="manylora")]
-    if token is not None:
-        interceptors.append(RuntimeTokenHttpInterceptor(token))
-    return RuntimeHttpClient.from_server_address(supernode, True, None, interceptors=interceptors)
 
 
 def _name(node_config: Mapping[str, Any]) -> str:
