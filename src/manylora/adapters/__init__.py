@@ -1,7 +1,7 @@
 """Adapters: the multi-LoRA layer as a PEFT method.
 
 `config` holds the settings, `ops` the mathematics (`fused` its autograd functions, `dropout` their mask), `layer` the
-adapted linear layer, `factored` the bank of a federated client with a rank of its own, `routes` what one call says
+adapted linear layer, `bank` what an adapter adds to it, `layout` which matrices are shared, `routes` what one call says
 about routing, `routing` how that reaches the layers, `mixed` several adapters in one batch, `balance` the load-balance
 loss, `gates` statistics, `targets` which layers get one, `model` the tuner, `card` the lines on loading in model cards;
 `registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter
@@ -11,17 +11,15 @@ loss, `gates` statistics, `targets` which layers get one, `model` the tuner, `ca
 
 from manylora.adapters.arrival import check_finite, check_result, loading, put_weights
 from manylora.adapters.balance import LoadBalance, load_balance_loss
-from manylora.adapters.bank import ExpertBank
+from manylora.adapters.bank import Bank, ExpertBank, FactoredBank
 from manylora.adapters.collapse import Collapse, Fitted, How
 from manylora.adapters.config import (
     FORMAT_VERSION,
     ManyLoraConfig,
     ManyLoraType,
     RouterKind,
-    Share,
 )
 from manylora.adapters.export import PlainLora, expert_names, export_lora
-from manylora.adapters.factored import FactoredBank
 from manylora.adapters.folders import (
     check_folder,
     find_loras,
@@ -42,6 +40,7 @@ from manylora.adapters.gates import (
     load_balance,
 )
 from manylora.adapters.layer import ManyLoraLinear
+from manylora.adapters.layout import Layout, Share
 from manylora.adapters.model import ManyLoraModel
 from manylora.adapters.registration import register
 from manylora.adapters.routes import ExpertIds
@@ -51,6 +50,7 @@ register()
 __all__ = [
     "COLLAPSE",
     "FORMAT_VERSION",
+    "Bank",
     "Collapse",
     "ExpertBank",
     "ExpertIds",
@@ -59,6 +59,7 @@ __all__ = [
     "GateStatistics",
     "How",
     "LayerGates",
+    "Layout",
     "LoadBalance",
     "ManyLoraConfig",
     "ManyLoraLinear",

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from manylora.adapters.balance import LoadBalance
-from manylora.adapters.bank import ExpertBank
+from manylora.adapters.bank import Bank
 from manylora.adapters.layer import ManyLoraLinear
 from manylora.adapters.routes import Routes
 from manylora.adapters.routing import RoutingState, in_backward
@@ -89,7 +89,7 @@ class _Totals:
 
     @torch.no_grad()
     def __call__(self, bank: nn.Module, args: tuple[Tensor, Tensor, Routes | None]) -> None:
-        assert isinstance(bank, ExpertBank)
+        assert isinstance(bank, Bank)
         if threading.get_ident() != self.thread or in_backward():  # another's call, or a checkpoint's rerun
             return
         x, _, routes = args
