@@ -32,7 +32,7 @@ from manylora.adapters.folders import (
 )
 from manylora.adapters.from_lora import import_loras
 from manylora.adapters.gates import (
-    COLLAPSE,
+    COLLAPSED_ABOVE,
     GateStatistics,
     LayerGates,
     gate_statistics,
@@ -48,7 +48,7 @@ from manylora.adapters.routes import ExpertIds
 register()
 
 __all__ = [
-    "COLLAPSE",
+    "COLLAPSED_ABOVE",
     "FORMAT_VERSION",
     "Bank",
     "Collapse",

@@ -11,7 +11,7 @@ from manylora.federated.clients import Clients, Reply
 from manylora.federated.config import FederateConfig
 from manylora.federated.faults import clean_text
 from manylora.federated.parts import Shapes
-from manylora.federated.progress import Progress
+from manylora.federated.progress import RoundsDisplay
 from manylora.federated.wire import JOINING, unpack
 from manylora.training import same_base
 
@@ -49,7 +49,7 @@ class Joining:
         progress: told who is refused.
     """
 
-    def __init__(self, config: FederateConfig, clients: Clients, progress: Progress) -> None:
+    def __init__(self, config: FederateConfig, clients: Clients, progress: RoundsDisplay) -> None:
         self.config, self.clients, self.progress = config, clients, progress
         self._groups: list[_Group] = []
         self._refused: dict[str, str] = {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 
-class Progress(Protocol):
+class RoundsDisplay(Protocol):
     """What a display may want to know; see `Quiet` for one that does not."""
 
     def round_began(self, number: int, rounds: int, asked: int) -> None:

@@ -39,7 +39,7 @@ from manylora.federated.home import VersionedState, folder_name
 from manylora.federated.joining import Joined, Joining
 from manylora.federated.messages import read_scored
 from manylora.federated.parts import PARTS, State, initial_state, norm
-from manylora.federated.progress import Progress, Quiet
+from manylora.federated.progress import Quiet, RoundsDisplay
 from manylora.federated.robust import changes_of, robust_change, shares_of
 from manylora.federated.server_state import RoundFacts, ServerState, load_state, save_state
 from manylora.federated.strategies import strategy_for
@@ -65,12 +65,12 @@ class Rounds:
         clients: Clients,
         folder: Path,
         *,
-        progress: Progress | None = None,
+        progress: RoundsDisplay | None = None,
         strategy: Strategy | None = None,
     ) -> None:
         self.config, self.clients, self.folder = config, clients, folder
         self.strategy = strategy or strategy_for(config.strategy, unequal=config.ranks is not None)
-        self.progress: Progress = progress or Quiet()
+        self.progress: RoundsDisplay = progress or Quiet()
         self._saved = VersionedState(folder / "rounds")
         self._stacks = VersionedState(folder / "stacks")
         self._answers = folder / "answers"
