@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import final, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
 from federation import WEIGHTS, Watched, rows_of, settings
-from manylora.federated import Rounds, Strategy, Workbench, aggregate
+from manylora.federated import FederateConfig, Rounds, Strategy, Workbench, aggregate
 from manylora.federated.home import VersionedState
 from manylora.federated.parts import PARTS
 from manylora.federated.strategies import FED_ALORA_UNEQUAL, STRATEGIES
@@ -63,6 +63,10 @@ def test_the_table_of_parts_has_every_part_of_every_strategy() -> None:
         assert strategy.down - {"stack"} <= PARTS.keys()
         assert strategy.trains <= strategy.parts
         assert strategy.published
+
+
+def test_the_command_line_knows_every_strategy() -> None:
+    assert set(get_args(get_type_hints(FederateConfig)["strategy"])) == STRATEGIES.keys()
 
 
 def test_the_shapes_of_all_parts_multiply() -> None:

@@ -36,7 +36,7 @@ from manylora.federated.compress import corrected, multiply_factors, residual_of
 from manylora.federated.config import FederateConfig
 from manylora.federated.faults import FailedError, Fault, clean_text
 from manylora.federated.home import VersionedState, folder_name
-from manylora.federated.joining import Joined, Joining
+from manylora.federated.joining import Joining, Participants
 from manylora.federated.messages import read_scored
 from manylora.federated.parts import PARTS, State, initial_state, norm
 from manylora.federated.progress import Quiet, RoundsDisplay
@@ -178,7 +178,7 @@ class Rounds:
         self.state = ServerState(shared=shared, members=members, shapes=joined.shapes, base=joined.base)
         self._save()
 
-    def _join(self, names: Sequence[str]) -> Joined:
+    def _join(self, names: Sequence[str]) -> Participants:
         """Who takes part, of those that are there."""
         fields = {"settings": self.config.for_clients()}
         joining = Joining(self.config, self.clients, self.progress)
@@ -348,10 +348,10 @@ class Rounds:
             check_result(new, change=change, norms=facts.norms.values(), most=most)
         except RunError as error:
             first = sorted(facts.shares.items(), key=lambda item: -item[1])[:3]
-            told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in first)
+            largest = ", ".join(f"{name} {100 * share:.0f} %" for name, share in first)
             raise RunError(
-                f"round {number} is not saved: {error}. The largest shares of its change are {told}; leave that client "
-                "out, then continue with --resume from the last round that is saved."
+                f"round {number} is not saved: {error}. The largest shares of its change are {largest}; leave that "
+                "client out, then continue with --resume from the last round that is saved."
             ) from error
 
     def _check_quorum(

@@ -73,22 +73,22 @@ class NodeClient:
     def answer(self, content: Any, node_config: Mapping[str, Any]) -> Any:
         """Content of the answer to a message's content; of what went wrong, a code (`manylora.federated.faults`)."""
         labels, data = opened(content)
-        told = {"version": __version__}
+        own = {"version": __version__}
         answer = None
         try:
-            told["client"] = _name(node_config)
+            own["client"] = _name(node_config)
             if data is not None:
-                answer = self._handle(data, told["client"], str(labels.get("run", "")), node_config)
+                answer = self._handle(data, own["client"], str(labels.get("run", "")), node_config)
             else:
                 settings_of(node_config)
         except Exception as error:
-            told["code"] = fault_of(error).value
+            own["code"] = fault_of(error).value
             if not isinstance(error, ManyLoraError):  # perhaps a bug of ours: the next message may go well
                 traceback.print_exc()
             self.say(
                 clean_text(f"a message could not be answered: {type(error).__name__}: {error}", most=2000)
             )
-        return envelope(told, answer)
+        return envelope(own, answer)
 
     def _handle(self, data: bytes, name: str, run: str, node_config: Mapping[str, Any]) -> bytes:
         from manylora.federated.client import Client
@@ -113,7 +113,7 @@ class NodeClient:
             self._key = (name, config)
         home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
         self._look_for_old_runs(home)
-        with _alone(home / f"{folder_name(name)}.lock"):
+        with _locked(home / f"{folder_name(name)}.lock"):
             client = Client(name, self._rows, home=home, bench=self._bench, say=self.say)
             return client.handle(data)
 
@@ -123,7 +123,7 @@ class NodeClient:
         if now - self._looked > _LOOK_SECONDS:
             self._looked = now
             forget_old_runs(
-                home.parent, served=[run for run, last in self._served.items() if _is_new(now - last)]
+                home.parent, served=[run for run, last in self._served.items() if _is_recent(now - last)]
             )
 
 
@@ -137,12 +137,12 @@ def forget_old_runs(home: Path, *, served: Collection[Path] = ()) -> None:
     now = time.time()
     for run in home.glob("*"):
         last = max((lock.stat().st_mtime for lock in run.glob("*.lock")), default=now)
-        if run not in served and not _is_new(now - last):
+        if run not in served and not _is_recent(now - last):
             for state in run.glob("*/round-*.safetensors"):
                 state.unlink(missing_ok=True)
 
 
-def _is_new(seconds: float) -> bool:
+def _is_recent(seconds: float) -> bool:
     return seconds <= _KEPT_DAYS * 86_400
 
 
@@ -212,7 +212,7 @@ def work(supernode: str, *, say: Callable[[str], None], allowed: Allowed | None 
                 while token:
                     there = True
                     try:
-                        token = _one(supernode, token, client, offered, say)
+                        token = _answer_one(supernode, token, client, offered, say)
                     except httpx.HTTPStatusError as error:
                         say(f"SuperNode {supernode} has given a message up ({error.response.status_code})")
                         token = ""
@@ -223,7 +223,7 @@ def work(supernode: str, *, say: Callable[[str], None], allowed: Allowed | None 
             time.sleep(_INTERVAL)
 
 
-def _one(
+def _answer_one(
     supernode: str, token: str, client: NodeClient, offered: Callable[[], str], say: Callable[[str], None]
 ) -> str:
     """Take one message from the SuperNode and give it the answer.
@@ -325,7 +325,7 @@ def _name(node_config: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Wait for another process of this client, such as one whose SuperNode was killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
