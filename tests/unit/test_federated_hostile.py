@@ -14,14 +14,14 @@ import torch
 
 from federation import Watched, bench_for, federation, final_state, rows_of, settings
 from manylora.errors import RunError
-from manylora.federated import FederateConfig, Message, Quiet, Rounds, pack, unpack
+from manylora.federated import FederateConfig, Message, Rounds, RoundsDisplay, pack, unpack
 from manylora.federated.check import Member, agreed_counts, check_result, out_of_proportion, update_limits
 from manylora.federated.strategies import FED_ALORA, Averaged
 
 Tamper = Callable[[str, int, bytes], "bytes | None"]
 
 
-class Console(Quiet):
+class Console(RoundsDisplay):
     """What an operator would read."""
 
     def __init__(self) -> None:

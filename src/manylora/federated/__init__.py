@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from manylora.federated.dealing import client_data
     from manylora.federated.engines.local import LocalClients
     from manylora.federated.personal import ClientData, cut_prompts
-    from manylora.federated.progress import Quiet, RoundsDisplay
+    from manylora.federated.progress import RoundsDisplay
     from manylora.federated.rounds import Rounds
     from manylora.federated.strategies import STRATEGIES, strategy_for
     from manylora.federated.strategy import Strategy
@@ -37,7 +37,7 @@ _HOME = {
     "dealing": ("client_data",),
     "engines.local": ("LocalClients",),
     "personal": ("ClientData", "cut_prompts"),
-    "progress": ("RoundsDisplay", "Quiet"),
+    "progress": ("RoundsDisplay",),
     "rounds": ("Rounds",),
     "strategies": ("STRATEGIES", "strategy_for"),
     "strategy": ("Strategy",),
@@ -54,7 +54,6 @@ __all__ = [
     "FederateConfig",
     "LocalClients",
     "Message",
-    "Quiet",
     "Reply",
     "Rounds",
     "RoundsDisplay",

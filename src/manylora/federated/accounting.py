@@ -52,6 +52,9 @@ class Traffic:
         return self.bytes_up + self.bytes_down
 
 
+_TRAFFIC = ("parameters_up", "parameters_down", "bytes_up", "bytes_down")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PublishedFigure:
     """One figure of the paper, with the rule that gives it."""
@@ -69,11 +72,12 @@ class PublishedFigure:
         return published_parameters(self.rule, PUBLISHED_MODELS[self.model], self.ranks, r=self.r)
 
 
-def _sum(layers: Layers, of: Callable[[int, int], float]) -> float:
-    return math.fsum(count * of(out, in_) for (out, in_), count in layers.items())
+def published_parameters(rule: str, layers: Layers, ranks: Sequence[int], *, r: int) -> float:
+    """Parameters per client and round, up plus down, mean over clients, by one of the papers' rules.
 
-
-def _published(rule: str, layers: Layers, ranks: Sequence[int], r: int) -> float | None:
+    Raises:
+        ConfigError: there is no such rule.
+    """
     k, largest = math.fsum(ranks) / len(ranks), max(ranks)
     rules: Mapping[str, Callable[[int, int], float]] = {
         "A and B, both ways": lambda o, d: 2 * k * (o + d),
@@ -85,19 +89,9 @@ def _published(rule: str, layers: Layers, ranks: Sequence[int], r: int) -> float
         "A and B up, the stack of all down": lambda o, d: (k + math.fsum(ranks)) * (o + d),
         "nothing": lambda o, d: 0.0,
     }
-    return _sum(layers, rules[rule]) if rule in rules else None
-
-
-def published_parameters(rule: str, layers: Layers, ranks: Sequence[int], *, r: int) -> float:
-    """Parameters per client and round, up plus down, mean over clients, by one of the papers' rules.
-
-    Raises:
-        ConfigError: there is no such rule.
-    """
-    value = _published(rule, layers, ranks, r)
-    if value is None:
+    if rule not in rules:
         raise ConfigError(f"there is no rule {rule!r} of counting; see `Strategy.published`.")
-    return value
+    return math.fsum(count * rules[rule](out, in_) for (out, in_), count in layers.items())
 
 
 _EIGHT = (8,) * 8
@@ -135,43 +129,29 @@ def as_sent(
         r: intermediate rank.
         wire: number format.
     """
-    return [_client(strategy, layers, ranks, rank, r, wire) for rank in ranks]
-
-
-def _client(
-    strategy: Strategy, layers: Layers, ranks: Sequence[int], rank: int, r: int, wire: Format
-) -> Traffic:
-    # Per way: parameters and bytes of one round.
-    totals = {"up": [0, 0], "down": [0, 0]}
-    for layer, count in layers.items():
-        up = (one for part in strategy.up for one in sent_as(part, layer=layer, rank=rank, intermediate=r))
-        down = (
-            [(part, sum(ranks)) for part in PLAIN]
-            if strategy.restarts
-            else [(part, rank) for part in strategy.down]
-        )
-        for way, sent in (("up", [(part, rank) for part in up]), ("down", down)):
-            for part, own in sent:
-                shape = PARTS[part].shape(layer=layer, rank=own, intermediate=r)
-                components = shape[PARTS[part].components]
-                totals[way][0] += count * math.prod(shape)
-                totals[way][1] += count * payload_bytes(shape, wire, components=components)
-    return Traffic(
-        parameters_up=totals["up"][0],
-        parameters_down=totals["down"][0],
-        bytes_up=totals["up"][1],
-        bytes_down=totals["down"][1],
-    )
+    traffic = []
+    for rank in ranks:
+        down = [(part, rank) for part in strategy.down]
+        if strategy.restarts:
+            down = [(part, sum(ranks)) for part in PLAIN]
+        totals = [0, 0, 0, 0]
+        for layer, count in layers.items():
+            forms = [sent_as(part, layer=layer, rank=rank, intermediate=r) for part in strategy.up]
+            up = [(part, rank) for form in forms for part in form]
+            for way, sent in enumerate((up, down)):
+                for part, own in sent:
+                    shape = PARTS[part].shape(layer=layer, rank=own, intermediate=r)
+                    totals[way] += count * math.prod(shape)
+                    components = shape[PARTS[part].components]
+                    totals[2 + way] += count * payload_bytes(shape, wire, components=components)
+        traffic.append(Traffic(**dict(zip(_TRAFFIC, totals, strict=True))))
+    return traffic
 
 
 def mean_traffic(clients: Sequence[Traffic]) -> Traffic:
     """The mean over clients."""
-    n = len(clients)
     return Traffic(
-        parameters_up=math.fsum(c.parameters_up for c in clients) / n,
-        parameters_down=math.fsum(c.parameters_down for c in clients) / n,
-        bytes_up=math.fsum(c.bytes_up for c in clients) / n,
-        bytes_down=math.fsum(c.bytes_down for c in clients) / n,
+        **{name: math.fsum(getattr(one, name) for one in clients) / len(clients) for name in _TRAFFIC}
     )
 
 

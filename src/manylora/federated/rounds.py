@@ -39,7 +39,7 @@ from manylora.federated.home import VersionedState, folder_name
 from manylora.federated.joining import Joining, Participants
 from manylora.federated.messages import read_scored
 from manylora.federated.parts import PARTS, State, initial_state, norm
-from manylora.federated.progress import Quiet, RoundsDisplay
+from manylora.federated.progress import RoundsDisplay
 from manylora.federated.robust import changes_of, robust_change, shares_of
 from manylora.federated.server_state import RoundFacts, ServerState, load_state, save_state
 from manylora.federated.strategies import strategy_for
@@ -70,7 +70,7 @@ class Rounds:
     ) -> None:
         self.config, self.clients, self.folder = config, clients, folder
         self.strategy = strategy or strategy_for(config.strategy, unequal=config.ranks is not None)
-        self.progress: RoundsDisplay = progress or Quiet()
+        self.progress = progress or RoundsDisplay()
         self._saved = VersionedState(folder / "rounds")
         self._stacks = VersionedState(folder / "stacks")
         self._answers = folder / "answers"
