@@ -3,10 +3,10 @@
 `config` holds the settings, `ops` the mathematics (`fused` its autograd functions, `dropout` their mask), `layer` the
 adapted linear layer, `bank` what an adapter adds to it, `layout` which matrices are shared, `routes` what one call says
 about routing, `routing` how that reaches the layers, `mixed` several adapters in one batch, `balance` the load-balance
-loss, `gates` statistics, `targets` which layers get one, `model` the tuner, `card` the lines on loading in model cards;
-`registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter
-(`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both,
-`arrival` sees that what was read is what the model then has.
+loss, `gates` statistics, `targets` which layers get one, `model` the tuner, which PEFT is told of when this room is
+imported, `card` the lines on loading in model cards. `export` makes plain LoRAs of an adapter (`collapse`: where it has
+a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both, `arrival` sees that what was
+read is what the model then has.
 """
 
 from manylora.adapters.arrival import check_finite, check_result, loading, put_weights
@@ -41,8 +41,7 @@ from manylora.adapters.gates import (
 )
 from manylora.adapters.layer import ManyLoraLinear
 from manylora.adapters.layout import Layout, Share
-from manylora.adapters.model import ManyLoraModel
-from manylora.adapters.registration import register
+from manylora.adapters.model import ManyLoraModel, register
 from manylora.adapters.routes import ExpertIds
 
 register()

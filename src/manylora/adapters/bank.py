@@ -32,19 +32,7 @@ class Bank(nn.Module, ABC):
     *called*, so nothing else may read them in a forward (and PEFT's FSDP policy wraps leaf modules that have
     a `.weight`).
 
-    A subclass is final, and gives `lora_A`, `lora_B` and, where it has a token router, `lora_router`.
-
-    Args:
-        layout: N, R, and which matrix is shared.
-        scaling: s.
-        dropout: on the input, in training.
-        router: what chooses between several experts; None with one.
-        takes_ids: whether `expert_ids` are looked at, and checked.
-        default_expert: of a task router, where no ids are given.
-        top_k: of a token router.
-        temperature: of a token router.
-        load_balance_weight: of a token router.
-        name: the adapter's.
+    A subclass is final. It gives `lora_A`, `lora_B` and, with a token router, `lora_router`, as parameters or computed.
     """
 
     lora_A: Tensor  # noqa: N815 - PEFT's name
@@ -53,25 +41,19 @@ class Bank(nn.Module, ABC):
     """The B's side by side: (O, nB·R)."""
     lora_router: Tensor
     """W_g, (N, D)."""
-
-    def __init__(
-        self,
-        *,
-        layout: Layout,
-        scaling: float,
-        dropout: float,
-        router: RouterKind | None = None,
-        takes_ids: bool = False,
-        default_expert: int | None = None,
-        top_k: int | None = None,
-        temperature: float = 1.0,
-        load_balance_weight: float = 0.0,
-        name: str = "default",
-    ) -> None:
-        super().__init__()
-        self.layout, self.scaling, self.dropout, self.name = layout, scaling, dropout, name
-        self.router, self.takes_ids, self.default_expert = router, takes_ids, default_expert
-        self.top_k, self.temperature, self.load_balance_weight = top_k, temperature, load_balance_weight
+    layout: Layout
+    scaling: float
+    dropout: float
+    name: str
+    """The adapter's."""
+    takes_ids: bool
+    """Whether `expert_ids` are looked at, and checked."""
+    default_expert: int | None
+    router: RouterKind | None = None
+    """None with one expert, which a router would give no gradient: softmax of one number is 1."""
+    top_k: int | None = None
+    temperature: float = 1.0
+    load_balance_weight: float = 0.0
 
     @property
     @abstractmethod
@@ -298,20 +280,18 @@ class ExpertBank(Bank):
         config: ManyLoraConfig,
         name: str = "default",
     ) -> None:
+        super().__init__()
         n = config.num_experts
-        super().__init__(
-            layout=Layout(num_experts=n, rank=rank, share=config.share),
-            scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank),
-            dropout=config.lora_dropout,
-            # A router over one expert would never get a gradient: softmax of one number is 1.
-            router=config.router if n > 1 else None,
-            takes_ids=config.router == "task",
-            default_expert=config.default_expert,
-            top_k=config.router_top_k,
-            temperature=config.router_temperature,
-            load_balance_weight=config.load_balance_weight,
-            name=name,
-        )
+        self.name = name
+        self.layout = Layout(num_experts=n, rank=rank, share=config.share)
+        self.scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.dropout = config.lora_dropout
+        self.router = config.router if n > 1 else None
+        self.takes_ids = config.router == "task"
+        self.default_expert = config.default_expert
+        self.top_k = config.router_top_k
+        self.temperature = config.router_temperature
+        self.load_balance_weight = config.load_balance_weight
         self.lora_A = nn.Parameter(torch.empty(self.layout.a_count * rank, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, self.layout.b_count * rank))
         if self.router == "token":
@@ -369,14 +349,14 @@ class FactoredBank(Bank):
             raise ConfigError(f"A factored bank has one expert, not {like.num_experts}; set num_experts=1.")
         if own_rank < 1:
             raise ConfigError(f"rank {own_rank} is no rank; give a positive integer.")
-        super().__init__(
-            layout=like.layout,
-            scaling=like.scaling,
-            dropout=like.dropout,
-            takes_ids=like.takes_ids,
-            default_expert=like.default_expert,
-            name=like.name,
+        super().__init__()
+        self.layout, self.scaling, self.dropout, self.name = (
+            like.layout,
+            like.scaling,
+            like.dropout,
+            like.name,
         )
+        self.takes_ids, self.default_expert = like.takes_ids, like.default_expert
         rank = like.layout.rank
         weight = like.lora_B
         in_features, out_features = like.lora_A.shape[1], weight.shape[0]
