@@ -9,11 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from manylora.errors import RunError
 from manylora.federated.clients import Reply
-from manylora.federated.engines.flower_link import Answer, Node
+from manylora.federated.engines.flower_link import Answer, FlowerLink, Node
 from manylora.federated.faults import clean_text, fault_named, shown
 
 _ASK_NODES = 1.0
@@ -28,24 +27,6 @@ _INTRODUCTION_BYTES = 2**16
 """Bytes that a node's answer to the question who it is may have."""
 _NO_DEADLINE = 30 * 86_400.0
 """Time to live of a message without a deadline: Flower wants a number."""
-
-
-class Link(Protocol):
-    """What this engine needs of `FlowerLink`."""
-
-    address: str
-
-    def nodes(self) -> list[Node]:
-        """Who is online."""
-        ...
-
-    def push(self, node: int, labels: Mapping[str, str], data: bytes | None, *, seconds: float) -> str:
-        """Send; returns the message's id."""
-        ...
-
-    def pull(self, messages: Sequence[str], *, most: int) -> list[Answer]:
-        """What has come back; an answer of more than `most` bytes as an error."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -80,7 +61,7 @@ class FlowerClients:
 
     def __init__(
         self,
-        link: Link,
+        link: FlowerLink,
         *,
         run: str,
         expected: int,
