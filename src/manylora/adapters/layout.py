@@ -85,24 +85,28 @@ class Layout:
         """
         if choice != "all":
             return self.expert_factors(A, B, choice)
-        return (A, B) if self.num_experts == 1 else self.weighted_factors(A, B, None)
+        return (A, B) if self.num_experts == 1 else self._one_lora(A, B, _averaged)
 
-    def weighted_factors(self, A: Tensor, B: Tensor, w_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One LoRA equal to Σ_n w_n B_b(n) A_a(n), of the smallest rank that the scheme allows: min(nA, nB)·R.
+    def weighted_factors(self, A: Tensor, B: Tensor, w_N: Tensor) -> tuple[Tensor, Tensor]:
+        """One LoRA equal to Σ_n w_n B_b(n) A_a(n): (R', D) and (O, R'), of the rank that equal weights have."""
 
-        B is linear, so the weighted A's of the experts of one B add up; and the other way round for those of one A.
+        def combined(x: Tensor, index: tuple[int, ...], count: int, dim: int) -> Tensor:
+            return _added_up(x * w_N.view(-1, *(1,) * (x.dim() - dim - 1)), index, count, dim)
 
-        Args:
-            A: (nA·R, D).
-            B: (O, nB·R).
-            w_N: the weights; None: 1/N each.
+        return self._one_lora(A, B, combined)
+
+    def _one_lora(
+        self, A: Tensor, B: Tensor, combined: Callable[[Tensor, tuple[int, ...], int, int], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """By linearity the A's of the experts of one B add up, and so do the B's of the experts of one A.
+
+        Whichever leaves the smaller rank, min(nA, nB)·R.
         """
-        scale = (lambda x, _: x / self.num_experts) if w_N is None else (lambda x, shape: x * w_N.view(shape))
         if self.b_count < self.a_count:
-            per_expert = _picked(A.unflatten(0, (self.a_count, self.rank)), self.a_of, 0)
-            return self.to_b(scale(per_expert, (-1, 1, 1)), 0).flatten(0, 1), B
-        per_expert = _picked(B.unflatten(1, (self.b_count, self.rank)), self.b_of, 1)
-        return A, _added_up(scale(per_expert, (-1, 1)), self.a_of, self.a_count, 1).flatten(1)
+            a_NRD = _picked(A.unflatten(0, (self.a_count, self.rank)), self.a_of, 0)
+            return combined(a_NRD, self.b_of, self.b_count, 0).flatten(0, 1), B
+        b_ONR = _picked(B.unflatten(1, (self.b_count, self.rank)), self.b_of, 1)
+        return A, combined(b_ONR, self.a_of, self.a_count, 1).flatten(1)
 
 
 def _picked(x: Tensor, index: tuple[int, ...], dim: int) -> Tensor:
@@ -121,3 +125,8 @@ def _added_up(x: Tensor, index: tuple[int, ...], count: int, dim: int) -> Tensor
     shape = list(x.shape)
     shape[dim] = count
     return x.new_zeros(shape).index_add(dim, torch.tensor(index, device=x.device), x)
+
+
+def _averaged(x: Tensor, index: tuple[int, ...], count: int, dim: int) -> Tensor:
+    """`_added_up` by the length of `index`. In low precision a mean rounds once, where sum and quotient do twice."""
+    return x.mean(dim, keepdim=True) if count == 1 else _added_up(x, index, count, dim) / len(index)
