@@ -116,6 +116,7 @@ def certificates(folder: Path) -> None:
 
 
 @needs_flower
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of click, which Flower asks in an old way
 def test_this_release_still_has_every_undocumented_name() -> None:
     from manylora.federated.engines.flower_private import missing_names
 

@@ -340,6 +340,7 @@ def test_a_clock_that_jumps_does_not_drop_a_federation_that_goes_on(
     assert [path.parts[-3] for path in tmp_path.rglob("*.safetensors")] == ["going-on"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of click, which Flower asks in an old way
 def test_flower_still_has_every_undocumented_name() -> None:
     pytest.importorskip("flwr", reason="Flower is not in this environment; `make flower` has one of its own")
     assert flower_private.missing_names() == [], f"flwr {version('flwr')} has moved or dropped these"
