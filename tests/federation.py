@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from manylora.data import load_examples
-from manylora.federated import ClientData, FederateConfig, LocalClients, Quiet, Reply, Rounds, Workbench
+from manylora.federated import (
+    ClientData,
+    FederateConfig,
+    LocalClients,
+    Reply,
+    Rounds,
+    RoundsDisplay,
+    Workbench,
+)
 
 Dense = dict[str, torch.Tensor]
 """Layer to a matrix (O, D) in float64."""
@@ -19,7 +27,7 @@ SIZES = {"ada": ("last_word", 20), "bob": ("first_word", 12), "cyd": ("swap", 8)
 WEIGHTS = {name: size / 40 for name, (_, size) in SIZES.items()}
 
 
-class Listening(Quiet):
+class Listening(RoundsDisplay):
     """Remembers what the operator is told."""
 
     def __init__(self) -> None:

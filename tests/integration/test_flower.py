@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,14 @@ def certificates(folder: Path) -> None:
         key = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", name]
         subprocess.run(key, cwd=folder, check=True, capture_output=True)
         (folder / f"{name}.pub").rename(folder / "keys" / f"{name}.pub")
+
+
+@needs_flower
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of click, which Flower asks in an old way
+def test_this_release_still_has_every_undocumented_name() -> None:
+    from manylora.federated.engines.flower_private import missing_names
+
+    assert missing_names() == [], f"flwr {version('flwr')} has moved or dropped these"
 
 
 SLOW_NODE = """

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora.data import STRATEGIES, Strategy, mixture_schedule, mixture_shares
+from manylora.data import MIXINGS, Mixing, mixture_schedule, mixture_shares
 from manylora.errors import ConfigError, DataError
 
 sizes_of_tasks = st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.integers(1, 30), min_size=1)
-strategies = st.sampled_from(STRATEGIES)
+strategies = st.sampled_from(MIXINGS)
 
 
 def by_task(sizes: Mapping[str, int], schedule: list[int]) -> dict[str, list[int]]:
@@ -38,7 +38,7 @@ def by_task(sizes: Mapping[str, int], schedule: list[int]) -> dict[str, list[int
     seed=st.integers(0, 9),
 )
 def test_counts_shares_and_cycles(
-    sizes: dict[str, int], epochs: float, strategy: Strategy, temperature: float, seed: int
+    sizes: dict[str, int], epochs: float, strategy: Mixing, temperature: float, seed: int
 ) -> None:
     schedule = mixture_schedule(sizes, epochs=epochs, strategy=strategy, temperature=temperature, seed=seed)
     total = max(1, round(epochs * sum(sizes.values())))
@@ -92,7 +92,7 @@ def test_known_shares() -> None:
 
 @given(sizes=sizes_of_tasks)
 def test_temperature_runs_from_proportional_to_uniform(sizes: dict[str, int]) -> None:
-    def shares(strategy: Strategy, temperature: float = 2.0) -> dict[str, float]:
+    def shares(strategy: Mixing, temperature: float = 2.0) -> dict[str, float]:
         return mixture_shares(sizes, strategy=strategy, temperature=temperature)
 
     assert shares("temperature", 1) == pytest.approx(shares("proportional"))
@@ -106,8 +106,8 @@ def test_extreme_temperature_and_sizes_stay_finite() -> None:
     assert mixture_schedule({"a": 1, "b": 9}, epochs=1, strategy="temperature", temperature=1e-3, seed=0)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_same_arguments_same_order_in_another_process(strategy: Strategy) -> None:
+@pytest.mark.parametrize("strategy", MIXINGS)
+def test_same_arguments_same_order_in_another_process(strategy: Mixing) -> None:
     code = (
         "from manylora.data import mixture_schedule\n"
         f"print(mixture_schedule({{'a': 9, 'b': 4}}, epochs=2, strategy={strategy!r}, seed=5))"

@@ -15,7 +15,6 @@ from manylora.federated.accounting import (
     mean_traffic,
     parse_dimensions,
     published_parameters,
-    published_rules,
 )
 from manylora.federated.strategies import FED_ALORA_UNEQUAL, STRATEGIES, strategy_for
 
@@ -27,7 +26,7 @@ LLAMA = PUBLISHED_MODELS["llama2-7b"]
 )
 def test_the_published_figures_come_out(figure: Any) -> None:
     assert round(figure.counted() / 1e6, 2) == figure.millions
-    assert figure.rule in published_rules(strategy_for(figure.strategy, unequal=len(set(figure.ranks)) > 1))
+    assert figure.rule in strategy_for(figure.strategy, unequal=len(set(figure.ranks)) > 1).published
 
 
 def test_there_are_eight_of_them() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from manylora.errors import ConfigError, RunError
+from manylora.federated.engines import flower_private
 from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import Answer, Node, PatientRuntime
 from manylora.federated.engines.flower_node import NodeClient, forget_old_runs, settings_of
@@ -335,3 +338,20 @@ def test_a_clock_that_jumps_does_not_drop_a_federation_that_goes_on(
     monkeypatch.setattr("manylora.federated.engines.flower_node._LOOK_SECONDS", 0.0)
     node._look_for_old_runs(tmp_path / "another")
     assert [path.parts[-3] for path in tmp_path.rglob("*.safetensors")] == ["going-on"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of click, which Flower asks in an old way
+def test_flower_still_has_every_undocumented_name() -> None:
+    pytest.importorskip("flwr", reason="Flower is not in this environment; `make flower` has one of its own")
+    assert flower_private.missing_names() == [], f"flwr {version('flwr')} has moved or dropped these"
+
+
+def test_undocumented_names_of_flower_stand_in_one_file() -> None:
+    engines = Path(flower_private.__file__).parent
+    documented = r"flwr\.(app|clientapp|serverapp)"
+    for file in engines.glob("*.py"):
+        imported = re.findall(
+            r"^ *(?:from|import) (flwr[\w.]*)", file.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        others = [name for name in imported if name != "flwr" and not re.fullmatch(documented, name)]
+        assert others == [], file

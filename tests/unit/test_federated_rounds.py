@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from federation import Listening, Watched, federation, final_state, rows_of, settings
+from federation import Listening, Watched, bench_for, federation, final_state, rows_of, settings
 from manylora.errors import ConfigError, RunError
-from manylora.federated import Client, FederateConfig, Message, Rounds, Workbench, pack, unpack
+from manylora.federated import Client, FederateConfig, LocalClients, Message, Rounds, Workbench, pack, unpack
 from manylora.federated.home import VersionedState
 from manylora.training import load_base
 
@@ -410,3 +411,23 @@ def test_settings_of_the_server_reach_a_client_but_not_its_paths(tiny_base: Path
 def test_what_contradicts_itself_is_refused(more: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         FederateConfig(**more)
+
+
+def test_six_frames_lead_from_the_rounds_to_the_optimizer_step(
+    tiny_base: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a newcomer reads a round from top to bottom."""
+    found: list[list[str]] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: Any, *more: Any, **named: Any) -> Any:
+        frames = [frame for frame in traceback.extract_stack() if "/manylora/" in frame.filename]
+        found.append([frame.name for frame in frames])
+        return step(self, *more, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    config = settings(tiny_base, small_data, local_steps=1)
+    bench = bench_for(config)
+    clients = LocalClients(rows_of(small_data), home=tmp_path / "clients", bench=bench)
+    Rounds(config, clients, tmp_path).run()
+    assert found[0] == ["run", "_round", "ask", "handle", "_train", "train_pass"]

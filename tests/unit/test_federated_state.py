@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from federation import bench_for, rows_of, settings
 from manylora.errors import RunError
 from manylora.federated.home import VersionedState, folder_name
-from manylora.federated.initial import initial_state
+from manylora.federated.parts import initial_state
 from manylora.training.passes import _shifted, train_pass
 
 SHAPES = {"q": (20, 30), "k": (10, 30)}

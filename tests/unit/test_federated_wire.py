@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.errors import WireError
-from manylora.federated.aggregate import truncated
-from manylora.federated.compress import corrected, expanded, lightest, product_is_lighter, residual_of
+from manylora.federated.compress import corrected, factor_products, multiply_factors, residual_of
+from manylora.federated.parts import sent_as, truncated
 from manylora.federated.wire import FORMATS, Format, Message, pack, payload_bytes, unpack
 
 
@@ -170,12 +170,14 @@ def test_a_product_goes_as_its_factors_where_they_are_lighter() -> None:
     b2, b1 = torch.randn(100, 2), torch.randn(2, 8)
     state = {"l.B2": b2, "l.B1": b1}
     product = {"l.dB": (b2.double() @ b1.double()).float()}
-    assert not product_is_lighter(out_features=100, rank=8, own_rank=2)
-    assert lightest(product, own_rank=2, factors=state).keys() == {"l.B2", "l.B1"}
-    torch.testing.assert_close(expanded(lightest(product, own_rank=2, factors=state)), product)
-    torch.testing.assert_close(expanded(lightest(product, own_rank=2)), product, rtol=1e-4, atol=1e-5)
-    assert product_is_lighter(out_features=100, rank=8, own_rank=8)
-    assert lightest(product, own_rank=8, factors=state).keys() == {"l.dB"}
+    assert sent_as("dB", layer=(100, 1), rank=2, intermediate=8) == ("B2", "B1")
+    assert factor_products(product, own_rank=2, factors=state).keys() == {"l.B2", "l.B1"}
+    torch.testing.assert_close(multiply_factors(factor_products(product, own_rank=2, factors=state)), product)
+    torch.testing.assert_close(
+        multiply_factors(factor_products(product, own_rank=2)), product, rtol=1e-4, atol=1e-5
+    )
+    assert sent_as("dB", layer=(100, 1), rank=8, intermediate=8) == ("dB",)
+    assert factor_products(product, own_rank=8, factors=state).keys() == {"l.dB"}
 
 
 def test_feedback_also_brings_back_what_a_smaller_rank_could_not_hold() -> None:
@@ -186,8 +188,10 @@ def test_feedback_also_brings_back_what_a_smaller_rank_could_not_hold() -> None:
     for _ in range(20):
         value = {"l.dB": torch.randn(100, 2) @ torch.randn(2, 8)}
         values = corrected(value, residual)
-        light = lightest(values, own_rank=2)
-        sent = expanded(unpack(pack(Message(kind="", client="", round=0, tensors=light), "int8")).tensors)
+        light = factor_products(values, own_rank=2)
+        sent = multiply_factors(
+            unpack(pack(Message(kind="", client="", round=0, tensors=light), "int8")).tensors
+        )
         residual = residual_of(values, sent)
         meant, arrived = meant + value["l.dB"], arrived + sent["l.dB"]
     torch.testing.assert_close(arrived + residual["l.dB"], meant, rtol=1e-4, atol=1e-4)

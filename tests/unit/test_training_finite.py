@@ -178,7 +178,7 @@ def test_a_client_is_guarded_alike(tiny_base: Path, small_data: Path, tmp_path: 
 
 
 def _start(bench: Any) -> dict[str, torch.Tensor]:
-    from manylora.federated.initial import initial_state
+    from manylora.federated.parts import initial_state
 
     return initial_state(
         bench.strategy.parts, bench.shapes, rank=4, largest_rank=4, intermediate=4, seed=0, who="ada"

@@ -1,27 +1,25 @@
 """Adapters: the multi-LoRA layer as a PEFT method.
 
 `config` holds the settings, `ops` the mathematics (`fused` its autograd functions, `dropout` their mask), `layer` the
-adapted linear layer, `factored` the bank of a federated client with a rank of its own, `routes` what one call says
+adapted linear layer, `bank` what an adapter adds to it, `layout` which matrices are shared, `routes` what one call says
 about routing, `routing` how that reaches the layers, `mixed` several adapters in one batch, `balance` the load-balance
-loss, `gates` statistics, `targets` which layers get one, `model` the tuner, `card` the lines on loading in model cards;
-`registration` tells PEFT about the method when this room is imported. `export` makes plain LoRAs of an adapter
-(`collapse`: where it has a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both,
-`arrival` sees that what was read is what the model then has.
+loss, `gates` statistics, `targets` which layers get one, `model` the tuner, which PEFT is told of when this room is
+imported, `card` the lines on loading in model cards. `export` makes plain LoRAs of an adapter (`collapse`: where it has
+a token router), `from_lora` an adapter of plain LoRAs, `folders` reads and writes both, `arrival` sees that what was
+read is what the model then has.
 """
 
 from manylora.adapters.arrival import check_finite, check_result, loading, put_weights
 from manylora.adapters.balance import LoadBalance, load_balance_loss
-from manylora.adapters.bank import ExpertBank
+from manylora.adapters.bank import Bank, ExpertBank, FactoredBank
 from manylora.adapters.collapse import Collapse, Fitted, How
 from manylora.adapters.config import (
     FORMAT_VERSION,
     ManyLoraConfig,
     ManyLoraType,
     RouterKind,
-    Share,
 )
 from manylora.adapters.export import PlainLora, expert_names, export_lora
-from manylora.adapters.factored import FactoredBank
 from manylora.adapters.folders import (
     check_folder,
     find_loras,
@@ -34,7 +32,7 @@ from manylora.adapters.folders import (
 )
 from manylora.adapters.from_lora import import_loras
 from manylora.adapters.gates import (
-    COLLAPSE,
+    COLLAPSED_ABOVE,
     GateStatistics,
     LayerGates,
     gate_statistics,
@@ -42,16 +40,17 @@ from manylora.adapters.gates import (
     load_balance,
 )
 from manylora.adapters.layer import ManyLoraLinear
-from manylora.adapters.model import ManyLoraModel
-from manylora.adapters.registration import register
+from manylora.adapters.layout import Layout, Share
+from manylora.adapters.model import ManyLoraModel, register
 from manylora.adapters.routes import ExpertIds
 from manylora.adapters.targets import check_expressions
 
 register()
 
 __all__ = [
-    "COLLAPSE",
+    "COLLAPSED_ABOVE",
     "FORMAT_VERSION",
+    "Bank",
     "Collapse",
     "ExpertBank",
     "ExpertIds",
@@ -60,6 +59,7 @@ __all__ = [
     "GateStatistics",
     "How",
     "LayerGates",
+    "Layout",
     "LoadBalance",
     "ManyLoraConfig",
     "ManyLoraLinear",

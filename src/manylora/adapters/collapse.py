@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from manylora.adapters.bank import ExpertBank
+from manylora.adapters.bank import Bank
 
 How = Literal["fit", "mean"]
 """How a token router is collapsed."""
@@ -51,7 +51,7 @@ class Collapse:
         how: see the module.
     """
 
-    def __init__(self, bank: ExpertBank, how: How) -> None:
+    def __init__(self, bank: Bank, how: How) -> None:
         self.bank, self.layout, self.how = bank, bank.layout, how
         # sums of many small numbers; some accelerators have no float64
         self.dtype = torch.float32 if bank.lora_A.device.type == "mps" else torch.float64
@@ -73,9 +73,9 @@ class Collapse:
         if self.how == "mean":
             return
         x_TD = x_TD.to(self.dtype)
-        u_TnR = (x_TD @ self.A.T).unflatten(-1, (self.layout.a_count, self.layout.rank))
-        h_TNR = w_TN[..., None] * u_TnR
-        h_TH = h_TNR.sum(1) if self.layout.share == "B" else h_TNR.flatten(1)
+        layout = self.layout
+        u_TnR = (x_TD @ self.A.T).unflatten(-1, (layout.a_count, layout.rank))
+        h_TH = layout.to_b(w_TN[..., None] * layout.to_experts(u_TnR, 1), 1).flatten(1)
         cross, square = h_TH.T @ x_TD, x_TD.T @ x_TD
         self.cross_HD = cross if self.cross_HD is None else self.cross_HD.add_(cross)
         self.square_DD = square if self.square_DD is None else self.square_DD.add_(square)
@@ -91,9 +91,8 @@ class Collapse:
     def _fitted(self, mean_N: Tensor) -> tuple[Tensor, Tensor]:
         """A' and B', drawn towards what the mean gate gives."""
         layout = self.layout
-        A_NRD = self.A.unflatten(0, (layout.a_count, layout.rank))
-        towards = mean_N[:, None, None] * A_NRD  # (N, R, D): a shared A stands for every expert
-        towards_HD = towards.sum(0) if layout.share == "B" else towards.flatten(0, 1)
+        A_nRD = self.A.unflatten(0, (layout.a_count, layout.rank))
+        towards_HD = layout.to_b(mean_N[:, None, None] * layout.to_experts(A_nRD, 0), 0).flatten(0, 1)
         if self.cross_HD is None or self.square_DD is None or not self.square_DD.any():
             M_HD, root_DD = towards_HD, None  # the layer saw nothing
         else:
@@ -102,9 +101,9 @@ class Collapse:
             eye = torch.eye(size, dtype=self.dtype, device=self.A.device)
             root_DD = torch.linalg.cholesky(self.square_DD + ridge * eye)
             M_HD = torch.cholesky_solve((self.cross_HD + ridge * towards_HD).T, root_DD).T
-        if layout.share != "A":
+        if layout.a_count >= layout.b_count:
             return M_HD, self.B
         Q_OH, S_HH = torch.linalg.qr(self.B)
         seen = S_HH @ M_HD if root_DD is None else S_HH @ M_HD @ root_DD
-        U_HR = torch.linalg.svd(seen, full_matrices=False).U[:, : layout.rank]
+        U_HR = torch.linalg.svd(seen, full_matrices=False).U[:, : layout.a_count * layout.rank]
         return U_HR.T @ S_HH @ M_HD, Q_OH @ U_HR

@@ -12,11 +12,9 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from manylora.adapters.card import add_loading_section
+from manylora.adapters.layout import Share
 from manylora.adapters.patterns import check_pattern
 from manylora.errors import ConfigError, TargetModulesError
-
-Share = Literal["A", "B", "none"]
-"""Which matrix all experts have in common."""
 
 RouterKind = Literal["token", "task", "uniform"]
 """What decides how much each expert counts."""
@@ -155,6 +153,11 @@ class ManyLoraConfig(PeftConfig):
         # PEFT's matching wants sets (a set membership test per module), JSON brings lists.
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
+
+    @property
+    def routes_by_task(self) -> bool:
+        """Whether `expert_ids` choose between experts: a task router over more than one."""
+        return self.router == "task" and self.num_experts > 1
 
     def expert_of(self, task: str) -> int:
         """The expert that the task router uses for a task.

@@ -21,9 +21,9 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from manylora.adapters import ops
 from manylora.adapters.collapse import Fitted
 from manylora.adapters.config import ManyLoraConfig
+from manylora.adapters.layout import Choice, Layout
 from manylora.errors import ConfigError, ModelError, NotMergeableError
 
 PREFIX = "base_model.model."
@@ -60,7 +60,7 @@ class _Bank:
 
     A: Tensor
     B: Tensor
-    layout: ops.Layout
+    layout: Layout
     scaling: float
 
 
@@ -70,7 +70,7 @@ def expert_names(config: ManyLoraConfig) -> list[str]:
 
 
 def export_lora(
-    config: ManyLoraConfig, weights: Mapping[str, Tensor], choice: ops.Choice | Collapsed
+    config: ManyLoraConfig, weights: Mapping[str, Tensor], choice: Choice | Collapsed
 ) -> PlainLora:
     """The plain LoRA that an adapter is under one routing.
 
@@ -171,20 +171,18 @@ def _bank(config: ManyLoraConfig, module: str, parts: Mapping[str, Tensor]) -> _
     if not {"lora_A", "lora_B"} <= parts.keys():
         raise ModelError(f"The adapter's weights of {module!r} are incomplete; save the adapter again.")
     A, B = parts["lora_A"], parts["lora_B"]
-    a_count = ops.Layout(num_experts=config.num_experts, rank=1, share=config.share).a_count
-    rank = A.shape[0] // a_count
-    layout = ops.Layout(num_experts=config.num_experts, rank=rank, share=config.share)
-    if not rank or A.shape[0] != rank * layout.a_count or B.shape[1] != rank * layout.b_count:
+    layout = Layout.of_matrices(A, B, num_experts=config.num_experts, share=config.share)
+    if layout is None:
         raise ModelError(
             f"The weights of {module!r} have shapes {tuple(A.shape)} and {tuple(B.shape)}, which are not those of "
             f"{config.num_experts} experts with share={config.share!r}; the adapter's files do not belong together."
         )
     alphas = config.alpha_pattern
     alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
-    return _Bank(A=A, B=B, layout=layout, scaling=_scaling(config, alpha, rank))
+    return _Bank(A=A, B=B, layout=layout, scaling=_scaling(config, alpha, layout.rank))
 
 
-def _factors(module: str, bank: _Bank, choice: ops.Choice | Collapsed) -> tuple[Tensor, Tensor]:
+def _factors(module: str, bank: _Bank, choice: Choice | Collapsed) -> tuple[Tensor, Tensor]:
     """A (R', D) and B (O, R') of the layer."""
     layout = bank.layout
     if not isinstance(choice, Mapping) or layout.num_experts == 1:
@@ -197,12 +195,7 @@ def _factors(module: str, bank: _Bank, choice: ops.Choice | Collapsed) -> tuple[
             f"There are no routing weights (N = {layout.num_experts}) for {module!r}; measure them anew."
         )
     wide = torch.promote_types(bank.A.dtype, torch.float32)
-    w_N, A, B = collapsed.to(wide), bank.A.to(wide), bank.B.to(wide)
-    if layout.share == "B":
-        A = torch.einsum("n,nrd->rd", w_N, A.unflatten(0, (layout.num_experts, layout.rank)))
-    else:  # B_n side by side, (O, N·R), each weighted
-        B = B.unflatten(1, (layout.num_experts, layout.rank)) * w_N[:, None]
-        B = B.sum(1) if layout.share == "A" else B.flatten(1)
+    A, B = layout.weighted_factors(bank.A.to(wide), bank.B.to(wide), collapsed.to(wide))
     return A.to(bank.A.dtype), B.to(bank.B.dtype)
 
 

@@ -18,13 +18,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from manylora.adapters.balance import LoadBalance
-from manylora.adapters.bank import ExpertBank
+from manylora.adapters.bank import Bank
 from manylora.adapters.layer import ManyLoraLinear
 from manylora.adapters.routes import Routes
 from manylora.adapters.routing import RoutingState, in_backward
 from manylora.errors import RoutingError
 
-COLLAPSE = 0.9
+COLLAPSED_ABOVE = 0.9
 """A token router counts as collapsed where one expert has more than this share of the weight. A convention of
 ours; balanced would be 1/N."""
 
@@ -41,7 +41,7 @@ class LayerGates:
     entropy: float
     """Mean entropy of a token's weights in nats: 0 where one expert has all, log N where all count alike."""
     collapsed: bool
-    """Whether a token router gives one expert more than `COLLAPSE` of the weight."""
+    """Whether a token router gives one expert more than `COLLAPSED_ABOVE` of the weight."""
     share_by_task: dict[int, list[float]] = field(default_factory=dict)
     """`share` among the tokens of each task seen, by the id it was called with."""
 
@@ -89,7 +89,7 @@ class _Totals:
 
     @torch.no_grad()
     def __call__(self, bank: nn.Module, args: tuple[Tensor, Tensor, Routes | None]) -> None:
-        assert isinstance(bank, ExpertBank)
+        assert isinstance(bank, Bank)
         if threading.get_ident() != self.thread or in_backward():  # another's call, or a checkpoint's rerun
             return
         x, _, routes = args
@@ -136,7 +136,7 @@ class _Totals:
             share=share,
             first=first,
             entropy=entropy / count,
-            collapsed=self.router == "token" and max(share) > COLLAPSE,
+            collapsed=self.router == "token" and max(share) > COLLAPSED_ABOVE,
             share_by_task={task: [v / max(n, 1) for v in values] for task, (*values, n) in tasks.items()},
         )
 

@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from manylora.adapters import ops
-from manylora.adapters.bank import ExpertBank
+from manylora.adapters.bank import Bank, ExpertBank
 from manylora.adapters.config import ManyLoraConfig
+from manylora.adapters.layout import Choice
 from manylora.adapters.routes import Routes
 from manylora.adapters.routing import RoutingState
 from manylora.adapters.targets import stores_transposed
@@ -54,7 +54,7 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
         self.manylora_experts = nn.ModuleDict()
         # A model in evaluation mode stays in it: no dropout by surprise
         self.training = self.manylora_experts.training = base_layer.training
-        self.merged_choice: dict[str, ops.Choice] = {}
+        self.merged_choice: dict[str, Choice] = {}
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.stored_transposed = stores_transposed(self.get_base_layer())
         self._disable_adapters = False
@@ -73,10 +73,10 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def bank(self, adapter_name: str) -> ExpertBank:
+    def bank(self, adapter_name: str) -> Bank:
         """The experts of one adapter in this layer."""
         bank = self.manylora_experts[adapter_name]
-        assert isinstance(bank, ExpertBank)
+        assert isinstance(bank, Bank)
         return bank
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -187,7 +187,7 @@ class ManyLoraLinear(nn.Module, BaseTunerLayer):
         if routes is None or not routes.given:
             return
         for name in self.merged_adapters:
-            if self.bank(name).takes_ids and self.bank(name).num_experts > 1:
+            if self.bank(name).chooses_by_ids:
                 routes.check(self.bank(name).num_experts)
                 if routes.single() != self.merged_choice[name]:
                     raise RoutingError(

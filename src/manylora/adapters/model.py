@@ -1,4 +1,4 @@
-"""`ManyLoraModel`: the PEFT tuner that puts expert banks into a base model."""
+"""`ManyLoraModel`: the PEFT tuner that puts expert banks into a base model; `register` tells PEFT about it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -15,13 +20,14 @@ from torch import nn
 from manylora.adapters import targets
 from manylora.adapters.arrival import check_finite, check_places, source
 from manylora.adapters.balance import LoadBalance
-from manylora.adapters.config import ManyLoraConfig
+from manylora.adapters.config import ManyLoraConfig, ManyLoraType
 from manylora.adapters.gates import GateStatistics, gate_statistics, load_balance
 from manylora.adapters.layer import ManyLoraLinear
 from manylora.adapters.mixed import check_adapter_names, saved_modules_follow
 from manylora.adapters.quantised import keep_plain_layout
 from manylora.adapters.routes import ExpertIds, Routes
 from manylora.adapters.routing import RoutingState, install, uninstall
+from manylora.errors import ManyLoraError
 
 _BANK = f".{ManyLoraLinear.adapter_layer_names[0]}."
 _SAVED = ".modules_to_save."
@@ -208,3 +214,22 @@ class ManyLoraModel(BaseTuner):
                 for name in names:
                     if name in module.manylora_experts and name not in module.merged_adapters:
                         module.bank(name).merge_choice(self.routing.current)
+
+
+def register() -> None:
+    """Enter the method into PEFT's tables; `peft.register_peft_method` only takes names of its closed enum.
+
+    Raises:
+        ManyLoraError: another package holds the name.
+    """
+    kind = ManyLoraType.MANYLORA
+    entries: list[tuple[dict[Any, Any], Any]] = [
+        (PEFT_TYPE_TO_CONFIG_MAPPING, ManyLoraConfig),
+        (PEFT_TYPE_TO_TUNER_MAPPING, ManyLoraModel),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, ManyLoraModel.prefix),
+    ]
+    for table, value in entries:
+        if kind in table and table[kind] != value:
+            raise ManyLoraError(f"PEFT type {kind.value!r} is taken by {table[kind]!r}; unload that package.")
+    for table, value in entries:
+        table[kind] = value

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from manylora.adapters.dropout import draw_drops, dropped_out
 from manylora.adapters.fused import AddProduct, Project
+from manylora.adapters.layout import Choice, Layout
 
 Computation = Literal["fused", "stacked", "reference"]
 """How contributions are computed.
@@ -31,9 +31,6 @@ Computation = Literal["fused", "stacked", "reference"]
 torch.compile can fuse on its own and function transforms can follow (both use it unasked). "reference": one pass
 per expert, as the formula reads; what the others are compared with.
 """
-
-Choice = int | Literal["all"]
-"""A static routing: one expert's index, or "all" for equal weights 1/N."""
 
 _computation: Computation = "fused"
 
@@ -59,50 +56,6 @@ def computation() -> Computation:
     ):
         return "stacked"
     return _computation
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """How A and B are stacked: N experts of rank R, and which of the two matrices is shared."""
-
-    num_experts: int
-    rank: int
-    share: Literal["A", "B", "none"]
-
-    @property
-    def a_count(self) -> int:
-        """Number of distinct A's."""
-        return 1 if self.share == "A" else self.num_experts
-
-    @property
-    def b_count(self) -> int:
-        """Number of distinct B's."""
-        return 1 if self.share == "B" else self.num_experts
-
-    def expert_factors(self, A: Tensor, B: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-        """Views of A_n (R, D) and B_n (O, R) of one expert."""
-        a = expert * self.rank if self.a_count > 1 else 0
-        return A[a : a + self.rank], self.expert_columns(B, expert)
-
-    def expert_columns(self, B: Tensor, expert: int) -> Tensor:
-        """View of B_n (O, R) of one expert."""
-        b = expert * self.rank if self.b_count > 1 else 0
-        return B[:, b : b + self.rank]
-
-    def static_factors(self, A: Tensor, B: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-        """One LoRA equal to the adapter under a static routing: (R', D) and (O, R'), differentiable.
-
-        R' is R, but N·R for equal weights with nothing shared (method.md, "What can be merged").
-        """
-        if choice != "all":
-            return self.expert_factors(A, B, choice)
-        if self.num_experts == 1:
-            return A, B
-        if self.share == "B":
-            return A.view(self.num_experts, self.rank, -1).mean(0), B
-        if self.share == "A":
-            return A, B.view(-1, self.num_experts, self.rank).mean(1)
-        return A, B / self.num_experts
 
 
 def project(
@@ -188,16 +141,18 @@ def add_dynamic(
     if how == "reference":
         u_TnR = u_TM.unflatten(-1, (layout.a_count, layout.rank))
         return _loop(y_TO, u_TnR, w_TN, B, layout=layout, scaling=scaling)
-    # B is linear, so with one shared B the experts are combined before it, in R dimensions;
-    # with N of them, the weighted projections side by side meet the B's side by side in one product.
+    # B is linear, so experts that share a B are combined before it, in R dimensions; with several B's,
+    # the weighted projections side by side meet the B's side by side in one product.
     if how == "fused":
         w_TN = w_TN.expand(*u_TM.shape[:-1], layout.num_experts)
         w_NT = _tokens_last(w_TN).contiguous()
-        p_NRT = w_NT.unsqueeze(1) * _tokens_last(u_TM).unflatten(0, (layout.a_count, layout.rank))
-        h_TR = _tokens_first(p_NRT.sum(0) if layout.b_count == 1 else p_NRT.flatten(0, 1), u_TM)
+        u_nRT = _tokens_last(u_TM).unflatten(0, (layout.a_count, layout.rank))
+        p_NRT = w_NT.unsqueeze(1) * layout.to_experts(u_nRT, 0)
+        h_TR = _tokens_first(layout.to_b(p_NRT, 0).flatten(0, 1), u_TM)
     else:
-        p_TNR = w_TN.unsqueeze(-1) * u_TM.unflatten(-1, (layout.a_count, layout.rank))
-        h_TR = p_TNR.sum(-2) if layout.b_count == 1 else p_TNR.flatten(-2)
+        u_TnR = u_TM.unflatten(-1, (layout.a_count, layout.rank))
+        p_TNR = w_TN.unsqueeze(-1) * layout.to_experts(u_TnR, -2)
+        h_TR = layout.to_b(p_TNR, -2).flatten(-2)
     return add_static(y_TO, h_TR, B, scaling=scaling, in_place=in_place)
 
 
@@ -242,7 +197,7 @@ def _loop(y_TO: Tensor, u_TnR: Tensor, w_TN: Tensor, B: Tensor, *, layout: Layou
     """One pass per expert, as the formula reads."""
     total: Tensor | None = None
     for n in range(layout.num_experts):
-        u_TR = u_TnR[..., n if layout.a_count > 1 else 0, :]
+        u_TR = u_TnR[..., layout.a_of[n], :]
         part = w_TN[..., n, None] * F.linear(u_TR, layout.expert_columns(B, n))
         total = part if total is None else total + part
     assert total is not None

@@ -138,8 +138,10 @@ class Routes:
         self.ids: Tensor | None = None
         self.adapters = None if adapters is None else tuple(adapters)
         self.call: CallFacts | None = None
-        self._checked: set[int] = set()
-        self._parts: dict[int, list[Part]] = {}
+        self._checked: set[int] = set()  # numbers of experts for which the ids are known to be in range
+        self._parts: dict[
+            int, list[Part]
+        ] = {}  # by number of rows, so that only the first layer divides them
         if ids is None:
             return
         if isinstance(ids, int) and not isinstance(ids, bool):
@@ -312,12 +314,15 @@ class Routes:
                 f"one index per row: shape {tuple(self.ids.shape) if self.ids is not None else ()}. Give one "
                 "index per token, (batch, tokens), or turn packing off."
             )
-        call.positions = call.sequences = None
+        call.positions = call.sequences = None  # found good: the next layer need not look
 
     def _copy(self) -> Routes:
         copy = Routes()
         copy.expert, copy.ids, copy.prompts = self.expert, self.ids, self.prompts
-        copy.adapters, copy.call, copy._checked = self.adapters, self.call, self._checked
+        copy.adapters, copy.call = self.adapters, self.call
+        # One set for all copies of the same ids: what has been checked stays so. `_parts` is not taken along, for the
+        # rows in it hold the call that they were made in.
+        copy._checked = self._checked
         return copy
 
 

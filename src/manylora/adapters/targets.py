@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapters.config import ManyLoraConfig
-from manylora.adapters.ops import Layout
+from manylora.adapters.layout import Layout
 from manylora.adapters.patterns import check_time, expressions_of
 from manylora.errors import ConfigError, TargetModulesError
 

@@ -21,7 +21,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from manylora.adapters import ManyLoraLinear
+from manylora.adapters import ExpertBank, ManyLoraLinear
 from manylora.analysis.batches import Reader, TaskRows, only_trainable
 from manylora.analysis.places import Place, locate
 from manylora.errors import ConfigError
@@ -89,9 +89,10 @@ def shared_matrices(model: PeftModel) -> list[_Shared]:
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, ManyLoraLinear) and adapter in module.manylora_experts:
             bank = module.bank(adapter)
-            if bank.num_experts == 1 or bank.layout.share == "A":
+            assert isinstance(bank, ExpertBank)
+            if bank.layout.a_count == 1:
                 found.append(_Shared(matrix="A", name=name, parameter=bank.lora_A))
-            if bank.num_experts == 1 or bank.layout.share == "B":
+            if bank.layout.b_count == 1:
                 found.append(_Shared(matrix="B", name=name, parameter=bank.lora_B))
         elif isinstance(module, LoraLayer) and adapter in module.lora_A:
             found.append(_Shared(matrix="A", name=name, parameter=module.lora_A[adapter].weight))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from manylora.adapters import COLLAPSE, gate_statistics
+from manylora.adapters import COLLAPSED_ABOVE, gate_statistics
 from manylora.analysis.batches import Reader, TaskRows
 from manylora.analysis.places import Place, locate
 
@@ -32,7 +32,7 @@ class Gates:
     entropy: float
     """Mean entropy of a token's weights in nats: 0 where one expert has all, log N where all count alike."""
     collapsed: bool
-    """Whether one expert has more than `manylora.adapters.COLLAPSE` of the weight."""
+    """Whether one expert has more than `manylora.adapters.COLLAPSED_ABOVE` of the weight."""
 
 
 def measure_gates(
@@ -124,7 +124,7 @@ def _gates(source: str, task: str, name: str, place: Place, weights: list[float]
         name=name,
         weights=weights,
         entropy=entropy,
-        collapsed=max(weights) > COLLAPSE,
+        collapsed=max(weights) > COLLAPSED_ABOVE,
     )
 
 

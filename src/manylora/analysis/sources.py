@@ -9,7 +9,7 @@ Shape letters: D in, O out, R rank, N experts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from manylora.adapters import ManyLoraConfig, expert_names, read_any
 from manylora.adapters.export import PREFIX
-from manylora.adapters.ops import Layout
+from manylora.adapters.layout import Layout
 from manylora.errors import ModelError
 from manylora.files import Record, read_record, whole_number
 from manylora.training import RunFolder, adapter_folder, check_layers, find_snapshots, read_task_facts
@@ -231,7 +231,7 @@ def _read(folder: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[
         _check_layers(config, weights, folder)
     if isinstance(config, ManyLoraConfig):
         layers = _expert_layers(config, weights, folder)
-        named = config.router == "task" and config.num_experts > 1 and config.task_names is not None
+        named = config.routes_by_task and config.task_names is not None
         about: dict[str, Any] = {
             "format": "manylora",
             "share": config.share,
@@ -275,20 +275,26 @@ def _expert_layers(config: ManyLoraConfig, weights: Mapping[str, Tensor], folder
         if not {"lora_A", "lora_B"} <= parts.keys():
             raise ModelError(f"The weights of {module!r} in {folder} are incomplete; save the adapter again.")
         A, B = parts["lora_A"], parts["lora_B"]
-        counts = Layout(num_experts=config.num_experts, rank=1, share=config.share)
-        rank = A.shape[0] // counts.a_count
-        if not rank or A.shape[0] != rank * counts.a_count or B.shape[1] != rank * counts.b_count:
+        layout = Layout.of_matrices(A, B, num_experts=config.num_experts, share=config.share)
+        if layout is None:
             raise ModelError(
                 f"The weights of {module!r} in {folder} have shapes {tuple(A.shape)} and {tuple(B.shape)}, which are "
                 f"not those of {config.num_experts} experts with share={config.share!r}; save the adapter again."
             )
         layers[module] = Layer(
-            A=dict(zip(names if counts.a_count > 1 else [""], A.split(rank), strict=True)),
-            B=dict(zip(names if counts.b_count > 1 else [""], B.split(rank, dim=1), strict=True)),
+            A=_by_expert(A.split(layout.rank), names, layout.a_of),
+            B=_by_expert(B.split(layout.rank, dim=1), names, layout.b_of),
         )
     if not layers:
         raise ModelError(f"{folder} holds no experts; save the adapter again.")
     return layers
+
+
+def _by_expert(matrices: Sequence[Tensor], names: Sequence[str], of: Sequence[int]) -> dict[str, Tensor]:
+    """Each expert's matrix by its name; "" for the one that all have in common."""
+    if len(matrices) == 1:
+        return {"": matrices[0]}
+    return {name: matrices[number] for name, number in zip(names, of, strict=True)}
 
 
 def _lora_layers(weights: Mapping[str, Tensor], folder: Path) -> dict[str, Layer]:

@@ -16,7 +16,6 @@ from manylora.federated.accounting import (
     mean_traffic,
     parse_dimensions,
     published_parameters,
-    published_rules,
     strategies_for,
 )
 from manylora.federated.config import FederateConfig
@@ -100,7 +99,7 @@ def _as_published(config: FederateConfig, layers: Layers, ranks: Sequence[int]) 
         words=2,
     )
     for strategy in strategies_for(ranks):
-        for rule in published_rules(strategy):
+        for rule in strategy.published:
             total = published_parameters(rule, layers, ranks, r=config.r)
             table.add_row(
                 strategy.name,

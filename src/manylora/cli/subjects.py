@@ -152,7 +152,7 @@ def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: 
     adapted = load_adapter(load_base(name, dtype=dtype, device=device), folder)
     config = adapted.active_peft_config
     experts = None
-    if getattr(config, "router", None) == "task" and config.num_experts > 1:
+    if getattr(config, "routes_by_task", False):
         if not config.task_names:
             raise ModelError(
                 f"{folder} routes by task but does not name its tasks; add task_names to its adapter_config.json."

@@ -19,6 +19,7 @@ from manylora.evaluation import Scores, delta_m, read_client_scores
 from manylora.evaluation.table import METRIC_LABELS
 from manylora.federated.config import FederateConfig
 from manylora.federated.faults import clean_text
+from manylora.federated.progress import RoundsDisplay
 from manylora.files import parse_json, reason
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _MANY = 24
 """Clients that a table lists by name."""
 
 
-class RoundsProgress:
+class RoundsProgress(RoundsDisplay):
     """Live lines on standard error: one per client on a terminal (overwritten), one per round everywhere."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ needs them.
 from manylora.data.examples import Example, Form, Message, TaskData
 from manylora.data.fields import ACCEPTED_FORMS
 from manylora.data.formats import parse_row
-from manylora.data.mixing import STRATEGIES, Strategy, mixture_schedule, mixture_shares
+from manylora.data.mixing import MIXINGS, Mixing, mixture_schedule, mixture_shares
 from manylora.data.notes import DataNotes, listed
 from manylora.data.options import options_of, without_options
 from manylora.data.partition import PARTITIONS, Partition, partition
@@ -38,10 +38,10 @@ __all__ = [
     "EMBEDDED",
     "IGNORED_LABEL",
     "MIN_PROMPT_TOKENS",
+    "MIXINGS",
     "PARTITIONS",
     "PROMPTS_FILE",
     "SPLITS",
-    "STRATEGIES",
     "SUPPORTED_SUFFIXES",
     "DataNotes",
     "Encoded",
@@ -49,11 +49,11 @@ __all__ = [
     "Form",
     "LossOn",
     "Message",
+    "Mixing",
     "Partition",
     "PromptRecord",
     "Row",
     "Splits",
-    "Strategy",
     "TaskData",
     "TaskPrompts",
     "answer_text",

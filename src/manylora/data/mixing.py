@@ -9,20 +9,20 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from manylora.errors import ConfigError, DataError
 
-Strategy: TypeAlias = Literal["proportional", "uniform", "temperature"]
+Mixing: TypeAlias = Literal["proportional", "uniform", "temperature"]
 
-STRATEGIES: tuple[Strategy, ...] = ("proportional", "uniform", "temperature")
+MIXINGS: tuple[Mixing, ...] = get_args(Mixing)
 """How tasks can be mixed."""
 _MOST_READINGS = 10**8
 """Rows of a plan, over all its epochs: a list of so many takes some GiB and a minute or two."""
 
 
 def mixture_shares(
-    sizes: Mapping[str, int], *, strategy: Strategy, temperature: float = 2.0
+    sizes: Mapping[str, int], *, strategy: Mixing, temperature: float = 2.0
 ) -> dict[str, float]:
     """Each task's share of the training rows; they sum to 1.
 
@@ -34,8 +34,8 @@ def mixture_shares(
         DataError: there is no task, or a task has no rows.
         ConfigError: `strategy` or `temperature` cannot be.
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"Mixing strategy {strategy!r} is unknown. Choose from {', '.join(STRATEGIES)}.")
+    if strategy not in MIXINGS:
+        raise ConfigError(f"Mixing strategy {strategy!r} is unknown. Choose from {', '.join(MIXINGS)}.")
     if not temperature > 0:
         raise ConfigError(f"Mixing temperature {temperature} must be above 0; 1 is proportional.")
     _check_sizes(sizes)
@@ -50,7 +50,7 @@ def mixture_schedule(
     sizes: Mapping[str, int],
     *,
     epochs: float,
-    strategy: Strategy = "proportional",
+    strategy: Mixing = "proportional",
     temperature: float = 2.0,
     seed: int,
 ) -> list[int]:

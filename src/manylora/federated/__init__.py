@@ -1,11 +1,12 @@
-"""The federated room: many clients, one base model, and only what a strategy's `Exchange` names travels.
+"""The federated room: many clients, one base model, and only what a strategy names travels.
 
-`exchange` says what travels, `strategies` are values over it, `aggregate` and `robust` are pure, `initial` says where
-matrices begin; `wire`, `compress`, `messages`, `faults` and `check` are what stands between two machines; `client`
-answers, `home` is its disk, `workbench` its model, `personal` its result, `allowed` what its site lets leave; `rounds`
-is the server, with `joining` before it and `server_state` on its disk, which tells `progress` and works over the
-interface in `clients` that `engines/` implement (a second floor, as each engine brings its own dependency).
-`accounting` counts without running.
+`parts` is the table of what a client's model consists of; `strategy` is what a way to learn together has to be, and
+`strategies` (`flora`) those that there are, over the pure `aggregate` and `robust`; `wire`, `compress`, `messages`,
+`faults` and `check` are what stands between two machines; `client` answers, `home` is its disk, `private` what it keeps
+there, `workbench` its model, `personal` its result, `allowed` what its site lets leave; `rounds` is the server, with
+`joining` before it and `server_state` on its disk, which tells `progress` and works over the interface in `clients`
+that `engines/` implement (a second floor, as each engine brings its own dependency). `accounting` counts without
+running.
 
 Its names are imported on first use, because torch and transformers take seconds and `--help` needs neither.
 """
@@ -18,26 +19,28 @@ from typing import TYPE_CHECKING, Any
 from manylora.federated.config import SCHEDULES, FederateConfig
 
 if TYPE_CHECKING:
-    from manylora.federated.client import Client, ClientData
+    from manylora.federated.client import Client
     from manylora.federated.clients import Clients, Reply
-    from manylora.federated.dealing import client_data, client_for, cut_prompts
+    from manylora.federated.dealing import client_data
     from manylora.federated.engines.local import LocalClients
-    from manylora.federated.exchange import Exchange
-    from manylora.federated.progress import Progress, Quiet
+    from manylora.federated.personal import ClientData, cut_prompts
+    from manylora.federated.progress import RoundsDisplay
     from manylora.federated.rounds import Rounds
-    from manylora.federated.strategies import STRATEGIES, Strategy, strategy_for
+    from manylora.federated.strategies import STRATEGIES, strategy_for
+    from manylora.federated.strategy import Strategy
     from manylora.federated.wire import Message, pack, unpack
     from manylora.federated.workbench import Workbench
 
 _HOME = {
-    "client": ("Client", "ClientData"),
+    "client": ("Client",),
     "clients": ("Clients", "Reply"),
-    "dealing": ("client_data", "client_for", "cut_prompts"),
+    "dealing": ("client_data",),
     "engines.local": ("LocalClients",),
-    "exchange": ("Exchange",),
-    "progress": ("Progress", "Quiet"),
+    "personal": ("ClientData", "cut_prompts"),
+    "progress": ("RoundsDisplay",),
     "rounds": ("Rounds",),
-    "strategies": ("STRATEGIES", "Strategy", "strategy_for"),
+    "strategies": ("STRATEGIES", "strategy_for"),
+    "strategy": ("Strategy",),
     "wire": ("Message", "pack", "unpack"),
     "workbench": ("Workbench",),
 }
@@ -48,18 +51,15 @@ __all__ = [
     "Client",
     "ClientData",
     "Clients",
-    "Exchange",
     "FederateConfig",
     "LocalClients",
     "Message",
-    "Progress",
-    "Quiet",
     "Reply",
     "Rounds",
+    "RoundsDisplay",
     "Strategy",
     "Workbench",
     "client_data",
-    "client_for",
     "cut_prompts",
     "pack",
     "strategy_for",

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from manylora.errors import ConfigError
-from manylora.federated.compress import product_is_lighter
-from manylora.federated.exchange import UPDATE
-from manylora.federated.initial import part_shape
-from manylora.federated.strategies import Strategy, strategy_for
+from manylora.federated.parts import PARTS, PLAIN, sent_as
+from manylora.federated.strategies import STRATEGIES, strategy_for
+from manylora.federated.strategy import Strategy
 from manylora.federated.wire import Format, payload_bytes
 
 Layers: TypeAlias = Mapping[tuple[int, int], int]
@@ -53,6 +52,9 @@ class Traffic:
         return self.bytes_up + self.bytes_down
 
 
+_TRAFFIC = ("parameters_up", "parameters_down", "bytes_up", "bytes_down")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PublishedFigure:
     """One figure of the paper, with the rule that gives it."""
@@ -70,11 +72,12 @@ class PublishedFigure:
         return published_parameters(self.rule, PUBLISHED_MODELS[self.model], self.ranks, r=self.r)
 
 
-def _sum(layers: Layers, of: Callable[[int, int], float]) -> float:
-    return math.fsum(count * of(out, in_) for (out, in_), count in layers.items())
+def published_parameters(rule: str, layers: Layers, ranks: Sequence[int], *, r: int) -> float:
+    """Parameters per client and round, up plus down, mean over clients, by one of the papers' rules.
 
-
-def _published(rule: str, layers: Layers, ranks: Sequence[int], r: int) -> float | None:
+    Raises:
+        ConfigError: there is no such rule.
+    """
     k, largest = math.fsum(ranks) / len(ranks), max(ranks)
     rules: Mapping[str, Callable[[int, int], float]] = {
         "A and B, both ways": lambda o, d: 2 * k * (o + d),
@@ -86,39 +89,9 @@ def _published(rule: str, layers: Layers, ranks: Sequence[int], r: int) -> float
         "A and B up, the stack of all down": lambda o, d: (k + math.fsum(ranks)) * (o + d),
         "nothing": lambda o, d: 0.0,
     }
-    return _sum(layers, rules[rule]) if rule in rules else None
-
-
-def published_parameters(rule: str, layers: Layers, ranks: Sequence[int], *, r: int) -> float:
-    """Parameters per client and round, up plus down, mean over clients, by one of the papers' rules.
-
-    Raises:
-        ConfigError: there is no such rule.
-    """
-    value = _published(rule, layers, ranks, r)
-    if value is None:
-        raise ConfigError(f"there is no rule {rule!r} of counting; see PUBLISHED_RULES.")
-    return value
-
-
-PUBLISHED_RULES: Mapping[str, tuple[str, ...]] = {
-    "fed-alora": ("B, both ways",),
-    "fed-alora unequal": ("B2 up, B0 down", "B2 up, B0 down, and the r × rank terms of B1 and M"),
-    "fedsa": ("A, both ways",),
-    "fedit": ("A and B, both ways",),
-    "ffa": ("B, both ways",),
-    "local": ("nothing",),
-    "centralized": ("nothing",),
-    "zero-padding": ("A and B, up at each rank, down at the largest",),
-    "flora": ("A and B up, the stack of all down",),
-    "flexlora": ("A and B, both ways",),
-}
-"""Strategy to the rules by which its traffic is published; with unequal ranks Fed-ALoRA has two."""
-
-
-def published_rules(strategy: Strategy) -> tuple[str, ...]:
-    """The rules of one strategy."""
-    return PUBLISHED_RULES[f"{strategy.name} unequal" if strategy.factored else strategy.name]
+    if rule not in rules:
+        raise ConfigError(f"there is no rule {rule!r} of counting; see `Strategy.published`.")
+    return math.fsum(count * rules[rule](out, in_) for (out, in_), count in layers.items())
 
 
 _EIGHT = (8,) * 8
@@ -156,46 +129,29 @@ def as_sent(
         r: intermediate rank.
         wire: number format.
     """
-    return [_client(strategy, layers, ranks, rank, r, wire) for rank in ranks]
-
-
-def _client(
-    strategy: Strategy, layers: Layers, ranks: Sequence[int], rank: int, r: int, wire: Format
-) -> Traffic:
-    # Per way: parameters and bytes of one round.
-    totals = {"up": [0, 0], "down": [0, 0]}
-    for (out, in_), count in layers.items():
-        sent = {"up": _parts_up(strategy, out, rank, r), "down": sorted(strategy.exchange.down)}
-        for way, parts in sent.items():
-            own = sum(ranks) if strategy.restarts and way == "down" else rank
-            for part in ("A", "B") if strategy.restarts else parts:
-                shape = part_shape(part, layer=(out, in_), rank=own, intermediate=r)
-                components = shape[1] if part in ("B", "dB", "B0", "B2") else shape[0]
-                totals[way][0] += count * math.prod(shape)
-                totals[way][1] += count * payload_bytes(shape, wire, components=components)
-    return Traffic(
-        parameters_up=totals["up"][0],
-        parameters_down=totals["down"][0],
-        bytes_up=totals["up"][1],
-        bytes_down=totals["down"][1],
-    )
-
-
-def _parts_up(strategy: Strategy, out: int, rank: int, r: int) -> list[str]:
-    parts = sorted(strategy.exchange.up)
-    if UPDATE in parts and not product_is_lighter(out_features=out, rank=r, own_rank=rank):
-        return ["B2", "B1"]
-    return parts
+    traffic = []
+    for rank in ranks:
+        down = [(part, rank) for part in strategy.down]
+        if strategy.restarts:
+            down = [(part, sum(ranks)) for part in PLAIN]
+        totals = [0, 0, 0, 0]
+        for layer, count in layers.items():
+            forms = [sent_as(part, layer=layer, rank=rank, intermediate=r) for part in strategy.up]
+            up = [(part, rank) for form in forms for part in form]
+            for way, sent in enumerate((up, down)):
+                for part, own in sent:
+                    shape = PARTS[part].shape(layer=layer, rank=own, intermediate=r)
+                    totals[way] += count * math.prod(shape)
+                    components = shape[PARTS[part].components]
+                    totals[2 + way] += count * payload_bytes(shape, wire, components=components)
+        traffic.append(Traffic(**dict(zip(_TRAFFIC, totals, strict=True))))
+    return traffic
 
 
 def mean_traffic(clients: Sequence[Traffic]) -> Traffic:
     """The mean over clients."""
-    n = len(clients)
     return Traffic(
-        parameters_up=math.fsum(c.parameters_up for c in clients) / n,
-        parameters_down=math.fsum(c.parameters_down for c in clients) / n,
-        bytes_up=math.fsum(c.bytes_up for c in clients) / n,
-        bytes_down=math.fsum(c.bytes_down for c in clients) / n,
+        **{name: math.fsum(getattr(one, name) for one in clients) / len(clients) for name in _TRAFFIC}
     )
 
 
@@ -222,8 +178,6 @@ def parse_dimensions(text: str) -> Layers:
 
 def strategies_for(ranks: Sequence[int]) -> list[Strategy]:
     """Every strategy that can work with these ranks, those without traffic left out."""
-    from manylora.federated.strategies import STRATEGIES
-
     unequal = len(set(ranks)) > 1
     found = (strategy_for(name, unequal=unequal) for name in STRATEGIES)
     return [strategy for strategy in found if strategy.travels and (strategy.unequal or not unequal)]

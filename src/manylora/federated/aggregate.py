@@ -9,17 +9,15 @@ Shape letters: D in, O out, R the shared rank, K_k a client's rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from manylora.federated.exchange import UPDATE, State, split_name
+from manylora.federated.parts import UPDATE, State, component_axis, split_name
 
 Answers: TypeAlias = "Iterable[tuple[float, State]]"
-Aggregate: TypeAlias = "Callable[[State, Answers, float], dict[str, Tensor]]"
-"""(what was received, answers, scaling s) to the new shared state in float32."""
 
 
 def mean(received: State, answers: Answers, scaling: float) -> dict[str, Tensor]:
@@ -60,8 +58,9 @@ def stacked(received: State, answers: Answers, scaling: float) -> dict[str, Tens
     for weight, state in answers:
         for name in sorted(state):
             value = state[name].double()
-            columns.setdefault(name, []).append(value * (weight * scaling) if _is_b(name) else value)
-    return _narrow({name: torch.cat(parts, dim=int(_is_b(name))) for name, parts in columns.items()})
+            is_b = split_name(name)[1] == "B"
+            columns.setdefault(name, []).append(value * (weight * scaling) if is_b else value)
+    return _narrow({name: torch.cat(parts, dim=component_axis(name)) for name, parts in columns.items()})
 
 
 def svd_of_mean(received: State, answers: Answers, scaling: float) -> dict[str, Tensor]:
@@ -93,17 +92,6 @@ def svd_of_mean(received: State, answers: Answers, scaling: float) -> dict[str, 
         b_OR[:, :kept] = u[:, :kept] * root[:kept]
         factors |= {f"{layer}.A": a_RD, f"{layer}.B": b_OR}
     return _narrow(factors)
-
-
-def truncated(state: State, rank: int) -> dict[str, Tensor]:
-    """The first `rank` rows of every A and columns of every B: what a client of that rank takes."""
-    return {
-        name: (value[:, :rank] if _is_b(name) else value[:rank]).contiguous() for name, value in state.items()
-    }
-
-
-def _is_b(name: str) -> bool:
-    return split_name(name)[1] == "B"
 
 
 def _narrow(state: State) -> dict[str, Tensor]:

@@ -22,11 +22,11 @@ class Allowed:
     strategies: Collection[str] | None = None
     """Names. Default: every one."""
     parts: Collection[str] | None = None
-    """Parts that may leave, as `Exchange.up` names them: A, B, dB (the product B2 B1, or its two factors). Default:
+    """Parts that may leave, as `Strategy.up` names them: A, B, dB (the product B2 B1, or its two factors). Default:
     every one that an allowed strategy sends."""
 
     def __post_init__(self) -> None:
-        known = {part for one in (*STRATEGIES.values(), FED_ALORA_UNEQUAL) for part in one.exchange.up}
+        known = {part for one in (*STRATEGIES.values(), FED_ALORA_UNEQUAL) for part in one.up}
         for what, given, there in (
             ("strategy", self.strategies, STRATEGIES.keys()),
             ("part", self.parts, known),
@@ -48,7 +48,7 @@ class Allowed:
                 f"the server runs strategy {config.strategy}, this site allows {', '.join(sorted(self.strategies))} "
                 "(--allow-strategy); nothing left.",
             )
-        leaving = strategy_for(config.strategy, unequal=config.ranks is not None).exchange.up
+        leaving = strategy_for(config.strategy, unequal=config.ranks is not None).up
         if self.parts is not None and not leaving <= set(self.parts):
             raise ClientError(
                 Fault.NOT_ALLOWED,

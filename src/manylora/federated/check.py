@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from manylora.errors import AnswerError, RunError
-from manylora.federated.compress import expanded, product_is_lighter
+from manylora.federated.compress import multiply_factors
 from manylora.federated.config import FederateConfig
-from manylora.federated.exchange import UPDATE, State, split_name
 from manylora.federated.faults import clean_text, shown
-from manylora.federated.initial import Shapes, part_shape
 from manylora.federated.messages import read_joined, read_trained
-from manylora.federated.strategies import Strategy
+from manylora.federated.parts import PARTS, Shapes, State, norm, sent_as, split_name
+from manylora.federated.strategy import Strategy
 from manylora.federated.wire import Message
 
 MOST_CLAIMED = 10
@@ -62,17 +61,12 @@ def expected_shapes(
     strategy: Strategy, shapes: Shapes, *, rank: int, intermediate: int
 ) -> dict[str, tuple[int, int]]:
     """Name and shape of every matrix that a client of this rank sends."""
-    expected = {}
-    for layer, size in shapes.items():
-        for part in strategy.exchange.up:
-            light = part != UPDATE or product_is_lighter(
-                out_features=size[0], rank=intermediate, own_rank=rank
-            )
-            for sent in (part,) if light else ("B2", "B1"):
-                expected[f"{layer}.{sent}"] = part_shape(
-                    sent, layer=size, rank=rank, intermediate=intermediate
-                )
-    return expected
+    return {
+        f"{layer}.{sent}": PARTS[sent].shape(layer=size, rank=rank, intermediate=intermediate)
+        for layer, size in shapes.items()
+        for part in strategy.up
+        for sent in sent_as(part, layer=size, rank=rank, intermediate=intermediate)
+    }
 
 
 def update_limits(
@@ -96,7 +90,7 @@ def update_limits(
     steps = config.local_steps or math.ceil(config.local_epochs * member.weight / config.batch_size)
     moved = config.learning_rate * steps * (1 + config.weight_decay)
     product = moved * math.sqrt(member.rank) * (1 / math.sqrt(3 * config.r) + moved * round)
-    return {part: config.max_update * (product if part == UPDATE else moved) for part in strategy.exchange.up}
+    return {part: config.max_update * (product if PARTS[part].factors else moved) for part in strategy.up}
 
 
 def check_answer(
@@ -129,14 +123,14 @@ def check_answer(
             f"it belongs to round {shown(message.round)}, this is round {round}: a late answer or a replay"
         )
     _check_matrices(message.tensors, expected)
-    update = expanded(message.tensors)
+    update = multiply_factors(message.tensors)
     _check_size(update, strategy, limits)
-    norm = _norm_of_change(update, strategy) if strategy.travels else said.moved
-    if norm == 0 and not (strategy.may_stand_still and said.moved > 0):
+    size = _norm_of_change(update, strategy) if strategy.travels else said.moved
+    if size == 0 and not (strategy.may_stand_still and said.moved > 0):
         raise AnswerError(
             "its update is zero: nothing was learnt; is its learning rate 0, or are its rows empty?"
         )
-    return Checked(update=update, loss=said.loss, norm=norm)
+    return Checked(update=update, loss=said.loss, norm=size)
 
 
 def check_joined(
@@ -184,12 +178,12 @@ def out_of_proportion(norms: Mapping[str, float], *, most: float) -> dict[str, s
     With fewer than three answers, or where most have not changed at all, there is nothing to compare with.
     """
     found = {}
-    for name, norm in norms.items():
+    for name, size in norms.items():
         others = [other for who, other in norms.items() if who != name]
         median = statistics.median(others) if len(others) > 1 else 0.0
-        if median > 0 and norm > most * median:
+        if median > 0 and size > most * median:
             found[name] = (
-                f"its change is {norm / median:.3g} times the median of the others', above the limit {most:g}; "
+                f"its change is {size / median:.3g} times the median of the others', above the limit {most:g}; "
                 "see --max-ratio"
             )
     return found
@@ -232,7 +226,7 @@ def _check_size(update: State, strategy: Strategy, limits: Mapping[str, float]) 
     for name, value in update.items():
         part = split_name(name)[1]
         limit = limits[part]
-        if part == "A" and part not in strategy.exchange.down:  # it comes with its beginning: ±1/√(columns)
+        if strategy.brings_its_beginning(part):  # ±1/√(columns)
             limit += 1 / math.sqrt(value.shape[1])
         size = float(value.double().square().mean().sqrt())
         if size > limit:
@@ -243,7 +237,7 @@ def _check_size(update: State, strategy: Strategy, limits: Mapping[str, float]) 
 
 
 def _norm_of_change(update: State, strategy: Strategy) -> float:
-    both = strategy.exchange.up & strategy.exchange.down
     # An A that starts anew each round is no change; the B beside it began at zero, so it is one.
-    changes = [value for name, value in update.items() if split_name(name)[1] in {*both, UPDATE, "B"}]
-    return math.sqrt(sum(float(value.double().square().sum()) for value in changes))
+    return norm(
+        {n: value for n, value in update.items() if not strategy.brings_its_beginning(split_name(n)[1])}
+    )

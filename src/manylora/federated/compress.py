@@ -1,4 +1,4 @@
-"""What a client sends up, made smaller: the lighter form of a product, and error feedback.
+"""What a client sends up, made smaller: a product as its factors, and error feedback.
 
 Where a wire format rounds, the sender keeps what rounding took away and adds it to its next message (error
 feedback; Seide et al. 2014, Karimireddy et al. 2019, arXiv 1901.09847), so that over the rounds nothing is lost.
@@ -8,18 +8,13 @@ Shape letters: O out, R the intermediate rank, K the client's rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from manylora.errors import AnswerError
-from manylora.federated.exchange import UPDATE, State, split_name
+from manylora.federated.parts import PARTS, UPDATE, State, sent_as, split_name
 
-
-def product_is_lighter(*, out_features: int, rank: int, own_rank: int) -> bool:
-    """Whether B2 B1 (O, R) has fewer numbers than B2 (O, K) and B1 (K, R) together (method.md)."""
-    return out_features * rank < own_rank * (out_features + rank)
+_FACTORS = PARTS[UPDATE].factors or ()
 
 
 def corrected(values: State, residual: State) -> dict[str, Tensor]:
@@ -32,8 +27,8 @@ def residual_of(values: State, sent: State) -> dict[str, Tensor]:
     return {name: value - sent[name] for name, value in values.items()}
 
 
-def lightest(values: State, *, own_rank: int, factors: State | None = None) -> dict[str, Tensor]:
-    """Every product dB (O, R) as its two factors B2 and B1 where they are lighter; all else as it is.
+def factor_products(values: State, *, own_rank: int, factors: State | None = None) -> dict[str, Tensor]:
+    """Every product dB (O, R) as its two factors B2 and B1 where they have fewer numbers; all else as it is.
 
     Args:
         values: what leaves the client.
@@ -44,27 +39,26 @@ def lightest(values: State, *, own_rank: int, factors: State | None = None) -> d
     light: dict[str, Tensor] = {}
     for name, value in values.items():
         layer, part = split_name(name)
-        if part != UPDATE or product_is_lighter(
-            out_features=value.shape[0], rank=value.shape[1], own_rank=own_rank
-        ):
+        form = sent_as(part, layer=(value.shape[0], 0), rank=own_rank, intermediate=value.shape[1])
+        if form == (part,):
             light[name] = value
         elif factors is not None:
-            light[f"{layer}.B2"], light[f"{layer}.B1"] = factors[f"{layer}.B2"], factors[f"{layer}.B1"]
+            light |= {f"{layer}.{factor}": factors[f"{layer}.{factor}"] for factor in form}
         else:
-            light[f"{layer}.B2"], light[f"{layer}.B1"] = _best_factors(value, own_rank)
+            pair = zip(form, _best_factors(value, own_rank), strict=True)
+            light |= {f"{layer}.{factor}": matrix for factor, matrix in pair}
     return light
 
 
-def expanded(sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `lightest`: factors back to products, by the same arithmetic at both ends.
+def multiply_factors(sent: State) -> dict[str, Tensor]:
+    """Undo `factor_products`, by the same arithmetic at both ends.
 
     Raises:
         AnswerError: one factor without the other, beside the product, or of shapes that do not multiply.
     """
-    values = {name: value for name, value in sent.items() if split_name(name)[1] not in ("B2", "B1")}
-    layers = {split_name(name)[0] for name in sent if split_name(name)[1] in ("B2", "B1")}
-    for layer in sorted(layers):
-        b2, b1 = sent.get(f"{layer}.B2"), sent.get(f"{layer}.B1")
+    values = {name: value for name, value in sent.items() if split_name(name)[1] not in _FACTORS}
+    for layer in sorted({split_name(name)[0] for name in sent.keys() - values.keys()}):
+        b2, b1 = (sent.get(f"{layer}.{factor}") for factor in _FACTORS)
         name = f"{layer}.{UPDATE}"
         if b2 is None or b1 is None or name in values or b2.shape[1] != b1.shape[0]:
             raise AnswerError(f"its factors of {name} do not belong together")

@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from manylora.errors import RunError
-from manylora.federated.exchange import State
 from manylora.federated.faults import clean_text
+from manylora.federated.parts import State
 from manylora.files import whole_number
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from manylora.federated.check import agreed_counts, check_joined
 from manylora.federated.clients import Clients, Reply
 from manylora.federated.config import FederateConfig
 from manylora.federated.faults import clean_text
-from manylora.federated.initial import Shapes
-from manylora.federated.progress import Progress
+from manylora.federated.parts import Shapes
+from manylora.federated.progress import RoundsDisplay
 from manylora.federated.wire import JOINING, unpack
 from manylora.training import same_base
 
@@ -26,7 +26,7 @@ class _Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Joined:
+class Participants:
     """What came of joining."""
 
     examples: dict[str, int]
@@ -49,7 +49,7 @@ class Joining:
         progress: told who is refused.
     """
 
-    def __init__(self, config: FederateConfig, clients: Clients, progress: Progress) -> None:
+    def __init__(self, config: FederateConfig, clients: Clients, progress: RoundsDisplay) -> None:
         self.config, self.clients, self.progress = config, clients, progress
         self._groups: list[_Group] = []
         self._refused: dict[str, str] = {}
@@ -81,7 +81,7 @@ class Joining:
         self._groups.append(_Group(base=base, shapes=shapes))
         return self._groups[-1]
 
-    def result(self, names: Iterable[str], *, no_answer: str) -> Joined:
+    def result(self, names: Iterable[str], *, no_answer: str) -> Participants:
         """Who takes part: of several bases the one that most clients have, whoever came first.
 
         Args:
@@ -93,9 +93,9 @@ class Joining:
         """
         groups = sorted(self._groups, key=lambda group: (-len(group.examples), min(group.examples)))
         if len(groups) > 1 and len(groups[0].examples) == len(groups[1].examples):
-            told = " and ".join(f"{_listed(group.examples)} {group.base}" for group in groups[:2])
+            both = " and ".join(f"{_listed(group.examples)} {group.base}" for group in groups[:2])
             raise RunError(
-                f"clients have different base models, or other layers of them, and none has most: {told} "
+                f"clients have different base models, or other layers of them, and none has most: {both} "
                 "(fingerprints); give all the same."
             )
         most = groups[0] if groups else _Group(base="", shapes={})
@@ -109,7 +109,7 @@ class Joining:
         for name in names:
             if name not in most.examples and name not in self._refused:
                 self._refused[name] = no_answer
-        return Joined(
+        return Participants(
             examples=most.examples,
             agreed=self._agreed(most.examples),
             base=most.base,

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from manylora.federated.config import FederateConfig
-from manylora.federated.exchange import PLAIN, State, split_name
 from manylora.federated.faults import ClientError, Fault
 from manylora.federated.home import DamagedStateError
-from manylora.federated.initial import Shapes, part_shape
-from manylora.federated.strategies import Strategy
+from manylora.federated.parts import PARTS, PLAIN, Shapes, State, split_name
+from manylora.federated.strategy import Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +51,7 @@ def private_layout(
     private = _layout(strategy.private, shapes, rank=rank, intermediate=config.r)
     due = dict(private)
     if config.wire != "fp32" and strategy.feedback:
-        sent = _layout(strategy.exchange.up, shapes, rank=rank, intermediate=config.r)
+        sent = _layout(strategy.up, shapes, rank=rank, intermediate=config.r)
         due |= {RESIDUAL + name: shape for name, shape in sent.items()}
     if config.personal == "trained":
         rest = _layout(strategy.parts - strategy.private, shapes, rank=rank, intermediate=config.r)
@@ -67,8 +66,7 @@ def private_layout(
 
 def shared_layout(strategy: Strategy, config: FederateConfig, shapes: Shapes) -> Layout:
     """Everything that the server keeps of what is shared; FLoRA's stacks stand elsewhere."""
-    down = () if strategy.restarts else strategy.exchange.down
-    return _layout(down, shapes, rank=config.largest_rank, intermediate=config.r)
+    return _layout(strategy.down & PARTS.keys(), shapes, rank=config.largest_rank, intermediate=config.r)
 
 
 def check_layout(state: State, due: Layout, *, source: object) -> None:
@@ -152,7 +150,7 @@ def check_stack(stack: State, shapes: Shapes, *, source: object) -> None:
 
 def _layout(parts: Iterable[str], shapes: Shapes, *, rank: int, intermediate: int) -> Layout:
     return {
-        f"{layer}.{part}": part_shape(part, layer=shape, rank=rank, intermediate=intermediate)
+        f"{layer}.{part}": PARTS[part].shape(layer=shape, rank=rank, intermediate=intermediate)
         for layer, shape in shapes.items()
         for part in parts
     }

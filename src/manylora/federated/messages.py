@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 from manylora.errors import AnswerError
 from manylora.evaluation.score import TaskScore
 from manylora.federated.faults import FailedError, clean_text, fault_named, shown
-from manylora.federated.initial import Shapes
+from manylora.federated.parts import Shapes
 from manylora.federated.wire import Message
 
 Reader: TypeAlias = "Callable[[Any], Any]"

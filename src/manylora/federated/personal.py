@@ -1,9 +1,16 @@
-"""A client's personal model as a plain LoRA folder, which PEFT reads without manylora."""
+"""A client's personal model: saved as a plain LoRA folder, which PEFT reads without manylora, and scored.
+
+HOME/NAME/adapter             the model, with how its rows asked
+HOME/NAME/tasks.json          how long its answers may be
+HOME/NAME/predictions.jsonl   what it answered to its test rows
+HOME/NAME/complete.json       the checksums of all these
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +18,84 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from manylora.federated.exchange import State
+from manylora.data import Example, PromptRecord, encode_prompt
+from manylora.evaluation import generate_answers, score_all
 from manylora.federated.faults import ClientError, Fault
 from manylora.federated.kept import not_finite
+from manylora.federated.parts import State
+from manylora.files import COMPLETE, NOTES, folder_sums, json_text, remove, write_json, write_text
 
 if TYPE_CHECKING:
-    from manylora.data import PromptRecord
+    from manylora.evaluation import Scores
     from manylora.federated.workbench import Workbench
+
+_ANSWER_MARGIN = 8
+"""Tokens that an answer may be longer than the longest training answer, as in `manylora train`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientData:
+    """A client's own rows by task; every training row has an answer."""
+
+    train: Mapping[str, list[Example]]
+    test: Mapping[str, list[Example]] = field(default_factory=dict)
+
+
+def score_personal(
+    bench: Workbench, data: ClientData, folder: Path, *, number: int, stacks: Sequence[State] = ()
+) -> Scores | None:
+    """Save the adapter that is on and what goes with it, and score it on the client's test rows.
+
+    Args:
+        bench: with the client's adapter on.
+        data: the client's rows.
+        folder: the client's own.
+        number: of the round, for the note on what was written.
+        stacks: what was folded into the base.
+
+    Returns:
+        The scores; None where there are no test rows.
+    """
+    config, most = bench.config, (bench.context or 2**20) // 2
+    limits = {
+        task.name: config.max_new_tokens or min(task.longest_answer + _ANSWER_MARGIN, most)
+        for task in bench.encode(data.train)
+    }
+    prompts = PromptRecord.of(data.train, bench.tokenizer, date=config.date, max_length=config.max_length)
+    prompts = replace(prompts, base_fingerprint=bench.fingerprint)
+    remove(folder / COMPLETE)  # it speaks of what is about to be replaced
+    save_personal(bench, folder / "adapter", stacks=stacks, prompts=prompts)
+    write_json(
+        folder / "tasks.json",
+        {
+            "max_length": config.max_length,
+            "tasks": {task: {"answer_tokens": limit} for task, limit in limits.items()},
+        },
+    )
+    scores = _scores(bench, data, folder, limits) if data.test else None
+    names = [path.relative_to(folder).as_posix() for path in folder.glob("adapter/*")]
+    sums = folder_sums(folder, [*names, "tasks.json", "predictions.jsonl"])
+    write_json(folder / COMPLETE, {"round": number, NOTES: sums})
+    return scores
+
+
+def _scores(bench: Workbench, data: ClientData, folder: Path, limits: Mapping[str, int]) -> Scores:
+    config = bench.config
+    answers = {
+        task: generate_answers(
+            bench.model,
+            bench.tokenizer,
+            rows,
+            batch_size=config.eval_batch_size,
+            max_length=config.max_length,
+            max_new_tokens=limits.get(task, max(limits.values())),
+        )
+        for task, rows in data.test.items()
+    }
+    scores = score_all(data.test, answers, tokenizer=bench.tokenizer, rouge=config.rouge)
+    lines = (json_text(row) + "\n" for row in scores.prediction_rows())
+    write_text(folder / "predictions.jsonl", "".join(lines))
+    return scores
 
 
 def save_personal(
@@ -71,3 +149,27 @@ def save_personal(
     if folder.exists():
         shutil.rmtree(folder)
     partial.replace(folder)
+
+
+def cut_prompts(bench: Workbench, rows: ClientData) -> str:
+    """A sentence on a client's prompts that are too long and lose their beginnings; "" where all are whole.
+
+    Raises:
+        DataError: a row cannot be encoded.
+    """
+    length = bench.config.max_length
+    train = {task.name: sum(row.truncated for row in task.rows) for task in bench.encode(rows.train)}
+    test = {
+        task: sum(
+            encode_prompt(row, bench.tokenizer, max_length=length, vocabulary=bench.vocabulary)[1]
+            for row in found
+        )
+        for task, found in rows.test.items()
+    }
+    shares = [
+        f"{100 * cut / len(found[task]):.1f} % of {task}'s {what} prompts"
+        for what, cuts, found in (("training", train, rows.train), ("test", test, rows.test))
+        for task, cut in cuts.items()
+        if cut
+    ]
+    return f"longer than {length} tokens and cut to their ends: {', '.join(shares)}" if shares else ""

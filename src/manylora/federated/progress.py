@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 
-class Progress(Protocol):
-    """What a display may want to know; see `Quiet` for one that does not."""
+class RoundsDisplay:
+    """What a display may want to know. This one shows nothing; another overrides what it shows."""
 
     def round_began(self, number: int, rounds: int, asked: int) -> None:
         """A round begins with so many clients."""
@@ -32,28 +31,3 @@ class Progress(Protocol):
 
     def scored(self, client: str, done: int, total: int) -> None:
         """A client has scored its personal model."""
-
-
-class Quiet:
-    """Shows nothing."""
-
-    def round_began(self, number: int, rounds: int, asked: int) -> None:
-        """Nothing."""
-
-    def answered(self, client: str, loss: float, seconds: float) -> None:
-        """Nothing."""
-
-    def refused(self, client: str, reason: str) -> None:
-        """Nothing."""
-
-    def noted(self, line: str) -> None:
-        """Nothing."""
-
-    def shared(self, number: int, shares: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def round_ended(self, number: int, loss: float, update: float | None) -> None:
-        """Nothing."""
-
-    def scored(self, client: str, done: int, total: int) -> None:
-        """Nothing."""

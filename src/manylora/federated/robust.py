@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from manylora.federated.config import FederateConfig
-from manylora.federated.exchange import UPDATE, State, split_name
+from manylora.federated.parts import UPDATE, State, norm, split_name
 
 Change = dict[str, Tensor]
 """Name of a shared matrix to its change, float64."""
@@ -97,11 +97,6 @@ def trimmed_mean(changes: Sequence[Change], *, cut: int) -> tuple[Change, list[f
         total[name] = part_KOR.sum(0)
         squares += part_KOR.square().flatten(1).sum(1)
     return total, squares.sqrt().tolist()
-
-
-def norm(state: State) -> float:
-    """Of all matrices together (Frobenius)."""
-    return math.sqrt(sum(float(value.double().square().sum()) for value in state.values()))
 
 
 def shares_of(parts: Sequence[float]) -> list[float]:

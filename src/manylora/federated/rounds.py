@@ -23,9 +23,7 @@ from pathlib import Path
 
 from manylora.errors import AnswerError, RunError, WireError
 from manylora.evaluation import Scores
-from manylora.federated.aggregate import truncated
 from manylora.federated.check import (
-    Checked,
     Member,
     check_answer,
     check_result,
@@ -34,19 +32,18 @@ from manylora.federated.check import (
     update_limits,
 )
 from manylora.federated.clients import Clients, Reply
-from manylora.federated.compress import corrected, expanded, residual_of
+from manylora.federated.compress import corrected, multiply_factors, residual_of
 from manylora.federated.config import FederateConfig
-from manylora.federated.exchange import State
 from manylora.federated.faults import FailedError, Fault, clean_text
 from manylora.federated.home import VersionedState, folder_name
-from manylora.federated.initial import initial_state
-from manylora.federated.joining import Joined, Joining
-from manylora.federated.kept import check_stack
+from manylora.federated.joining import Joining, Participants
 from manylora.federated.messages import read_scored
-from manylora.federated.progress import Progress, Quiet
-from manylora.federated.robust import changes_of, norm, robust_change, shares_of
+from manylora.federated.parts import PARTS, State, initial_state, norm
+from manylora.federated.progress import RoundsDisplay
+from manylora.federated.robust import changes_of, robust_change, shares_of
 from manylora.federated.server_state import RoundFacts, ServerState, check_shared, load_state, save_state
 from manylora.federated.strategies import strategy_for
+from manylora.federated.strategy import Strategy, Turn
 from manylora.federated.wire import JOINING, SCORING, Bounds, Message, pack, unpack
 from manylora.training import RunFolder
 
@@ -59,14 +56,21 @@ class Rounds:
         clients: an engine.
         folder: of the run, or of its reference within it.
         progress: told what happens.
+        strategy: of the run. Default: the one that `config` names.
     """
 
     def __init__(
-        self, config: FederateConfig, clients: Clients, folder: Path, *, progress: Progress | None = None
+        self,
+        config: FederateConfig,
+        clients: Clients,
+        folder: Path,
+        *,
+        progress: RoundsDisplay | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         self.config, self.clients, self.folder = config, clients, folder
-        self.strategy = strategy_for(config.strategy, unequal=config.ranks is not None)
-        self.progress: Progress = progress or Quiet()
+        self.strategy = strategy or strategy_for(config.strategy, unequal=config.ranks is not None)
+        self.progress = progress or RoundsDisplay()
         self._saved = VersionedState(folder / "rounds")
         self._stacks = VersionedState(folder / "stacks")
         self._answers = folder / "answers"
@@ -177,7 +181,7 @@ class Rounds:
             for name, claim in sorted(joined.examples.items())
         }
         shared = initial_state(
-            () if self.strategy.restarts else self.strategy.exchange.down,
+            self.strategy.down & PARTS.keys(),
             joined.shapes,
             rank=self.config.largest_rank,
             largest_rank=self.config.largest_rank,
@@ -187,7 +191,7 @@ class Rounds:
         self.state = ServerState(shared=shared, members=members, shapes=joined.shapes, base=joined.base)
         self._save()
 
-    def _join(self, names: Sequence[str]) -> Joined:
+    def _join(self, names: Sequence[str]) -> Participants:
         """Who takes part, of those that are there."""
         fields = {"settings": self.config.for_clients()}
         joining = Joining(self.config, self.clients, self.progress)
@@ -213,67 +217,94 @@ class Rounds:
         return sorted(random.Random(f"{self.config.seed}:participation:{number}").sample(names, count))
 
     def _round(self, number: int) -> None:
+        """One round, from whom it asks to what it leaves on disk."""
+        config, strategy, deadline = self.config, self.strategy, self.config.deadline
         names = self.chosen(number)
-        self.progress.round_began(number, self.config.rounds or 0, len(names))
-        values = corrected(self.state.shared, self.state.residual)
-        # What the clients will read: rounded as the wire rounds, truncated or not.
-        received = unpack(
-            pack(Message(kind="", client="", round=0, tensors=values), self.config.wire)
-        ).tensors
-        shutil.rmtree(self._answers, ignore_errors=True)
+        self.progress.round_began(number, config.rounds or 0, len(names))
+        # With what the last broadcast lost by rounding (error feedback), so that over the rounds nothing is lost.
+        sending = corrected(self.state.shared, self.state.residual)
+        shutil.rmtree(self._answers, ignore_errors=True)  # those of a round that was killed
         self._answers.mkdir()
-        facts = RoundFacts()
-        self._collect(names, number, values, facts)
+        facts, waiting, began = RoundFacts(), set(names), time.monotonic()
+
+        def order(name: str) -> bytes:
+            data = self._order("train", name, number, sending)
+            facts.down[name] = len(data)
+            return data
+
+        most = max(self._bounds(name).message or 0 for name in names)
+        for reply in self.clients.ask(names, order, seconds=deadline, most=most):
+            seconds = time.monotonic() - began
+            if reply.client in waiting and not (deadline is not None and seconds > deadline):
+                waiting.remove(reply.client)
+                self._take_answer(reply, number, facts, seconds=seconds)
+        for name in sorted(waiting):
+            self._refuse(facts, name, self._no_answer())
+        if strategy.travels:
+            for name, reason in out_of_proportion(facts.norms, most=config.max_ratio).items():
+                self._refuse(facts, name, reason)
         counted = sorted(facts.losses)
         self._check_quorum(
             len(counted), names, f"counted in round {number}", facts.refused, not_finite=facts.not_finite
         )
-        update = self._aggregate(number, counted, values, received, facts)
-        self.state.counted |= dict.fromkeys(counted, number)
-        self.state.round = number
+        change = self._aggregate(number, counted, sending, facts) if strategy.travels else None
+
         examples = {name: self.state.members[name].weight for name in counted}
         loss = sum(facts.losses[name] * n for name, n in examples.items()) / sum(examples.values())
+        # Before the state: whoever resumes takes lines of rounds that are not saved away again (`rewind_metrics`).
         RunFolder(self.folder).append_metrics(
-            {"step": number, "loss": loss, "update_norm": update, "asked": len(names), **facts.to_dict()}
+            {"step": number, "loss": loss, "update_norm": change, "asked": len(names), **facts.to_dict()}
         )
+        self.state.counted |= dict.fromkeys(counted, number)
+        self.state.round = number
         self._save()
         shutil.rmtree(self._answers, ignore_errors=True)
         self.progress.shared(number, facts.shares)
-        self.progress.round_ended(number, loss, update)
+        self.progress.round_ended(number, loss, change)
 
-    def _collect(self, names: Sequence[str], number: int, values: State, facts: RoundFacts) -> None:
-        """Ask, and put every answer that passes its checks on disk; memory holds one at a time."""
+    def _order(self, kind: str, name: str, number: int, shared: State) -> bytes:
+        """The message that gives one client what it needs for its part of a round, or to score its model."""
+        turn = self._turn(name, number)
+        parcel = self.strategy.prepare(shared, turn)
+        fields = {
+            "settings": self.config.for_clients(), "rank": turn.rank, "version": turn.version,
+            "base": self.state.base,
+        }  # fmt: skip
+        message = Message(
+            kind=kind, client=name, round=number, fields={**fields, **parcel.fields}, tensors=parcel.tensors
+        )
+        return pack(message, self.config.wire)
 
-        def order(name: str) -> bytes:
-            data = self._order("train", name, number, values)
-            facts.down[name] = len(data)
-            return data
+    def _turn(self, name: str, number: int) -> Turn:
+        return Turn(
+            config=self.config, client=name, round=number, rank=self.state.members[name].rank,
+            version=self.state.counted.get(name, 0), shapes=self.state.shapes, stacks=self._stacks,
+        )  # fmt: skip
 
-        began, waiting = time.monotonic(), set(names)
-        deadline = self.config.deadline
-        most = max(self._bounds(name).message or 0 for name in names)
-        for reply in self.clients.ask(names, order, seconds=deadline, most=most):
-            late = deadline is not None and time.monotonic() - began > deadline
-            if reply.client not in waiting or late:
-                continue
-            waiting.remove(reply.client)
-            try:
-                checked = self._check(reply, number)
-            except (AnswerError, WireError) as error:
-                if isinstance(error, FailedError) and error.fault is Fault.NOT_FINITE:
-                    facts.not_finite.add(reply.client)
-                self._refuse(facts, reply.client, clean_text(error))
-                continue
-            assert reply.data is not None
-            (self._answers / folder_name(reply.client)).write_bytes(reply.data)
-            facts.up[reply.client] = len(reply.data)
-            facts.losses[reply.client], facts.norms[reply.client] = checked.loss, checked.norm
-            self.progress.answered(reply.client, checked.loss, time.monotonic() - began)
-        for name in sorted(waiting):
-            self._refuse(facts, name, self._no_answer())
-        if self.strategy.travels:
-            for name, reason in out_of_proportion(facts.norms, most=self.config.max_ratio).items():
-                self._refuse(facts, name, reason)
+    def _take_answer(self, reply: Reply, number: int, facts: RoundFacts, *, seconds: float) -> None:
+        """Put an answer that passes its checks on disk, so that memory holds one at a time; refuse another."""
+        name = reply.client
+        member = self.state.members[name]
+        try:
+            data = _bytes(reply)
+            checked = check_answer(
+                unpack(data, self._bounds(name)),
+                member=member,
+                round=number,
+                version=self.state.counted.get(name, 0),
+                expected=self._expected(name),
+                strategy=self.strategy,
+                limits=update_limits(self.strategy, self.config, member=member, round=number),
+            )
+        except (AnswerError, WireError) as error:
+            if isinstance(error, FailedError) and error.fault is Fault.NOT_FINITE:
+                facts.not_finite.add(name)
+            self._refuse(facts, name, clean_text(error))
+            return
+        (self._answers / folder_name(name)).write_bytes(data)
+        facts.up[name] = len(data)
+        facts.losses[name], facts.norms[name] = checked.loss, checked.norm
+        self.progress.answered(name, checked.loss, seconds)
 
     def _refuse(self, facts: RoundFacts, name: str, reason: str) -> None:
         facts.refuse(name, reason)
@@ -290,77 +321,40 @@ class Rounds:
     def _bounds(self, name: str) -> Bounds:
         return Bounds.of(self._expected(name), self.config.wire)
 
-    def _check(self, reply: Reply, number: int) -> Checked:
-        client = reply.client
-        member = self.state.members[client]
-        return check_answer(
-            unpack(_bytes(reply), self._bounds(client)),
-            member=member,
-            round=number,
-            version=self.state.counted.get(client, 0),
-            expected=self._expected(client),
-            strategy=self.strategy,
-            limits=update_limits(self.strategy, self.config, member=member, round=number),
-        )
-
-    def _order(self, kind: str, name: str, number: int, values: State) -> bytes:
-        """The message that gives one client what is shared, at its rank."""
-        member, version = self.state.members[name], self.state.counted.get(name, 0)
-        fields = {"settings": self.config.for_clients(), "rank": member.rank, "version": version}
-        fields["base"] = self.state.base
-        tensors: State = truncated(values, member.rank) if self.strategy.truncates else values
-        if self.strategy.restarts:
-            made = [stack for stack in self._stacks.versions() if stack < number]
-            fields["stacks"] = len(made)
-            # Whoever counted in round v had the stacks before v by then; it missed the others.
-            tensors = {
-                f"{stack}/{matrix}": value
-                for stack in made
-                if stack >= version
-                for matrix, value in self._stack(stack).items()
-            }
-        message = Message(kind=kind, client=name, round=number, fields=fields, tensors=tensors)
-        return pack(message, self.config.wire)
-
-    def _stack(self, number: int) -> State:
-        stack, _ = self._stacks.read(number)
-        check_stack(stack, self.state.shapes, source=self._stacks.file(number))
-        return stack
-
-    def _aggregate(
-        self, number: int, counted: Sequence[str], values: State, received: State, facts: RoundFacts
-    ) -> float | None:
-        """The new shared state from the answers on disk; returns the norm of its change, None where nothing travels."""
-        if not self.strategy.travels:
-            return None
+    def _aggregate(self, number: int, counted: Sequence[str], sent: State, facts: RoundFacts) -> float:
+        """The new shared state from the answers on disk; returns the norm of its change."""
+        strategy, config = self.strategy, self.config
+        # What the clients have read: rounded as the wire rounds.
+        received = unpack(pack(Message(kind="", client="", round=0, tensors=sent), config.wire)).tensors
         total = sum(self.state.members[name].weight for name in counted)
         weights = [self.state.members[name].weight / total for name in counted]
 
         def answers() -> Iterator[tuple[float, State]]:
             for name, weight in zip(counted, weights, strict=True):
-                rank = self.state.members[name].rank
                 message = unpack((self._answers / folder_name(name)).read_bytes(), self._bounds(name))
-                down = truncated(received, rank) if self.strategy.truncates else received
-                yield weight, self.strategy.exchange.arrived(down, expanded(message.tensors))
+                came = multiply_factors(message.tensors)
+                yield weight, strategy.accept(received, came, self._turn(name, number))
 
-        if self.config.robust == "none":
-            new = self.strategy.aggregate(received, answers(), self.config.scaling)
+        if config.robust == "none":
+            new = strategy.aggregate(received, answers(), config.scaling)
             parts = [weight * facts.norms[name] for name, weight in zip(counted, weights, strict=True)]
         else:
             changes = changes_of(received, [state for _, state in answers()])
-            change, parts = robust_change(changes, weights, self.config)
+            change, parts = robust_change(changes, weights, config)
             new = {name: (value.double() + change[name]).float() for name, value in received.items()}
         facts.shares = dict(zip(counted, shares_of(parts), strict=True))
-        size = norm(new if self.strategy.restarts else {n: value - received[n] for n, value in new.items()})
+        size = norm(
+            {name: value - received[name] if name in received else value for name, value in new.items()}
+        )
         self._check_result(number, new, size, facts)
-        if self.strategy.restarts:
-            self._stacks.write(number, new, {})
-            return size
-        if size == 0 and not self.strategy.may_stand_still:
+        if size == 0 and not strategy.may_stand_still:
             raise RunError(f"round {number} changed nothing (update norm 0); is the learning rate 0?")
-        self.state.shared = new
-        if self.strategy.feedback and self.config.wire != "fp32":
-            self.state.residual = residual_of(values, received)
+        if strategy.restarts:
+            self._stacks.write(number, new, {})
+        else:
+            self.state.shared = new
+        if strategy.feedback and config.wire != "fp32":
+            self.state.residual = residual_of(sent, received)
         return size
 
     def _check_result(self, number: int, new: State, change: float, facts: RoundFacts) -> None:
@@ -370,10 +364,10 @@ class Rounds:
             check_result(new, change=change, norms=facts.norms.values(), most=most)
         except RunError as error:
             first = sorted(facts.shares.items(), key=lambda item: -item[1])[:3]
-            told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in first)
+            largest = ", ".join(f"{name} {100 * share:.0f} %" for name, share in first)
             raise RunError(
-                f"round {number} is not saved: {error}. The largest shares of its change are {told}; leave that client "
-                "out, then continue with --resume from the last round that is saved."
+                f"round {number} is not saved: {error}. The largest shares of its change are {largest}; leave that "
+                "client out, then continue with --resume from the last round that is saved."
             ) from error
 
     def _check_quorum(

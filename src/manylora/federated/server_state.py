@@ -16,10 +16,10 @@ from manylora.federated.check import Member
 from manylora.federated.config import FederateConfig
 from manylora.federated.faults import shown
 from manylora.federated.home import DamagedStateError, MissingStateError, VersionedState
-from manylora.federated.initial import Shapes
 from manylora.federated.kept import RESIDUAL as _RESIDUAL
 from manylora.federated.kept import check_layout, not_finite, shared_layout, with_prefix
-from manylora.federated.strategies import Strategy
+from manylora.federated.parts import Shapes
+from manylora.federated.strategy import Strategy
 from manylora.files import Record, check_record
 
 if TYPE_CHECKING:
@@ -31,15 +31,19 @@ _Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 @dataclass(kw_only=True)
 class ServerState:
-    """All that the server must remember between rounds."""
+    """All that the server must remember between rounds: with less, a resumed run would end with other weights.
+
+    Who takes part in a round is not here, as it follows from seed and round; nor is what a client keeps, as the server
+    says from which version on.
+    """
 
     round: int = 0
     """The last finished one."""
     shared: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
-    """What rounding took from the last broadcast."""
+    """What rounding took from the last broadcast, which the next one makes up for."""
     counted: dict[str, int] = field(default_factory=dict)
-    """Client to the last round in which its answer counted."""
+    """Client to the last round in which its answer counted: the version of its private state that it goes on from."""
     members: dict[str, Member] = field(default_factory=dict)
     shapes: Shapes = field(default_factory=dict)
     base: str = ""

@@ -1,120 +1,108 @@
-"""Strategies as values: what travels, what is trained, how the server aggregates."""
+"""The strategies that there are. To add one: a final subclass of `Strategy`, and its line in `STRATEGIES`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
 
 from manylora.federated import aggregate
-from manylora.federated.aggregate import Aggregate
-from manylora.federated.exchange import FACTORED, PLAIN, STACK, UPDATE, Exchange
+from manylora.federated.aggregate import Answers
+from manylora.federated.flora import FLORA
+from manylora.federated.parts import FACTORED, PLAIN, UPDATE, State, split_name
+from manylora.federated.strategy import Strategy
+
+_A, _B = frozenset({"A"}), frozenset({"B"})
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
-class Strategy:
-    """One way to learn from many clients; the rounds, the client and the accounting read nothing else."""
+class Averaged(Strategy):
+    """Every part that travels is averaged over the clients by itself."""
 
-    name: str
-    exchange: Exchange
-    aggregate: Aggregate
-    trains: frozenset[str] = PLAIN
-    """Parts that local training changes."""
-    factored: bool = False
-    """The client's model is W0 + s (B0 + B2 B1) M A instead of W0 + s B A."""
-    unequal: bool = False
-    """Clients may differ in rank."""
-    truncates: bool = False
-    """What comes down has the largest rank; each client takes the first of its own."""
-    restarts: bool = False
-    """Clients fold what comes down into the base, and start each round with fresh factors."""
-    feedback: bool = True
-    """Rounding errors of a lossy wire are added to the next message; off where one message does not go on from
-    the last."""
-    pooled: bool = False
-    """All rows in one place: no clients at all."""
+    linear: bool = True
 
-    @property
-    def parts(self) -> frozenset[str]:
-        """Parts of a client's model."""
-        return FACTORED if self.factored else PLAIN
-
-    @property
-    def private(self) -> frozenset[str]:
-        """Parts that a client keeps from round to round. Its B2 starts at zero each round: its value is in B0."""
-        return frozenset() if self.restarts else self.parts - self.exchange.down - {"B2"}
-
-    @property
-    def travels(self) -> bool:
-        """Whether anything does."""
-        return bool(self.exchange.up)
-
-    @property
-    def may_stand_still(self) -> bool:
-        """Whether what travels may be unchanged although something was learnt: while B is zero A has no gradient, so
-        a client's first step moves B alone."""
-        return self.exchange.up == {"A"}
-
-    @property
-    def linear(self) -> bool:
-        """Whether the new shared state is the old one and a sum over the clients of what each changed, so that the sum
-        may be another one (`manylora.federated.robust`)."""
-        return self.travels and self.aggregate in (aggregate.mean, aggregate.increment)
-
-    @property
-    def keeps_a(self) -> bool:
-        """Whether each client has an A of its own, so that `a_init` and `a_state` mean something."""
-        return "A" in self.private and "A" in self.trains
+    def aggregate(self, received: State, answers: Answers, scaling: float) -> dict[str, Tensor]:
+        """Σ p_k X_k."""
+        return aggregate.mean(received, answers, scaling)
 
 
-def _both(*parts: str) -> Exchange:
-    return Exchange(up=frozenset(parts), down=frozenset(parts))
+@final
+@dataclass(frozen=True, kw_only=True)
+class SummedProducts(Strategy):
+    """Clients of unequal ranks send the product B2 B1, which has the same shape at all of them."""
+
+    linear: bool = True
+
+    def leave(self, received: State, trained: State) -> dict[str, Tensor]:
+        """B2 B1 of every layer, as "dB"."""
+        products = {}
+        for layer in sorted({split_name(name)[0] for name in trained}):
+            b2_OK, b1_KR = trained[f"{layer}.B2"].double(), trained[f"{layer}.B1"].double()
+            products[f"{layer}.{UPDATE}"] = (b2_OK @ b1_KR).float()
+        return products
+
+    def aggregate(self, received: State, answers: Answers, scaling: float) -> dict[str, Tensor]:
+        """B0 + Σ p_k B2_k B1_k."""
+        return aggregate.increment(received, answers, scaling)
 
 
-FED_ALORA = Strategy(name="fed-alora", exchange=_both("B"), aggregate=aggregate.mean)
+@final
+@dataclass(frozen=True, kw_only=True)
+class Apart(Strategy):
+    """Nothing travels."""
+
+    def aggregate(self, received: State, answers: Answers, scaling: float) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ZeroPadded(Strategy):
+    """What comes down has the largest rank; each client takes the first components, as many as its own rank."""
+
+    def aggregate(self, received: State, answers: Answers, scaling: float) -> dict[str, Tensor]:
+        """Pad with zeros to the largest rank, then average."""
+        return aggregate.padded_mean(received, answers, scaling)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Projected(Strategy):
+    """As `ZeroPadded`, but the components are those of the sum of products, the largest first."""
+
+    def aggregate(self, received: State, answers: Answers, scaling: float) -> dict[str, Tensor]:
+        """The best factors of Σ p_k s B_k A_k."""
+        return aggregate.svd_of_mean(received, answers, scaling)
+
+
+FED_ALORA = Averaged(name="fed-alora", up=_B, down=_B, published=("B, both ways",))
 """arXiv 2509.25414, section 4.2: only B travels."""
-FED_ALORA_UNEQUAL = Strategy(
-    name="fed-alora",
-    exchange=Exchange(up=frozenset({UPDATE}), down=frozenset({"B0"})),
-    aggregate=aggregate.increment,
-    trains=FACTORED - {"B0"},
-    factored=True,
-    unequal=True,
-)
+FED_ALORA_UNEQUAL = SummedProducts(
+    name="fed-alora", up=frozenset({UPDATE}), down=frozenset({"B0"}), parts=FACTORED, trains=FACTORED - {"B0"},
+    unequal=True, published=("B2 up, B0 down", "B2 up, B0 down, and the r × rank terms of B1 and M"),
+)  # fmt: skip
 """arXiv 2509.25414, section 4.3: up B2 B1, down B0."""
-FEDSA = Strategy(name="fedsa", exchange=_both("A"), aggregate=aggregate.mean)
+FEDSA = Averaged(name="fedsa", up=_A, down=_A, published=("A, both ways",))
 """arXiv 2410.01463."""
-FEDIT = Strategy(name="fedit", exchange=_both("A", "B"), aggregate=aggregate.mean)
+FEDIT = Averaged(name="fedit", up=PLAIN, down=PLAIN, published=("A and B, both ways",))
 """arXiv 2305.05644."""
-FFA = Strategy(name="ffa", exchange=_both("B"), aggregate=aggregate.mean, trains=frozenset({"B"}))
+FFA = Averaged(name="ffa", up=_B, down=_B, trains=_B, published=("B, both ways",))
 """arXiv 2403.12313: A stays at an initial value that all have in common."""
-LOCAL = Strategy(name="local", exchange=Exchange(), aggregate=aggregate.mean, unequal=True)
+LOCAL = Apart(name="local", unequal=True)
 """Nothing travels: each client on its own rows."""
-CENTRALIZED = Strategy(name="centralized", exchange=Exchange(), aggregate=aggregate.mean, pooled=True)
+CENTRALIZED = Apart(name="centralized", pooled=True)
 """The data travel: one model on all rows."""
-ZERO_PADDING = Strategy(
-    name="zero-padding",
-    exchange=_both("A", "B"),
-    aggregate=aggregate.padded_mean,
-    unequal=True,
-    truncates=True,
-)
+ZERO_PADDING = ZeroPadded(
+    name="zero-padding", up=PLAIN, down=PLAIN, unequal=True,
+    published=("A and B, up at each rank, down at the largest",),
+)  # fmt: skip
 """arXiv 2401.06432, without its pruning and weighting."""
-FLORA = Strategy(
-    name="flora",
-    exchange=Exchange(up=PLAIN, down=frozenset({STACK})),
-    aggregate=aggregate.stacked,
-    unequal=True,
-    restarts=True,
-    feedback=False,
-)
-"""arXiv 2409.05976: the stack comes down, and the stacks a client missed."""
-FLEXLORA = Strategy(
-    name="flexlora",
-    exchange=_both("A", "B"),
-    aggregate=aggregate.svd_of_mean,
-    unequal=True,
-    truncates=True,
-    feedback=False,
+FLEXLORA = Projected(
+    name="flexlora", up=PLAIN, down=PLAIN, unequal=True, feedback=False, published=("A and B, both ways",)
 )
 """arXiv 2402.11505."""
 

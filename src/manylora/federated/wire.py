@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from manylora.errors import WireError
-from manylora.federated.exchange import State, split_name
+from manylora.federated.parts import State, component_axis
 
 Format: TypeAlias = Literal["fp32", "bf16", "int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -95,7 +95,7 @@ def pack(message: Message, format: Format = "fp32") -> bytes:
         if not torch.isfinite(value).all():
             raise WireError(f"{name} holds NaN or infinity; training diverged, lower the learning rate.")
         specs.append([name, list(value.shape)])
-        chunks.append(_encode(value, format, _component_axis(name)))
+        chunks.append(_encode(value, format, component_axis(name)))
     header = {
         "kind": message.kind,
         "client": message.client,
@@ -157,12 +157,7 @@ def payload_bytes(shape: tuple[int, int], format: Format, *, components: int) ->
 
 
 def _size(name: str, shape: tuple[int, int], format: Format) -> int:
-    return payload_bytes(shape, format, components=shape[_component_axis(name)])
-
-
-def _component_axis(name: str) -> int:
-    """The axis that counts rank components: columns of B, dB, B0 and B2, rows of all others."""
-    return 1 if split_name(name)[1] in ("B", "dB", "B0", "B2") else 0
+    return payload_bytes(shape, format, components=shape[component_axis(name)])
 
 
 def _encode(value: Tensor, format: Format, axis: int) -> bytes:
@@ -217,7 +212,7 @@ def _decode_all(data: memoryview, specs: list[Any], format: Format) -> dict[str,
             raise WireError(f"a message that names {name!r} twice")
         if start + size > len(data):
             raise WireError(f"a message that ends within {name!r}")
-        tensors[name] = _decode(data[start : start + size], shape, format, _component_axis(name))
+        tensors[name] = _decode(data[start : start + size], shape, format, component_axis(name))
         start += size
     if start != len(data):
         raise WireError(f"a message with {len(data) - start} bytes too many")

@@ -9,14 +9,14 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from manylora.adapters import ExpertBank, FactoredBank, ManyLoraLinear
+from manylora.adapters import FactoredBank, ManyLoraLinear
 from manylora.data import TaskData, fix_date
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
-from manylora.federated.exchange import State
 from manylora.federated.faults import clean_text
-from manylora.federated.initial import Shapes
-from manylora.federated.strategies import Strategy, strategy_for
+from manylora.federated.parts import Shapes, State
+from manylora.federated.strategies import strategy_for
+from manylora.federated.strategy import Strategy
 from manylora.training import (
     base_fingerprint,
     context_of,
@@ -42,14 +42,15 @@ class Workbench:
 
     Args:
         config: resolved.
+        strategy: of the run. Default: the one that `config` names.
 
     Raises:
         ModelError, TargetModulesError: the base cannot be loaded, or has no such layers.
     """
 
-    def __init__(self, config: FederateConfig) -> None:
+    def __init__(self, config: FederateConfig, *, strategy: Strategy | None = None) -> None:
         self.config = config
-        self.strategy: Strategy = strategy_for(config.strategy, unequal=config.ranks is not None)
+        self.strategy = strategy or strategy_for(config.strategy, unequal=config.ranks is not None)
         self.tokenizer = load_tokenizer(config.model)
         fix_date(self.tokenizer, config.date)
         architecture = load_config(config.model)
@@ -114,7 +115,7 @@ class Workbench:
             if self.strategy.factored:
                 layer.manylora_experts[_ADAPTER] = FactoredBank(layer.bank(_ADAPTER), own_rank=rank)
             layer.bank(_ADAPTER).float()  # PEFT gave it the type of the base, which may be a half one
-            for part, matrix in _matrices(layer.bank(_ADAPTER)).items():
+            for part, matrix in layer.bank(_ADAPTER).parts.items():
                 value = state.get(f"{name}.{part}")
                 if value is None or value.shape != matrix.shape:  # copying would spread a smaller one
                     raise ConfigError(
@@ -130,7 +131,7 @@ class Workbench:
         return {
             f"{name}.{part}": matrix.detach().to("cpu", torch.float32, copy=True)
             for name, layer in self.layers.items()
-            for part, matrix in _matrices(layer.bank(_ADAPTER)).items()
+            for part, matrix in layer.bank(_ADAPTER).parts.items()
         }
 
     def parameter_names(self) -> dict[str, str]:
@@ -138,7 +139,7 @@ class Workbench:
         by_identity = {
             id(matrix): f"{name}.{part}"
             for name, layer in self.layers.items()
-            for part, matrix in _matrices(layer.bank(_ADAPTER)).items()
+            for part, matrix in layer.bank(_ADAPTER).parts.items()
         }
         return {
             name: by_identity[id(parameter)]
@@ -181,12 +182,6 @@ class Workbench:
             with torch.no_grad():
                 self.layers[name].get_base_weight().copy_(weight)
         self._folded = []
-
-
-def _matrices(bank: ExpertBank) -> dict[str, Tensor]:
-    if isinstance(bank, FactoredBank):
-        return {"A": bank.A, "M": bank.M, "B0": bank.B0, "B1": bank.B1, "B2": bank.B2}
-    return {"A": bank.lora_A, "B": bank.lora_B}
 
 
 def total_rows(tasks: Iterable[EncodedTask]) -> int:

@@ -200,7 +200,7 @@ def training_loss(model: PeftModel, *, rows: int, length: int, answer: int) -> t
     ids = torch.zeros(rows, length, dtype=torch.long)
     labelled = model.active_peft_config.task_type == "SEQ_CLS"
     routing: dict[str, Any] = {} if labelled else {"use_cache": False}
-    if model.active_peft_config.router == "task" and model.active_peft_config.num_experts > 1:
+    if model.active_peft_config.routes_by_task:
         routing["expert_ids"] = torch.zeros(rows, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # as in any batch of unequal rows: transformers leaves out a mask that hides nothing

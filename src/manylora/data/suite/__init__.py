@@ -13,6 +13,6 @@ sides of the same kind of story; `record_to_text` and `register_entry` want diff
 """
 
 from manylora.data.suite.build import SPLIT_SIZES, SUITE, SUITE_TASKS, load_suite, suite_table
-from manylora.data.suite.rows import Row, SuiteTask
+from manylora.data.suite.rows import SuiteRow, SuiteTask
 
-__all__ = ["SPLIT_SIZES", "SUITE", "SUITE_TASKS", "Row", "SuiteTask", "load_suite", "suite_table"]
+__all__ = ["SPLIT_SIZES", "SUITE", "SUITE_TASKS", "SuiteRow", "SuiteTask", "load_suite", "suite_table"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from manylora.data.suite.lexicon import COUNTED, FEMALE, MALE, THINGS, plural
-from manylora.data.suite.rows import Row, SuiteTask, fill, options, shuffled
+from manylora.data.suite.rows import SuiteRow, SuiteTask, fill, options, shuffled
 
 HOLDER_TEMPLATES = (
     "Read the story and say who has the {thing} now.",
@@ -40,7 +40,7 @@ def draw_people(rng: Random, count: int) -> list[str]:
     return rng.sample(FEMALE + MALE, count)
 
 
-def draw_holder(rng: Random, index: int) -> Row:
+def draw_holder(rng: Random, index: int) -> SuiteRow:
     """Two things change hands, in half of the rows one of them twice; the last taker of the asked one."""
     first, second, third, fourth, fifth = draw_people(rng, 5)
     asked, other = rng.sample(THINGS, 2)
@@ -54,10 +54,10 @@ def draw_holder(rng: Random, index: int) -> Row:
     ]
     answer = [taker for thing, _, taker in moves if thing == asked][-1]
     instruction, given = fill(rng.choice(HOLDER_TEMPLATES), text=" ".join(told), thing=asked)
-    return Row(instruction=instruction, input=given, output=answer, key=("holder", *moves))
+    return SuiteRow(instruction=instruction, input=given, output=answer, key=("holder", *moves))
 
 
-def draw_former(rng: Random, index: int) -> Row:
+def draw_former(rng: Random, index: int) -> SuiteRow:
     """One thing changes hands, in half of the rows a second one too; the giver of the asked one, of three people."""
     giver, taker, third, fourth = draw_people(rng, 4)
     asked, other = rng.sample(THINGS, 2)
@@ -69,7 +69,7 @@ def draw_former(rng: Random, index: int) -> Row:
     listed = options(shuffled(rng, (giver, taker, rng.choice((third, fourth)))))
     text = " ".join(told)
     instruction, given = fill(rng.choice(FORMER_TEMPLATES), text=text, thing=asked, options=listed)
-    return Row(instruction=instruction, input=given, output=giver, key=("holder", *moves))
+    return SuiteRow(instruction=instruction, input=given, output=giver, key=("holder", *moves))
 
 
 def _problem(rng: Random) -> tuple[str, str, int]:
@@ -98,11 +98,11 @@ def _problem(rng: Random) -> tuple[str, str, int]:
     return story, f"How many {many} does {who} have now?", a - change
 
 
-def draw_sum(rng: Random, index: int) -> Row:
+def draw_sum(rng: Random, index: int) -> SuiteRow:
     """One addition or subtraction told as a story; the answer is the number alone."""
     story, question, answer = _problem(rng)
     instruction = rng.choice(SUM_TEMPLATES).format(text=story, question=question)
-    return Row(instruction=instruction, output=str(answer), key=("sum", story, question))
+    return SuiteRow(instruction=instruction, output=str(answer), key=("sum", story, question))
 
 
 TASKS = (

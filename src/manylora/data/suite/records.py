@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from manylora.data.suite.lexicon import CATEGORIES, FEMALE, JOBS, MALE, MONTHS, SURNAMES, TOWNS, article
-from manylora.data.suite.rows import Row, SuiteTask, fill
+from manylora.data.suite.rows import SuiteRow, SuiteTask, fill
 
 TELL_TEMPLATES = (
     "Write one sentence that tells these facts.",
@@ -83,11 +83,11 @@ def draw_person(rng: Random) -> Person:
     )
 
 
-def draw_tell(rng: Random, index: int) -> Row:
+def draw_tell(rng: Random, index: int) -> SuiteRow:
     """A sentence about the record."""
     person = draw_person(rng)
     instruction, given = fill(rng.choice(TELL_TEMPLATES), text=person.record(rng))
-    return Row(
+    return SuiteRow(
         instruction=instruction,
         input=given,
         output=person.tell(rng),
@@ -95,11 +95,11 @@ def draw_tell(rng: Random, index: int) -> Row:
     )
 
 
-def draw_entry(rng: Random, index: int) -> Row:
+def draw_entry(rng: Random, index: int) -> SuiteRow:
     """The record as one line of a register: surname first, the date written out, the extra field dropped."""
     person = draw_person(rng)
     instruction, given = fill(rng.choice(ENTRY_TEMPLATES), text=person.record(rng))
-    return Row(
+    return SuiteRow(
         instruction=instruction, input=given, output=person.entry(), key=("person", person.first, person.last)
     )
 

@@ -11,7 +11,7 @@ from random import Random
 
 from manylora.data.suite.lexicon import MONTHS, TOWNS, sentence
 from manylora.data.suite.opinions import KINDS, Aspects, Remark, draw_pair, draw_remark
-from manylora.data.suite.rows import Row, SuiteTask, fill, options, shuffled
+from manylora.data.suite.rows import SuiteRow, SuiteTask, fill, options, shuffled
 
 VERDICT_TEMPLATES = (
     "Is the verdict of this review positive or negative?\n{options}",
@@ -58,7 +58,7 @@ def deny(rng: Random, remark: Remark) -> Remark:
     return replace(remark, adjective=f"far from {other.adjective}")
 
 
-def draw_verdict(rng: Random, index: int) -> Row:
+def draw_verdict(rng: Random, index: int) -> SuiteRow:
     """Positive if the main clause praises, negative if it blames."""
     good, bad = draw_pair(rng)
     positive = index % 2 == 0
@@ -67,7 +67,7 @@ def draw_verdict(rng: Random, index: int) -> Row:
     text = review(rng, main, conceded)
     listed = options(shuffled(rng, ("positive", "negative")))
     instruction, given = fill(rng.choice(VERDICT_TEMPLATES), text=text, options=listed)
-    return Row(
+    return SuiteRow(
         instruction=instruction,
         input=given,
         output="positive" if positive else "negative",
@@ -80,7 +80,7 @@ def kind_of(remark: Remark) -> Aspects:
     return next(kind for kind in KINDS if remark.noun in kind.nouns)
 
 
-def _draw_target(rng: Random, templates: tuple[str, ...], *, praised: bool) -> Row:
+def _draw_target(rng: Random, templates: tuple[str, ...], *, praised: bool) -> SuiteRow:
     good, bad = draw_pair(rng)
     pair = [good, bad]
     rng.shuffle(pair)
@@ -89,15 +89,15 @@ def _draw_target(rng: Random, templates: tuple[str, ...], *, praised: bool) -> R
     listed = options(shuffled(rng, (good.noun, bad.noun, other)))
     instruction, given = fill(rng.choice(templates), text=text, options=listed)
     answer = good.noun if praised else bad.noun
-    return Row(instruction=instruction, input=given, output=answer, key=_key(good, bad))
+    return SuiteRow(instruction=instruction, input=given, output=answer, key=_key(good, bad))
 
 
-def draw_praise(rng: Random, index: int) -> Row:
+def draw_praise(rng: Random, index: int) -> SuiteRow:
     """The noun of the praising remark, whether asserted or conceded."""
     return _draw_target(rng, PRAISE_TEMPLATES, praised=True)
 
 
-def draw_blame(rng: Random, index: int) -> Row:
+def draw_blame(rng: Random, index: int) -> SuiteRow:
     """The noun of the blaming remark, whether asserted or conceded."""
     return _draw_target(rng, BLAME_TEMPLATES, praised=False)
 

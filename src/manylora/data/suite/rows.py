@@ -11,7 +11,7 @@ Kind = Literal["classification", "extraction", "structure-to-text", "formatting"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class SuiteRow:
     """One drawn example; `key` names its content, whatever template carries it."""
 
     instruction: str
@@ -28,7 +28,7 @@ class SuiteTask:
     kind: Kind
     summary: str
     skills: tuple[str, ...]
-    draw: Callable[[Random, int], Row]
+    draw: Callable[[Random, int], SuiteRow]
     """(generator, row number) to a row; the row number only balances labels."""
     shares_with: tuple[str, ...] = ()
     """Tasks that need some of the same sub-skills: transfer is possible."""

@@ -9,43 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from manylora.errors import RunError
 from manylora.federated.clients import Reply
-from manylora.federated.engines.flower_link import Answer, Node
+from manylora.federated.engines.flower_link import Answer, FlowerLink, Node
 from manylora.federated.faults import clean_text, fault_named, shown
 
 _ASK_NODES = 1.0
 """Seconds between two looks at who is online."""
 _TRIES = 3
 """How often one message is sent to a node that is there but does not answer it."""
-_WHO_SECONDS = 600.0
+_QUESTION_SECONDS = 600.0
 _SILENT = 60.0
 """Seconds after which a node that has not answered is asked (again) who it is. A SuperNode that is out of step with its
 worker passes an answer on only with the next message; one that answers this before an older message has lost that."""
-_ANSWER_WHO = 2**16
+_INTRODUCTION_BYTES = 2**16
 """Bytes that a node's answer to the question who it is may have."""
 _NO_DEADLINE = 30 * 86_400.0
 """Time to live of a message without a deadline: Flower wants a number."""
-
-
-class Link(Protocol):
-    """What this engine needs of `FlowerLink`."""
-
-    address: str
-
-    def nodes(self) -> list[Node]:
-        """Who is online."""
-        ...
-
-    def push(self, node: int, labels: Mapping[str, str], data: bytes | None, *, seconds: float) -> str:
-        """Send; returns the message's id."""
-        ...
-
-    def pull(self, messages: Sequence[str], *, most: int) -> list[Answer]:
-        """What has come back; an answer of more than `most` bytes as an error."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -80,7 +61,7 @@ class FlowerClients:
 
     def __init__(
         self,
-        link: Link,
+        link: FlowerLink,
         *,
         run: str,
         expected: int,
@@ -98,7 +79,7 @@ class FlowerClients:
         ] = {}  # node to client name, "" while it is asked or if refused
         # Message to the node that is asked who it is, and when.
         self._questions: dict[str, tuple[Node, float]] = {}
-        self._told: dict[Node, float] = {}  # when a node was last sent anything
+        self._last_sent: dict[Node, float] = {}  # when a node was last sent anything
         self._looked = -1e9
 
     def names(self) -> Sequence[str]:
@@ -115,8 +96,8 @@ class FlowerClients:
                     f"only {len(self._nodes)} of {self.expected} clients came to {self.link.address} within "
                     f"{self.patience:g} s ({there}); start the others' nodes (--recipe shows how), or lower --clients."
                 )
-            self._look()
-            self._hear(self.link.pull([*self._questions], most=_ANSWER_WHO))
+            self._update_nodes()
+            self._note_introductions(self.link.pull([*self._questions], most=_INTRODUCTION_BYTES))
             if len(self._nodes) != seen:
                 seen = len(self._nodes)
                 self.say(f"{seen} of {self.expected} clients are there")
@@ -137,25 +118,25 @@ class FlowerClients:
             left = None if seconds is None else seconds - (time.monotonic() - began)
             if left is not None and left <= 0:
                 return
-            self._look()
+            self._update_nodes()
             for name, order in orders.items():
                 self._send(name, order, message, left)
                 if order.node is not None and order.node == self._nodes.get(name):
-                    self._nudge(order.node)
+                    self._question_if_silent(order.node)
             waiting = {sent: name for name, order in orders.items() for sent in order.messages}
-            answers = self.link.pull([*waiting, *self._questions], most=max(most, _ANSWER_WHO))
-            passed = self._passed(answers)
-            self._hear(answers)
+            answers = self.link.pull([*waiting, *self._questions], most=max(most, _INTRODUCTION_BYTES))
+            until = self._answered_until(answers)
+            self._note_introductions(answers)
             for answer in answers:
                 name = waiting.get(answer.message, "")
                 if name in orders and (reply := self._reply(name, orders[name], answer)) is not None:
                     del orders[name]
                     yield reply
-            for name in [name for name, order in orders.items() if order.sent < passed.get(order.node, 0.0)]:
-                if (lost := self._again(name, orders[name], "its node lost the message")) is not None:
+            for name in [name for name, order in orders.items() if order.sent < until.get(order.node, 0.0)]:
+                if (lost := self._send_again(name, orders[name], "its node lost the message")) is not None:
                     del orders[name]
                     yield lost
-            for name in [name for name, order in orders.items() if seconds is None and self._away(order)]:
+            for name in [name for name, order in orders.items() if seconds is None and self._is_away(order)]:
                 del orders[name]
                 yield Reply(client=name, reason=f"its node has been away for {self.patience:g} s")
             time.sleep(self.interval)
@@ -173,7 +154,7 @@ class FlowerClients:
             if order.messages and node != order.failed:
                 self.say(f"{name} is back at another node; its message is sent again")
             order.node, order.messages = node, (*order.messages, sent)
-            order.sent = self._told[node] = time.monotonic()
+            order.sent = self._last_sent[node] = time.monotonic()
 
     def _reply(self, name: str, order: _Order, answer: Answer) -> Reply | None:
         """The client's reply; None where its message has to be sent again."""
@@ -187,14 +168,14 @@ class FlowerClients:
         if order.messages:  # an older one of several: the newest is still under way
             return None
         node = order.node
-        reply = self._again(name, order, answer.error)
+        reply = self._send_again(name, order, answer.error)
         if reply is None and node is not None and self._nodes.get(name) == node:
             # It has to say again who it is: the list of nodes that are online may be older than this answer.
             del self._nodes[name]
             self._introduced.pop((node.number, node.since), None)
         return reply
 
-    def _again(self, name: str, order: _Order, reason: str) -> Reply | None:
+    def _send_again(self, name: str, order: _Order, reason: str) -> Reply | None:
         """Have the message sent again; a reply instead where that was tried often enough."""
         node, order.node, order.missed = order.node, None, time.monotonic()
         order.tries = order.tries + 1 if node == order.failed else 1
@@ -204,14 +185,14 @@ class FlowerClients:
         self.say(f"{name} did not get its message ({reason}); it is sent again once its node is there")
         return None
 
-    def _away(self, order: _Order) -> bool:
+    def _is_away(self, order: _Order) -> bool:
         if order.node is not None and order.node in self._nodes.values():
             order.missed = time.monotonic()
         return time.monotonic() - order.missed > self.patience
 
     # ---- who is there
 
-    def _look(self) -> None:
+    def _update_nodes(self) -> None:
         """Ask nodes that are new who they are, and forget those that have left."""
         if time.monotonic() - self._looked < _ASK_NODES:
             return
@@ -225,25 +206,25 @@ class FlowerClients:
             if (node.number, node.since) not in self._introduced:
                 self._introduced[node.number, node.since] = ""
                 self._question(node)
-            elif self._open(node) and not self._introduced[node.number, node.since]:
-                self._nudge(node)
+            elif self._open_questions(node) and not self._introduced[node.number, node.since]:
+                self._question_if_silent(node)
 
     def _question(self, node: Node) -> None:
         """Ask a node who it is."""
-        self._told[node] = time.monotonic()
-        if sent := self.link.push(node.number, {"run": self.run}, None, seconds=_WHO_SECONDS):
-            self._questions[sent] = node, self._told[node]
+        self._last_sent[node] = time.monotonic()
+        if sent := self.link.push(node.number, {"run": self.run}, None, seconds=_QUESTION_SECONDS):
+            self._questions[sent] = node, self._last_sent[node]
 
-    def _nudge(self, node: Node) -> None:
+    def _question_if_silent(self, node: Node) -> None:
         """The same to a node that has been silent; one that works has two such questions waiting at most."""
-        if time.monotonic() - self._told[node] > _SILENT and self._open(node) < 2:
+        if time.monotonic() - self._last_sent[node] > _SILENT and self._open_questions(node) < 2:
             self._question(node)
 
-    def _open(self, node: Node) -> int:
+    def _open_questions(self, node: Node) -> int:
         """How many questions a node has not answered."""
         return sum(node == asked for asked, _ in self._questions.values())
 
-    def _passed(self, answers: Sequence[Answer]) -> dict[Node | None, float]:
+    def _answered_until(self, answers: Sequence[Answer]) -> dict[Node | None, float]:
         """Nodes that say who they are, and when they were asked: what they were sent before that is done, or lost."""
         found = [
             self._questions[answer.message]
@@ -252,7 +233,7 @@ class FlowerClients:
         ]
         return dict(sorted(found, key=lambda one: one[1]))
 
-    def _hear(self, answers: Sequence[Answer]) -> None:
+    def _note_introductions(self, answers: Sequence[Answer]) -> None:
         """Take in who new nodes say they are."""
         for answer in answers:
             node, _ = self._questions.pop(answer.message, (None, 0.0))

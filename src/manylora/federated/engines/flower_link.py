@@ -6,8 +6,8 @@ uploaded. Here that side is this very process: it submits a bundle that only nam
 So the run folder, --resume, progress and errors are those of every other engine, and the SuperLink runs no code of
 anybody's. It has to be started with `--isolation process`.
 
-What submits a bundle and takes a task is not part of Flower's documented interface: `pyproject.toml` pins the versions,
-and tests/integration/test_flower.py holds this against real processes.
+What submits a bundle and takes a task is not part of Flower's documented interface: `flower_private` has its names, and
+tests/integration/test_flower.py holds this against real processes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 from manylora._version import __version__
 from manylora.errors import ConfigError, RunError
+from manylora.federated.engines import flower_private
 from manylora.federated.engines.flower_runtime import PatientRuntime
 from manylora.federated.faults import clean_text
 
@@ -100,10 +101,7 @@ class FlowerLink:
         self.address = address
         os.environ.update(QUIET)
         require_flower()
-        from flwr.superlink.grid import HttpGrid
-
         logging.getLogger("flwr").setLevel(logging.ERROR)
-        self._insecure = certificate is None
         self._root = None if certificate is None else _read(certificate, "certificate")
         self._secret = None if secret is None else _read(secret, "secret")
         self._lost = threading.Event()
@@ -111,46 +109,39 @@ class FlowerLink:
         self.run_id: int | None = None
         with self._reached():
             token, self.run_id = self._acquire(self._submit())
-            self._grid = HttpGrid(address, self._insecure, self._root, token=token)
-            self._grid._retry_invoker = _retries()
-            self._grid._connect()
-            self._grid._client = self._runtime = PatientRuntime(self._grid._client)
+            self._retries = _retries()
+            self._grid, self._runtime = flower_private.connected_grid(
+                address, root=self._root, token=token, retries=self._retries, wrapped=PatientRuntime
+            )
             self._begin()
 
     # ---- before the first message
 
     def _submit(self) -> int:
-        from flwr.cli.build import build_fab_from_files
-        from flwr.common.serde import fab_to_proto
-        from flwr.proto.control_pb2 import StartRunRequest
-        from flwr.supercore.fab import Fab
-
-        bundle, _ = build_fab_from_files({"pyproject.toml": _BUNDLE.format(version=__version__).encode()})
-        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        files = {"pyproject.toml": _BUNDLE.format(version=__version__).encode()}
+        bundle, _ = flower_private.build_fab_from_files(files)
+        fab = flower_private.Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        request = flower_private.StartRunRequest(fab=flower_private.fab_to_proto(fab))
         with self._control() as control:
-            answer = control.StartRun(StartRunRequest(fab=fab_to_proto(fab)))
+            answer = control.StartRun(request)
         return int(answer.run_id)
 
     def _acquire(self, run: int) -> tuple[str, int]:
         """The token with which this process is the server's side of `run`."""
-        from flwr.proto.runtime_pb2 import AcquireTaskRequest
-        from flwr.supercore.constant import TaskType
-        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
-        from flwr.supercore.runtime import RuntimeHttpClient
-
-        interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="manylora")]
+        interceptors = []
         if self._secret is not None:
             protected = frozenset({"/flwr.proto.Runtime/AcquireTask"})
             interceptors.append(
-                SuperExecAuthHttpInterceptor(master_secret=self._secret, protected_methods=protected)
+                flower_private.SuperExecAuthHttpInterceptor(
+                    master_secret=self._secret, protected_methods=protected
+                )
             )
-        client = RuntimeHttpClient.from_server_address(
-            self.address, self._insecure, self._root, interceptors=interceptors
-        )
+        wanted = flower_private.AcquireTaskRequest(supported_task_types=[flower_private.TaskType.SERVER_APP])
+        client = flower_private.runtime_client(self.address, root=self._root, interceptors=interceptors)
         with contextlib.closing(client):
             end = time.monotonic() + _TASK_SECONDS
             while time.monotonic() < end:
-                got = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+                got = client.AcquireTask(wanted)
                 # A task of another run is one that a killed server left before it took it; it expires by itself.
                 if got.HasField("task") and got.token and got.task.run_id == run:
                     return got.token, run
@@ -161,16 +152,13 @@ class FlowerLink:
 
     def _begin(self) -> None:
         import httpx
-        from flwr.common.serde import run_from_proto
-        from flwr.proto.runtime_pb2 import PullTaskInputRequest, SendTaskHeartbeatRequest
-        from flwr.supercore.heartbeat import HeartbeatSender
-        from flwr.supercore.task_identity import TaskIdentity
 
-        runtime = self._grid._runtime_client
+        runtime = self._runtime
 
         def beat() -> bool:
             try:
-                alive = bool(runtime.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+                request = flower_private.SendTaskHeartbeatRequest()
+                alive = bool(runtime.SendTaskHeartbeat(request).success)
             except httpx.HTTPStatusError as error:
                 if error.response.status_code not in _OVER:
                     return False
@@ -181,13 +169,11 @@ class FlowerLink:
                 self._lost.set()
             return True
 
-        self._heart = HeartbeatSender(beat)
+        self._heart = flower_private.HeartbeatSender(beat)
         self._heart.start()
-        task = runtime.PullTaskInput(PullTaskInputRequest())
-        # Flower's messages take from here whose they are.
-        TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
-        TaskIdentity.node_id = task.context.node_id
-        self._grid.set_run(run_from_proto(task.run))
+        task = runtime.PullTaskInput(flower_private.PullTaskInputRequest())
+        flower_private.take_identity(task)
+        self._grid.set_run(flower_private.run_from_proto(task.run))
 
     def register(self, keys: Mapping[str, bytes]) -> dict[str, bytes]:
         """Let nodes with these public keys in; those that are in already stay so.
@@ -199,20 +185,19 @@ class FlowerLink:
             Client name to the key as `Node.key` has it.
         """
         from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-        from flwr.proto.control_pb2 import RegisterNodeRequest
-        from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
         known: dict[str, bytes] = {}
         with self._reached(), self._control() as control:
             for name, text in keys.items():
                 try:
-                    known[name] = public_key_to_bytes(load_ssh_public_key(text))
+                    known[name] = flower_private.public_key_to_bytes(load_ssh_public_key(text))
                 except (ValueError, AttributeError) as error:
                     raise ConfigError(
                         f"the public key of {name!r} is no OpenSSH key ({error}); make one as --recipe says."
                     ) from error
                 try:
-                    control.RegisterNode(RegisterNodeRequest(public_key=known[name], name=name))
+                    request = flower_private.RegisterNodeRequest(public_key=known[name], name=name)
+                    control.RegisterNode(request)
                 except Exception as error:
                     if "already" not in _words(error):
                         raise
@@ -231,15 +216,13 @@ class FlowerLink:
     def push(self, node: int, labels: Mapping[str, str], data: bytes | None, *, seconds: float) -> str:
         """Send a message that nobody works on after `seconds`; returns its id, empty where it was not taken."""
         from flwr.app import Message
-        from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
         content = envelope(labels, data)
         with self._reached():
             try:
                 sent = list(self._grid.push_messages([Message(content, node, "query", ttl=seconds)]))
-            except (
-                ObjectPushError
-            ):  # the run, or Flower's session for it, ended while the message was on its way
+            except flower_private.ObjectPushError:
+                # The run, or Flower's session for it, ended while the message was on its way.
                 self._grid.get_nodes()  # raises where it was the run
                 return ""
         return str(sent[0]) if sent and sent[0] else ""
@@ -279,15 +262,13 @@ class FlowerLink:
 
     def close(self, *, failed: str = "") -> None:
         """End the run at the SuperLink."""
-        from flwr.common.constant import SubStatus
-        from flwr.proto.runtime_pb2 import PushTaskOutputRequest
-
-        status = SubStatus.FAILED if failed else SubStatus.COMPLETED
-        self._grid._retry_invoker.max_time = 0.0  # of a heartbeat that is being repeated, too
+        status = flower_private.SubStatus
+        output = flower_private.PushTaskOutputRequest(
+            sub_status=status.FAILED if failed else status.COMPLETED, details=failed
+        )
+        self._retries.max_time = 0.0  # of a heartbeat that is being repeated, too
         with contextlib.suppress(Exception):  # a SuperLink that is gone has ended the run
-            self._grid._runtime_client.PushTaskOutput(
-                PushTaskOutputRequest(sub_status=status, details=failed)
-            )
+            self._runtime.PushTaskOutput(output)
         self._heart.stop()
         self._grid.close()
 
@@ -302,17 +283,13 @@ class FlowerLink:
 
     @contextlib.contextmanager
     def _control(self) -> Iterator[Any]:
-        from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
-        from flwr.supercore.control import ControlHttpClient
-        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-
-        client = ControlHttpClient.from_server_address(
+        client = flower_private.ControlHttpClient.from_server_address(
             self.address,
-            self._insecure,
+            self._root is None,
             self._root,
             interceptors=[
-                CliClientHttpInterceptor(),
-                RuntimeVersionHttpInterceptor(component_name="manylora"),
+                flower_private.CliClientHttpInterceptor(),
+                flower_private.RuntimeVersionHttpInterceptor(component_name="manylora"),
             ],
         )
         with contextlib.closing(client):
@@ -344,11 +321,10 @@ def _retries() -> Any:
     Flower's own would do so for ever, and would end this process by a signal where the run has ended.
     """
     import httpx
-    from flwr.supercore.retry import RetryInvoker, exponential
 
     away = (502, 503, 504)
-    return RetryInvoker(
-        lambda: exponential(max_delay=20),
+    return flower_private.RetryInvoker(
+        lambda: flower_private.exponential(max_delay=20),
         (httpx.TransportError, httpx.HTTPStatusError),
         max_tries=None,
         max_time=_AWAY_SECONDS,
@@ -392,13 +368,11 @@ def opened(content: Any) -> tuple[dict[str, Any], bytes | None]:
 
 
 def _answer(reply: Any) -> Answer:
-    from flwr.common.constant import ErrorCode
-
-    message = reply.metadata.reply_to_message_id
+    message, codes = reply.metadata.reply_to_message_id, flower_private.ErrorCode
     if reply.has_error():
         lost = {
-            ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-            ErrorCode.CLIENT_APP_CRASHED,
+            codes.NODE_UNAVAILABLE, codes.MESSAGE_UNAVAILABLE, codes.REPLY_MESSAGE_UNAVAILABLE,
+            codes.CLIENT_APP_CRASHED,
         }  # fmt: skip
         reason = clean_text(reply.error.reason or f"Flower's error {reply.error.code}")
         return Answer(message=message, labels={}, error=reason, gone=reply.error.code in lost)

@@ -29,11 +29,12 @@ from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, ManyLoraError
 from manylora.federated.allowed import Allowed
 from manylora.federated.config import NODE_SETTINGS, FederateConfig, check_sent_types
+from manylora.federated.engines import flower_private
 from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
 from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
 
 if TYPE_CHECKING:
-    from manylora.federated.client import ClientData
+    from manylora.federated.personal import ClientData
     from manylora.federated.workbench import Workbench
 
 _KEPT_DAYS = 30.0
@@ -66,28 +67,28 @@ class NodeClient:
     def answer(self, content: Any, node_config: Mapping[str, Any]) -> Any:
         """Content of the answer to a message's content; of what went wrong, a code (`manylora.federated.faults`)."""
         labels, data = opened(content)
-        told = {"version": __version__}
+        own = {"version": __version__}
         answer = None
         try:
-            told["client"] = _name(node_config)
+            own["client"] = _name(node_config)
             if data is not None:
-                answer = self._handle(data, told["client"], str(labels.get("run", "")), node_config)
+                answer = self._handle(data, own["client"], str(labels.get("run", "")), node_config)
             else:
                 settings_of(node_config)
         except Exception as error:
-            told["code"] = fault_of(error).value
+            own["code"] = fault_of(error).value
             if not isinstance(error, ManyLoraError):  # perhaps a bug of ours: the next message may go well
                 traceback.print_exc()
             self.say(
                 clean_text(f"a message could not be answered: {type(error).__name__}: {error}", most=2000)
             )
-        return envelope(told, answer)
+        return envelope(own, answer)
 
     def _handle(self, data: bytes, name: str, run: str, node_config: Mapping[str, Any]) -> bytes:
         from manylora.federated.client import Client
-        from manylora.federated.dealing import cut_prompts
         from manylora.federated.home import folder_name
         from manylora.federated.messages import read_order
+        from manylora.federated.personal import cut_prompts
         from manylora.federated.wire import unpack
         from manylora.federated.workbench import Workbench
 
@@ -106,7 +107,7 @@ class NodeClient:
             self._key = (name, config)
         home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
         self._look_for_old_runs(home)
-        with _alone(home / f"{folder_name(name)}.lock"):
+        with _locked(home / f"{folder_name(name)}.lock"):
             client = Client(name, self._rows, home=home, bench=self._bench, say=self.say)
             return client.handle(data)
 
@@ -116,7 +117,7 @@ class NodeClient:
         if now - self._looked > _LOOK_SECONDS:
             self._looked = now
             forget_old_runs(
-                home.parent, served=[run for run, last in self._served.items() if _is_new(now - last)]
+                home.parent, served=[run for run, last in self._served.items() if _is_recent(now - last)]
             )
 
 
@@ -130,12 +131,12 @@ def forget_old_runs(home: Path, *, served: Collection[Path] = ()) -> None:
     now = time.time()
     for run in home.glob("*"):
         last = max((lock.stat().st_mtime for lock in run.glob("*.lock")), default=now)
-        if run not in served and not _is_new(now - last):
+        if run not in served and not _is_recent(now - last):
             for state in run.glob("*/round-*.safetensors"):
                 state.unlink(missing_ok=True)
 
 
-def _is_new(seconds: float) -> bool:
+def _is_recent(seconds: float) -> bool:
     return seconds <= _KEPT_DAYS * 86_400
 
 
@@ -161,8 +162,8 @@ def rows_of(config: FederateConfig, name: str, *, notes: list[str]) -> ClientDat
     Raises:
         ConfigError, DataError: there are none.
     """
-    from manylora.federated.client import ClientData
     from manylora.federated.dealing import all_rows, client_data
+    from manylora.federated.personal import ClientData
 
     if config.data == EMBEDDED:
         shares = client_data(config)
@@ -190,16 +191,15 @@ def work(supernode: str, *, say: Callable[[str], None], allowed: Allowed | None 
     require_flower()
     os.environ.update(QUIET)
     import httpx
-    from flwr.proto.runtime_pb2 import AcquireTaskRequest
-    from flwr.supercore.constant import TaskType
 
     client = NodeClient(allowed=allowed, say=say)
     there = True  # told once until the next message
-    with contextlib.closing(_runtime(supernode)) as runtime:
+    wanted = flower_private.AcquireTaskRequest(supported_task_types=[flower_private.TaskType.CLIENT_APP])
+    with contextlib.closing(flower_private.runtime_client(supernode, interceptors=[])) as runtime:
 
         def offered() -> str:
             """The token of a message that waits, or nothing."""
-            got = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+            got = runtime.AcquireTask(wanted)
             return str(got.token) if got.HasField("task") else ""
 
         while True:
@@ -208,7 +208,7 @@ def work(supernode: str, *, say: Callable[[str], None], allowed: Allowed | None 
                 while token:
                     there = True
                     try:
-                        token = _one(supernode, token, client, offered, say)
+                        token = _answer_one(supernode, token, client, offered, say)
                     except httpx.HTTPStatusError as error:
                         say(f"SuperNode {supernode} has given a message up ({error.response.status_code})")
                         token = ""
@@ -219,7 +219,7 @@ def work(supernode: str, *, say: Callable[[str], None], allowed: Allowed | None 
             time.sleep(_INTERVAL)
 
 
-def _one(
+def _answer_one(
     supernode: str, token: str, client: NodeClient, offered: Callable[[], str], say: Callable[[str], None]
 ) -> str:
     """Take one message from the SuperNode and give it the answer.
@@ -228,46 +228,40 @@ def _one(
         The token of the next message, where that came before this one was whole.
     """
     import httpx
-    from flwr.app import Message
-    from flwr.app.error import Error
-    from flwr.common.constant import ErrorCode, SubStatus
-    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
-    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+    from flwr.app import Error, Message
 
-    with contextlib.closing(_runtime(supernode, token)) as connection:
+    push_output, status = flower_private.push_task_output, flower_private.SubStatus
+    lost = (flower_private.ObjectPullError, RuntimeError, httpx.HTTPError)
+    its_token = flower_private.RuntimeTokenHttpInterceptor(token)
+    with contextlib.closing(flower_private.runtime_client(supernode, interceptors=[its_token])) as connection:
         runtime = _TaskRuntime(connection, offered)
-        heart = HeartbeatSender(make_task_heartbeat_fn_http(runtime))
+        heart = flower_private.HeartbeatSender(flower_private.make_task_heartbeat_fn_http(runtime))
         heart.start()
         try:
             try:
-                message, context, _, _ = pull_task_input(runtime)
-            except (ObjectPullError, RuntimeError, httpx.HTTPError) as error:
+                message, context, _, _ = flower_private.pull_task_input(runtime)
+            except lost as error:
                 if isinstance(error, httpx.HTTPError) and not runtime.next:
                     raise  # the SuperNode does not answer, and sees to the message by itself if it is there
                 say(f"a message did not come whole: {error}")
                 if runtime.next:
                     # Otherwise the SuperNode would answer it itself, a minute later and in place of the next one.
-                    push_task_output(runtime, None, SubStatus.FAILED, Fault.OTHER.value)
+                    push_output(runtime, None, status.FAILED, Fault.OTHER.value)
                 return runtime.next
-            status, began = SubStatus.COMPLETED, time.monotonic()
+            ended, began = status.COMPLETED, time.monotonic()
             try:
                 reply = Message(client.answer(message.content, context.node_config), reply_to=message)
             except Exception as error:  # what `answer` itself cannot answer: only a code leaves
                 traceback.print_exc()
-                reason = fault_of(error).value
-                status, reply = (
-                    SubStatus.FAILED,
-                    Message(
-                        Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message
-                    ),
-                )
+                code = flower_private.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+                reply = Message(Error(code=code, reason=fault_of(error).value), reply_to=message)
+                ended = status.FAILED
             try:
-                push_message(runtime, reply, context)
-            except ObjectPushError as error:
+                flower_private.push_message(runtime, reply, context)
+            except flower_private.ObjectPushError as error:
                 say(f"an answer did not get to the SuperNode: {error}; restart it")
                 return ""
-            push_task_output(runtime, context, status, "")
+            push_output(runtime, context, ended, "")
             say(f"answered a message in {time.monotonic() - began:.1f} s")
             return ""
         finally:
@@ -319,16 +313,6 @@ class _TaskRuntime:
         return bool(self.next)
 
 
-def _runtime(supernode: str, token: str | None = None) -> Any:
-    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
-    from flwr.supercore.runtime import RuntimeHttpClient
-
-    interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="manylora")]
-    if token is not None:
-        interceptors.append(RuntimeTokenHttpInterceptor(token))
-    return RuntimeHttpClient.from_server_address(supernode, True, None, interceptors=interceptors)
-
-
 def _name(node_config: Mapping[str, Any]) -> str:
     name = node_config.get("client")
     if not isinstance(name, str) or not name:
@@ -337,7 +321,7 @@ def _name(node_config: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Wait for another process of this client, such as one whose SuperNode was killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from manylora.federated.client import Client, ClientData
+from manylora.federated.client import Client
 from manylora.federated.clients import Reply
+from manylora.federated.personal import ClientData
+from manylora.federated.private import check_version
 from manylora.federated.workbench import Workbench
 
 
@@ -49,7 +51,7 @@ class LocalClients:
             MissingStateError, DamagedStateError: one is not there, or not as it was written.
         """
         for name in versions.keys() & self.data.keys():
-            self._client(name).check_kept(versions[name])
+            check_version(self._client(name).private, versions[name], bench=self.bench)
 
     def ask(
         self, names: Sequence[str], message: Callable[[str], bytes], *, seconds: float | None, most: int
