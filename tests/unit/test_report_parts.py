@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manylora.errors import RunError
-from manylora.report import Column, Figure, Page, Plot, Section, Table, write_page
-from manylora.report.files import clean, number, read_lines, read_object, read_settings, text
+from manylora.report import Figure, Page, Plot, Section, write_page
+from manylora.report.files import number, read_lines, read_object, read_settings, text
 from manylora.report.heat import HeatMaps, HeatPanel, ink_on
 from manylora.report.plots import (
     Intervals,
@@ -40,7 +40,7 @@ from manylora.report.style import (
     short,
     short_names,
 )
-from manylora.report.tables import latex_escaped, to_csv, to_latex
+from manylora.table import Column, Table, clean, latex_escaped, to_csv, to_latex
 
 TABLE = Table(
     name="scores",

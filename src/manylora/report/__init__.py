@@ -6,7 +6,6 @@ Reads files of a run folder only and imports no other room, so a page can be dra
 
 from manylora.report.page import Figure, Page, Plot, Section
 from manylora.report.render import write_page
-from manylora.report.tables import Column, Table
 from manylora.report.writing import write_report
 
-__all__ = ["Column", "Figure", "Page", "Plot", "Section", "Table", "write_page", "write_report"]
+__all__ = ["Figure", "Page", "Plot", "Section", "write_page", "write_report"]

@@ -18,7 +18,7 @@ from manylora.report.files import mean, number, rows, text, whole
 from manylora.report.heat import HeatMaps, HeatPanel
 from manylora.report.page import Figure, Section
 from manylora.report.plots import LinePanel, Lines, Shares, named_and_others
-from manylora.report.tables import Cell, Column, Table
+from manylora.table import Cell, Column, Table
 
 
 def gradient_sections(gradients: Row) -> list[Section]:

@@ -10,7 +10,7 @@ from manylora.report.analyze_similarity import change_section, similarity_sectio
 from manylora.report.common import counted, notes_of, read_recipe, signed
 from manylora.report.files import mapping, mean, number, read_object, rows, text, whole
 from manylora.report.page import Page, Section
-from manylora.report.tables import Column, Table
+from manylora.table import Column, Table
 
 
 def analyze_page(folder: Path) -> Page:

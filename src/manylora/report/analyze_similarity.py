@@ -20,7 +20,7 @@ from manylora.report.files import mean, number, text, whole
 from manylora.report.heat import HeatMaps, HeatPanel
 from manylora.report.page import Figure, Section
 from manylora.report.plots import Line, LinePanel, Lines
-from manylora.report.tables import Cell, Column, Table
+from manylora.table import Cell, Column, Table
 
 _MEASURES = ("similarity", "magnitude", "direction")
 

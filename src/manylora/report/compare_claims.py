@@ -9,7 +9,7 @@ from manylora.report.common import point_of, signed
 from manylora.report.files import number, text, whole
 from manylora.report.page import Figure, Section
 from manylora.report.plots import Intervals, Series
-from manylora.report.tables import Cell, Column, Table
+from manylora.table import Cell, Column, Table
 
 
 def claims_section(claims: list[dict[str, Any]]) -> Section | None:

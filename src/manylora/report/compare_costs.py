@@ -9,7 +9,7 @@ from manylora.report.common import point_of, signed
 from manylora.report.files import mean, number, text
 from manylora.report.page import Figure, Section
 from manylora.report.plots import Scatter, Spot
-from manylora.report.tables import Cell, Column, Table
+from manylora.table import Cell, Column, Table
 
 _MEAN = "mean"
 _MIB = 1024.0**2

@@ -8,7 +8,7 @@ from manylora.report.common import signed
 from manylora.report.files import mapping, number, rows, text
 from manylora.report.page import Figure, Section
 from manylora.report.plots import Line, LinePanel, Lines
-from manylora.report.tables import Cell, Column, Table
+from manylora.table import Cell, Column, Table
 
 
 def curves_section(study: dict[str, Any]) -> Section | None:

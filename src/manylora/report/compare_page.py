@@ -13,7 +13,7 @@ from manylora.report.compare_curves import curves_section
 from manylora.report.files import mapping, mean, number, numbers, read_object, rows, text, whole
 from manylora.report.page import Figure, Page, Section
 from manylora.report.plots import Intervals, Series
-from manylora.report.tables import Column, Table
+from manylora.table import Column, Table
 
 _MEAN = "mean"
 

@@ -22,7 +22,7 @@ from manylora.report.common import (
 from manylora.report.files import mapping, mean, number, numbers, read_if_there, read_lines, text
 from manylora.report.page import Figure, Page, Section
 from manylora.report.plots import Intervals, Line, LinePanel, Lines, Scatter, Series, Spot
-from manylora.report.tables import Cell, Column, Table
+from manylora.table import Cell, Column, Table
 
 _MOST_ROWS = 60
 """Clients in a figure; the table has all."""

@@ -8,28 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from manylora.errors import RunError
 from manylora.files import check_noted, parse_json, read_json, read_yaml, reason
-
-_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""They would let a task name reorder the text around it."""
-_KEPT = "\n\t"
-
-
-def clean(text: str) -> str:
-    """`text` without characters that HTML, SVG or UTF-8 cannot hold, or that reorder their surroundings."""
-    if text.isprintable() and not any(sign in _BIDI for sign in text):
-        return text
-    return "".join(
-        sign
-        for sign in text
-        if sign in _KEPT or (unicodedata.category(sign) not in ("Cc", "Cs", "Cn") and sign not in _BIDI)
-    )
+from manylora.table import clean
 
 
 def read_object(path: Path) -> dict[str, Any]:

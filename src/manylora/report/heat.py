@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manylora.report.files import clean
 from manylora.report.legends import few_ticks
 from manylora.report.style import (
     NARROW,
@@ -19,6 +18,7 @@ from manylora.report.style import (
     short_names,
     wrap,
 )
+from manylora.table import clean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

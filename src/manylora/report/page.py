@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from manylora.report.tables import Table
+from manylora.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas

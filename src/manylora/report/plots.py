@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from manylora.report.files import clean
 from manylora.report.legends import LEGEND_ROW, draw_legend, few_ticks, legend_lines
 from manylora.report.style import (
     BAND,
@@ -22,6 +21,7 @@ from manylora.report.style import (
     short_names,
     wrap,
 )
+from manylora.table import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

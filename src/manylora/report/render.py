@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.files import make_folder, refuse_links, write_bytes
-from manylora.report.files import clean
 from manylora.report.page import Figure, Page
 from manylora.report.style import css_variables, drawing, lay_out, to_inline, to_png, to_svg
-from manylora.report.tables import is_numeric, shown, to_csv, to_latex
+from manylora.table import clean, to_csv, to_html, to_latex
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 """Styles stand in the page, heat maps are pictures in it; nothing else may load or run."""
 _HERE = Path(__file__).parent
-_LONG = 60
-"""A cell of more characters may break into lines."""
 
 
 def write_page(page: Page, folder: Path) -> Path:
@@ -41,11 +38,11 @@ def write_page(page: Page, folder: Path) -> Path:
             write_bytes(tables / f"{table.name}.csv", to_csv(table).encode())
             write_bytes(tables / f"{table.name}.tex", to_latex(table).encode())
     path = folder / "report.html"
-    write_bytes(path, to_html(page, drawn).encode())
+    write_bytes(path, page_html(page, drawn).encode())
     return path
 
 
-def to_html(page: Page, drawn: dict[str, str]) -> str:
+def page_html(page: Page, drawn: dict[str, str]) -> str:
     """The page's text.
 
     Args:
@@ -59,9 +56,7 @@ def to_html(page: Page, drawn: dict[str, str]) -> str:
         policy=POLICY,
         style=Markup(_stylesheet()),
         drawn={name: Markup(svg) for name, svg in drawn.items()},
-        shown=shown,
-        is_numeric=is_numeric,
-        long=_LONG,
+        to_html=lambda table: Markup(to_html(table)),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from manylora.report.files import clean
+from manylora.table import clean
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap

@@ -23,7 +23,7 @@ from manylora.report.common import (
 from manylora.report.files import mapping, number, numbers, read_if_there, read_lines, text
 from manylora.report.page import Figure, Page, Section
 from manylora.report.plots import Intervals, Line, LinePanel, Lines, Point, Series, named_and_others
-from manylora.report.tables import Cell, Column, Table
+from manylora.table import Cell, Column, Table
 
 _ANSWERS = 32
 """Answers shown at most; two of a task."""
