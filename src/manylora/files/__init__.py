@@ -13,7 +13,16 @@ from manylora.files.reading import (
     read_json,
     read_yaml,
 )
-from manylora.files.records import Record, check_record, read_record, reason
+from manylora.files.records import (
+    NanFloat,
+    Record,
+    Several,
+    check_record,
+    forgive_lines,
+    forgive_record,
+    read_record,
+    reason,
+)
 from manylora.files.settings import build_config, check_types, check_values
 from manylora.files.sums import NOTES, changed_file, check_noted, file_sum, folder_sums, noted
 from manylora.files.writing import (
@@ -31,7 +40,9 @@ from manylora.files.writing import (
 
 __all__ = [
     "NOTES",
+    "NanFloat",
     "Record",
+    "Several",
     "append_line",
     "build_config",
     "changed_file",
@@ -43,6 +54,8 @@ __all__ = [
     "dump_yaml",
     "file_sum",
     "folder_sums",
+    "forgive_lines",
+    "forgive_record",
     "json_text",
     "lone_surrogate",
     "make_folder",
