@@ -128,6 +128,13 @@ class Table:
             hidden=hidden,
         )
 
+    def first_rows(self, most: int) -> Table:
+        """The same with at most so many rows and a line that says how many more there are."""
+        if len(self.rows) <= most:
+            return self
+        more = (f"… {len(self.rows) - most} more", *[""] * (len(self.columns) - 1))
+        return replace(self, rows=(*self.rows[:most], more))
+
     def stands_right(self, index: int) -> bool:
         """Whether a column stands to the right, as numbers do."""
         if self.columns[index].align:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from manylora.data import Example, TaskData, answer_text, options_of, prompt_text
 from manylora.errors import DataError
-from manylora.evaluation.metrics import Answered, has_word, leading_metric, measure_row
+from manylora.evaluation.metrics import Answered, has_word, leading_metric, measure_row, metric_label
 from manylora.evaluation.rules import AnswerRule, rules_for
 from manylora.evaluation.statistics import standard_error
 from manylora.files import NanFloat, Record, Several, json_text, read_record, write_json, write_text
@@ -105,6 +105,12 @@ class Scores(Record):
     def n(self) -> int:
         """Examples of all tasks together."""
         return sum(task.n for task in self.tasks)
+
+    @property
+    def metric_label(self) -> str:
+        """The main metric of all tasks, as tables call it; empty where they differ."""
+        names = {task.metric for task in self.tasks}
+        return metric_label(names.pop()) if len(names) == 1 else ""
 
     def by_task(self) -> dict[str, float]:
         """Task to its main score."""

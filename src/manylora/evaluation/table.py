@@ -37,15 +37,13 @@ def scores_table(
     }
     order = [name for name in (*METRICS, *others) if name in others]
     beside = {metric_label(name): others[name] for name in order} | dict(baselines or {})
-    metrics = {task.metric for task in scores.tasks}
     own = [{heading: values.get(task.task) for heading, values in beside.items()} for task in scores.tasks]
     rows = [
         _row(task.task, metric_label(task.metric), task.score, task.standard_error, task.n, cells)
         for task, cells in zip(scores.tasks, own, strict=True)
     ]
     means = {heading: _mean_of(values, scores) for heading, values in beside.items()}
-    metric = metric_label(metrics.pop()) if len(metrics) == 1 else "mixed"
-    footer = _row("mean", metric, scores.mean, scores.standard_error, scores.n, means)
+    footer = _row("mean", scores.metric_label or "mixed", scores.mean, scores.standard_error, scores.n, means)
     return Table.of("scores", title, rows, footer=[footer])
 
 
@@ -56,7 +54,9 @@ def loss_table(before: Scores, after: Scores, loss: Loss, *, title: str) -> Tabl
         error = lost.standard_error
         return {"task": task, "adapter": old, "LoRAs": new, "points lost": lost.mean, "s.e.": error, "n": n}
 
-    rows = [row(one.task, one.score, after[one.task].score, loss.tasks[one.task], one.n) for one in before.tasks]
+    rows = [
+        row(one.task, one.score, after[one.task].score, loss.tasks[one.task], one.n) for one in before.tasks
+    ]
     footer = row("mean", before.mean, after.mean, loss, before.n)
     return Table.of("loss", title, rows, footer=[footer], digits=1)
 
