@@ -48,7 +48,7 @@ class Spread(NamedTuple):
     half: float
 
 
-Cell: TypeAlias = str | float | int | Spread | None
+Value: TypeAlias = str | float | int | Spread | None
 """A text, a number, a mean with its spread, or `None` for no value."""
 
 
@@ -75,9 +75,9 @@ class Table:
     """Beginning of the file names."""
     caption: str
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[Value, ...], ...]
     """As many cells as columns; NaN and `None` are shown as a dash."""
-    footer: tuple[tuple[Cell, ...], ...] = ()
+    footer: tuple[tuple[Value, ...], ...] = ()
     hidden: bool = False
     """Whether it stands in the files only, not on the page."""
     grouped: bool = False
@@ -93,11 +93,11 @@ class Table:
         cls,
         name: str,
         caption: str,
-        rows: Sequence[Mapping[str, Cell]],
+        rows: Sequence[Mapping[str, Value]],
         *,
         columns: Sequence[Column] = (),
         digits: int = 2,
-        footer: Sequence[Mapping[str, Cell]] = (),
+        footer: Sequence[Mapping[str, Value]] = (),
         grouped: bool = False,
         alike: bool = False,
         hidden: bool = False,
@@ -144,7 +144,7 @@ class Table:
             cell is not None for cell in cells
         )
 
-    def words(self, row: Sequence[Cell], *, minus: str = "−") -> list[str]:
+    def words(self, row: Sequence[Value], *, minus: str = "−") -> list[str]:
         """A row's cells as they are shown."""
         return [
             words if isinstance(cell, str) else words.replace("-", minus)
@@ -171,7 +171,7 @@ def clean(text: str) -> str:
     )
 
 
-def shown(cell: Cell, column: Column) -> str:
+def shown(cell: Value, column: Column) -> str:
     """A cell in words: "62.57", "1,600", "57.50 ± 2.10", "–"."""
     if isinstance(cell, str):
         return clean(cell)
@@ -229,7 +229,7 @@ def _drawn(table: Table) -> TerminalTable:
             overflow="fold",
             min_width=min(_FIRST, max(map(len, cells), default=0)),
         )
-    above: Cell = None
+    above: Value = None
     for index, row in enumerate(table.rows):
         words = table.words(row, minus="-")
         if table.grouped and index and row[0] != above:
@@ -270,7 +270,7 @@ def to_html(table: Table, *, alone: bool = False) -> str:
     """
     number = ' style="text-align: right"' if alone else ' class="number"'
 
-    def line(row: Sequence[Cell]) -> str:
+    def line(row: Sequence[Value]) -> str:
         cells = []
         for index, words in enumerate(table.words(row)):
             kind = number if table.stands_right(index) else ' class="long"' if len(words) > _LONG else ""
@@ -321,7 +321,7 @@ def latex_escaped(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in clean(text))
 
 
-def _csv_cell(cell: Cell, column: Column) -> str:
+def _csv_cell(cell: Value, column: Column) -> str:
     if isinstance(cell, Spread):
         return shown(cell, column)
     if not isinstance(cell, str):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from manylora.errors import RunError
 from manylora.report import Figure, Page, Plot, Section, write_page
-from manylora.report.files import number, read_lines, read_object, read_settings, text
+from manylora.report.common import read_object, read_settings, text
 from manylora.report.heat import HeatMaps, HeatPanel, ink_on
 from manylora.report.plots import (
     Intervals,

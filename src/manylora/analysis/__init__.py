@@ -2,8 +2,8 @@
 
 `sources` reads adapters as matrices (ours and PEFT's LoRA), `places` says where a module stands, `subspaces` is the
 mathematics of principal angles, `pairs` compares A's and B's between adapters and experts, `change` follows them
-through training, `gradients` and `routers` measure on rows (`batches` feeds them), `summary` makes lines of a table,
-`result` puts everything together.
+through training, `gradients` and `routers` measure on rows (`batches` feeds them), `records` is what they find,
+`summary` makes lines of it, `tables` shows these, `result` puts everything together.
 
 Its names are imported on first use, because torch and transformers take seconds and `--help` needs neither.
 """
@@ -15,12 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manylora.analysis.batches import LabelReader, Reader, TaskRows
-    from manylora.analysis.change import Change, Movement, changes, movement
-    from manylora.analysis.gradients import Conflict, GradientNorm, Gradients, measure_gradients
-    from manylora.analysis.pairs import PairSimilarity, similarities, with_labels
+    from manylora.analysis.change import Movement, changes, movement
+    from manylora.analysis.gradients import measure_gradients
+    from manylora.analysis.pairs import similarities, with_labels
     from manylora.analysis.places import Place, locate
+    from manylora.analysis.records import (
+        Change,
+        Conflict,
+        Findings,
+        Gates,
+        GradientNorm,
+        Gradients,
+        PairSimilarity,
+        SourceFacts,
+    )
     from manylora.analysis.result import Analysis
-    from manylora.analysis.routers import Gates, measure_gates
+    from manylora.analysis.routers import measure_gates
     from manylora.analysis.sources import Layer, Source, load_source, load_sources
     from manylora.analysis.subspaces import (
         RandomBaseline,
@@ -42,12 +52,22 @@ if TYPE_CHECKING:
 
 _HOME = {
     "batches": ("LabelReader", "Reader", "TaskRows"),
-    "change": ("Change", "Movement", "changes", "movement"),
-    "gradients": ("Conflict", "GradientNorm", "Gradients", "measure_gradients"),
-    "pairs": ("PairSimilarity", "similarities", "with_labels"),
+    "change": ("Movement", "changes", "movement"),
+    "gradients": ("measure_gradients",),
+    "pairs": ("similarities", "with_labels"),
     "places": ("Place", "locate"),
+    "records": (
+        "Change",
+        "Conflict",
+        "Findings",
+        "Gates",
+        "GradientNorm",
+        "Gradients",
+        "PairSimilarity",
+        "SourceFacts",
+    ),
     "result": ("Analysis",),
-    "routers": ("Gates", "measure_gates"),
+    "routers": ("measure_gates",),
     "sources": ("Layer", "Source", "load_source", "load_sources"),
     "subspaces": (
         "RandomBaseline",
@@ -73,6 +93,7 @@ __all__ = [
     "Change",
     "ChangeLine",
     "Conflict",
+    "Findings",
     "Gates",
     "GradientNorm",
     "Gradients",
@@ -86,6 +107,7 @@ __all__ = [
     "Similarity",
     "SimilarityLine",
     "Source",
+    "SourceFacts",
     "Spread",
     "TaskRows",
     "change_lines",

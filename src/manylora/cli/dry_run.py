@@ -21,7 +21,7 @@ from manylora.federated.accounting import (
 from manylora.federated.config import FederateConfig
 from manylora.federated.strategies import strategy_for
 from manylora.federated.wire import Format
-from manylora.table import Cell, Column, Table
+from manylora.table import Column, Table, Value
 
 _MIB = 2**20
 _COUNTS = (
@@ -85,7 +85,7 @@ def _shown(ranks: Sequence[int]) -> str:
 
 
 def _as_published(config: FederateConfig, layers: Layers, ranks: Sequence[int]) -> Table:
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {
             "strategy": strategy.name,
             "rule": rule,
@@ -99,7 +99,7 @@ def _as_published(config: FederateConfig, layers: Layers, ranks: Sequence[int]) 
 
 
 def _as_sent(config: FederateConfig, layers: Layers, ranks: Sequence[int]) -> Table:
-    rows: list[dict[str, Cell]] = []
+    rows: list[dict[str, Value]] = []
     for strategy in strategies_for(ranks):
         sent = {
             wire: mean_traffic(as_sent(strategy, layers, ranks, r=config.r, wire=wire))
@@ -127,7 +127,7 @@ def _marked(table: Table, strategy: str) -> Table:
 def _per_client(config: FederateConfig, layers: Layers, ranks: Sequence[int]) -> Table:
     strategy = strategy_for(config.strategy, unequal=config.ranks is not None)
     traffic = dict(zip(ranks, as_sent(strategy, layers, ranks, r=config.r, wire=config.wire), strict=True))
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {
             "clients": f"{ranks.count(rank)} of {len(ranks)}",
             "rank": rank,
@@ -142,7 +142,7 @@ def _per_client(config: FederateConfig, layers: Layers, ranks: Sequence[int]) ->
 
 
 def _figures() -> Table:
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {
             "model": figure.model,
             "strategy": figure.strategy,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from manylora.cli.console import duration
 from manylora.cli.tables import console
-from manylora.table import Table
+from manylora.table import Table, Value
 
 if TYPE_CHECKING:
     from manylora.studies import Cell, Progress, Study, Summary
@@ -88,7 +88,8 @@ def print_cells_plan(study: Study, out: Path, *, workers: int) -> None:
         for name in study.names
     ]
     seconds, source = estimate_seconds(study, out)
-    rows, left = [], 0.0
+    rows: list[dict[str, Value]] = []
+    left = 0.0
     for method in study.methods:
         own = [cell for cell in (*screening, *final) if cell.method == method.name]
         done = sum(cell.result(out) is not None for cell in own)

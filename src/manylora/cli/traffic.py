@@ -14,7 +14,7 @@ from manylora.errors import DataError
 from manylora.federated.config import FederateConfig
 from manylora.federated.faults import clean_text
 from manylora.federated.results import FederatedResult, clients_table, read_result
-from manylora.table import Cell, Table
+from manylora.table import Table, Value
 
 if TYPE_CHECKING:
     from manylora.federated import ClientData
@@ -88,7 +88,7 @@ def print_clients(config: FederateConfig, data: Mapping[str, ClientData]) -> Non
     named = all(
         list(own.train) == [name] for name, own in data.items()
     )  # each client holds the task it is called by
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {
             "client": name,
             **({} if named else {"tasks": ", ".join(data[name].train)}),

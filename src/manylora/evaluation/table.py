@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from manylora.evaluation.collapse import Loss
 from manylora.evaluation.metrics import METRICS, metric_label
 from manylora.evaluation.score import Estimate, Scores
-from manylora.table import Cell, Table
+from manylora.table import Table, Value
 
 
 def scores_table(
@@ -50,7 +50,7 @@ def scores_table(
 def loss_table(before: Scores, after: Scores, loss: Loss, *, title: str) -> Table:
     """Scores of an adapter and of its LoRAs per task, and the points lost with the paired standard error."""
 
-    def row(task: str, old: float, new: float, lost: Estimate | Loss, n: int) -> dict[str, Cell]:
+    def row(task: str, old: float, new: float, lost: Estimate | Loss, n: int) -> dict[str, Value]:
         error = lost.standard_error
         return {"task": task, "adapter": old, "LoRAs": new, "points lost": lost.mean, "s.e.": error, "n": n}
 
@@ -62,8 +62,8 @@ def loss_table(before: Scores, after: Scores, loss: Loss, *, title: str) -> Tabl
 
 
 def _row(
-    task: str, metric: str, score: float, error: float, n: int, beside: Mapping[str, Cell]
-) -> dict[str, Cell]:
+    task: str, metric: str, score: float, error: float, n: int, beside: Mapping[str, Value]
+) -> dict[str, Value]:
     return {"task": task, "metric": metric, "score": score, "s.e.": error, "n": n, **beside}
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from manylora.errors import RunError
 from manylora.evaluation import ClientScores, Scores, delta_m, read_client_scores
 from manylora.files import NanFloat, Record, check_noted, check_record, parse_json, reason
-from manylora.table import Cell, Column, Table
+from manylora.table import Column, Table, Value
 
 _KIB, _MIB = 1024.0, 1024.0**2
 _KIB_COLUMNS = tuple(Column(name=f"KiB {way} a round", digits=1) for way in ("up", "down"))
@@ -155,8 +155,8 @@ def clients_table(found: FederatedResult, *, every: bool = False) -> Table:
         n: int,
         alone: tuple[float, float],
         kib: tuple[float, float],
-    ) -> dict[str, Cell]:
-        cells: dict[str, Cell] = {"client": name, "metric": metric, "score": own[0], "s.e.": own[1], "n": n}
+    ) -> dict[str, Value]:
+        cells: dict[str, Value] = {"client": name, "metric": metric, "score": own[0], "s.e.": own[1], "n": n}
         if found.alone:
             cells["local only"] = alone[0]
         if found.alone and every:
@@ -184,7 +184,7 @@ def clients_table(found: FederatedResult, *, every: bool = False) -> Table:
 def traffic_table(found: FederatedResult) -> Table:
     """Bytes of each client's messages: means over the rounds it took part in, and all of them."""
 
-    def row(name: str, up: float, down: float, total: float, rounds: int) -> dict[str, Cell]:
+    def row(name: str, up: float, down: float, total: float, rounds: int) -> dict[str, Value]:
         means = {"KiB up a round": up / _KIB, "KiB down a round": down / _KIB}
         return {"client": name, **means, "MiB in all": total / _MIB, "rounds": rounds}
 
@@ -205,7 +205,7 @@ def traffic_table(found: FederatedResult) -> Table:
 
 def shares_table(rounds: Sequence[Round]) -> Table:
     """How much of the rounds' changes each client had; without rows where nothing travels."""
-    rows: list[dict[str, Cell]] = []
+    rows: list[dict[str, Value]] = []
     for name in sorted({name for one in rounds for name in one.shares}):
         own = [(one.shares[name], one.step) for one in rounds if name in one.shares]
         largest, when = max(own)

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from manylora.report.legends import LEGEND_ROW, draw_legend, few_ticks, legend_lines
 from manylora.report.style import (
     BAND,
+    LEGEND_ROW,
     NARROW,
     PAPER,
     SOFT,
     WIDE,
+    draw_legend,
+    few_ticks,
+    legend_lines,
     mark,
     new_figure,
     short_names,

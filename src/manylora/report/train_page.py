@@ -96,8 +96,9 @@ def _summary(recipe: Recipe, scores: SavedScores | None) -> str:
 
 def _limits(recipe: Recipe, scores: SavedScores | None) -> tuple[str, ...]:
     found = [
-        f"One run{recipe.seed_in_words}: another seed gives other scores, and the intervals know nothing of that. A "
-        "difference from another single run is no verdict on a method; manylora compare runs several seeds and tests them."
+        f"One run{recipe.seed_in_words}: another seed gives other scores, and the intervals know nothing of that. "
+        "A difference from another single run is no verdict on a method; manylora compare runs several seeds and "
+        "tests them."
     ]
     if scores is not None:
         found.append(

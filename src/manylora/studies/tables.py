@@ -7,7 +7,7 @@ import math
 from manylora.evaluation.metrics import metric_label
 from manylora.studies.costs import CELL_METRICS, costs_of
 from manylora.studies.summary import DeltaM, Score, Summary
-from manylora.table import Cell, Column, Spread, Table
+from manylora.table import Column, Spread, Table, Value
 
 DELTA = "Δm%"
 
@@ -22,7 +22,7 @@ def scores_table(summary: Summary) -> Table:
     caption = "test score, mean ± 95 % interval over " + ("1 seed" if n == 1 else f"{n} seeds")
     if summary.delta_m:
         caption += "; Δm%: mean relative loss against single-task training, lower is better"
-    rows: list[dict[str, Cell]]
+    rows: list[dict[str, Value]]
     if len(methods) > len(tasks):
         rows = [{"method": m, **{task: cells.get((m, task)) for task in tasks}} for m in methods]
     else:
@@ -32,7 +32,7 @@ def scores_table(summary: Summary) -> Table:
 
 def long_table(summary: Summary) -> Table:
     """The same, one line per method and task, for files."""
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {
             "method": row.method,
             "task": row.task,
@@ -51,7 +51,7 @@ def others_table(summary: Summary) -> Table:
     found: dict[str, dict[str, list[float]]] = {}
     for row in summary.others:
         found.setdefault(row.method, {}).setdefault(metric_label(row.metric), []).append(row.mean)
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {"method": method, **{label: math.fsum(values) / len(values) for label, values in own.items()}}
         for method, own in found.items()
     ]
@@ -60,7 +60,7 @@ def others_table(summary: Summary) -> Table:
 
 def delta_table(summary: Summary) -> Table:
     """Δm% of each method."""
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {"method": row.method, DELTA: row.mean, "low": row.low, "high": row.high, "n": row.n}
         for row in summary.delta_m
     ]
@@ -70,11 +70,11 @@ def delta_table(summary: Summary) -> Table:
 def costs_table(summary: Summary) -> Table:
     """What a cell of each method costs: every metric of `CELL_METRICS` that has a heading."""
     known = {costs.method: costs for costs in summary.costs}
-    rows: list[dict[str, Cell]] = []
+    rows: list[dict[str, Value]] = []
     for method, cells in summary.by_method().items():
         costs = known.get(method) or costs_of(method, cells)
         rate = summary.learning_rates.get(method)
-        row: dict[str, Cell] = {"method": method, "learning rate": "default" if rate is None else rate}
+        row: dict[str, Value] = {"method": method, "learning rate": "default" if rate is None else rate}
         for name, metric in CELL_METRICS.items():
             value = costs.value_of(name)
             value = metric.of(cells) if value is None else value
@@ -92,7 +92,7 @@ def costs_table(summary: Summary) -> Table:
 
 def curves_table(summary: Summary) -> Table:
     """Scores after each scored epoch."""
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {
             "method": row.method,
             "epoch": row.epoch,
@@ -109,7 +109,7 @@ def curves_table(summary: Summary) -> Table:
 
 def claims_table(summary: Summary) -> Table:
     """Every number behind each claim."""
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {
             "claim": one.claim or one.text,
             "verdict": one.verdict,
@@ -132,7 +132,7 @@ def claims_table(summary: Summary) -> Table:
 
 def cells_table(summary: Summary) -> Table:
     """Every method and seed."""
-    rows: list[dict[str, Cell]] = [
+    rows: list[dict[str, Value]] = [
         {
             "method": cell.method,
             "seed": cell.seed,
