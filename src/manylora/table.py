@@ -252,7 +252,7 @@ def _broken(heading: str) -> str:
     """A heading of several lines, broken after blanks, hyphens and underscores, so that many columns fit."""
     lines = [""]
     for part in re.findall(r"[^-_ ]*[-_ ]?", heading):
-        if lines[-1] and len((lines[-1] + part).rstrip()) > _COLUMN - 1:
+        if part and lines[-1] and len((lines[-1] + part).rstrip()) > _COLUMN - 1:
             lines.append("")
         lines[-1] += part
     return "\n".join(map(str.rstrip, lines))
@@ -291,12 +291,22 @@ def to_html(table: Table, *, alone: bool = False) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Comma-separated, numbers in full; no cell of a stranger's text is a formula to a spreadsheet."""
+    """Comma-separated, numbers in full, a mean and its spread apart; no cell of a stranger's text is a formula to a
+    spreadsheet."""
+    rows = (*table.rows, *table.footer)
+    apart = [any(isinstance(row[index], Spread) for row in rows) for index in range(len(table.columns))]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([_csv_cell(column.name, column) for column in table.columns])
-    for row in (*table.rows, *table.footer):
-        writer.writerow([_csv_cell(cell, column) for cell, column in zip(row, table.columns, strict=True)])
+    names = [
+        [column.name, f"± {column.name}"][: 1 + two] for column, two in zip(table.columns, apart, strict=True)
+    ]
+    writer.writerow([_csv_cell(name) for pair in names for name in pair])
+    for row in rows:
+        pairs = [
+            ([*cell] if isinstance(cell, Spread) else [cell, None])[: 1 + two]
+            for cell, two in zip(row, apart, strict=True)
+        ]
+        writer.writerow([_csv_cell(cell) for pair in pairs for cell in pair])
     return out.getvalue()
 
 
@@ -321,9 +331,7 @@ def latex_escaped(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in clean(text))
 
 
-def _csv_cell(cell: Value, column: Column) -> str:
-    if isinstance(cell, Spread):
-        return shown(cell, column)
+def _csv_cell(cell: str | float | None) -> str:
     if not isinstance(cell, str):
         return "" if cell is None or math.isnan(cell) else str(cell)
     words = " ".join(clean(cell).splitlines())

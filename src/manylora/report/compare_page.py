@@ -28,7 +28,7 @@ from manylora.report.plots import (
 )
 from manylora.studies.config import MEAN
 from manylora.studies.costs import CELL_METRICS
-from manylora.studies.summary import ClaimTrial, CurveMean, Interval, Summary
+from manylora.studies.records import ClaimTrial, CurveMean, Interval, Summary
 from manylora.studies.tables import (
     cells_table,
     claims_table,

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from manylora.studies.costs import CELL_METRICS, CellMetric
     from manylora.studies.kinds import KINDS, Job, Measured
     from manylora.studies.presets import PRESETS
+    from manylora.studies.records import Summary
     from manylora.studies.results import CellResult, read_cells, write_cells
     from manylora.studies.runner import Progress, run_study
-    from manylora.studies.summary import Summary, summarise
+    from manylora.studies.summary import summarise
 
 _HOME = {
     "cells": ("Cell", "results_of", "run_cell"),
@@ -30,7 +31,8 @@ _HOME = {
     "presets": ("PRESETS",),
     "runner": ("Progress", "run_study"),
     "results": ("CellResult", "read_cells", "write_cells"),
-    "summary": ("Summary", "summarise"),
+    "records": ("Summary",),
+    "summary": ("summarise",),
 }
 
 __all__ = [

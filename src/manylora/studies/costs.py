@@ -92,7 +92,9 @@ CELL_METRICS: dict[str, CellMetric] = {
         unit=_MIB,
         digits=0,
     ),
-    "bytes_sent": CellMetric(heading="MiB sent a client and round", read=_bytes_sent, unit=_MIB, digits=2),
+    "bytes_sent": CellMetric(
+        heading="MiB sent a client and round", read=_bytes_sent, optional=True, unit=_MIB, digits=2
+    ),
 }
 """Name in files to metric, in the order of columns."""
 

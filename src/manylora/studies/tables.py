@@ -6,7 +6,7 @@ import math
 
 from manylora.evaluation.metrics import metric_label
 from manylora.studies.costs import CELL_METRICS, costs_of
-from manylora.studies.summary import DeltaM, Score, Summary
+from manylora.studies.records import DeltaM, Score, Summary
 from manylora.table import Column, Spread, Table, Value
 
 DELTA = "Δm%"
