@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -85,8 +85,8 @@ class Table:
     alike: bool = False
     """Whether all columns but the first are of one kind, such as methods: on a terminal a spread stands below its mean,
     and columns that do not fit beside each other follow below."""
-    marked: frozenset[int] = frozenset()
-    """Rows that stand out on a terminal, by index."""
+    marked: str = ""
+    """First cell of the rows that stand out on a terminal."""
 
     @classmethod
     def of(
@@ -98,9 +98,7 @@ class Table:
         columns: Sequence[Column] = (),
         digits: int = 2,
         footer: Sequence[Mapping[str, Value]] = (),
-        grouped: bool = False,
-        alike: bool = False,
-        hidden: bool = False,
+        **more: Any,
     ) -> Table:
         """A table of rows that name their cells; a column stands where the first row that has it puts it.
 
@@ -111,9 +109,7 @@ class Table:
             columns: those that are shown otherwise than a plain one of `digits` decimals.
             digits: of the other columns.
             footer: rows below the line.
-            grouped: see `Table`.
-            alike: see `Table`.
-            hidden: see `Table`.
+            more: other fields of `Table`.
         """
         own = {column.name: column for column in columns}
         headings = list(dict.fromkeys(heading for row in (*rows, *footer) for heading in row))
@@ -123,9 +119,7 @@ class Table:
             columns=tuple(own.get(heading, Column(name=heading, digits=digits)) for heading in headings),
             rows=tuple(tuple(row.get(heading) for heading in headings) for row in rows),
             footer=tuple(tuple(row.get(heading) for heading in headings) for row in footer),
-            grouped=grouped,
-            alike=alike,
-            hidden=hidden,
+            **more,
         )
 
     def first_rows(self, most: int) -> Table:
@@ -239,7 +233,7 @@ def _drawn(table: Table) -> TerminalTable:
         above = row[0]
         if table.alike:
             words = [word.replace(" ± ", "\n± ") for word in words]
-        drawn.add_row(*map(Text, words), style="bold" if index in table.marked else "")
+        drawn.add_row(*map(Text, words), style="bold" if table.marked and row[0] == table.marked else "")
     if table.footer:
         drawn.add_section()
     for row in table.footer:

@@ -12,7 +12,7 @@ import yaml
 from manylora.cli import main
 from manylora.errors import ConfigError
 from manylora.studies import PRESETS, Study, load_study, parse_study, read_cells, summarise
-from manylora.studies.default import DEFAULT
+from manylora.studies.presets import DEFAULT
 
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 SMALL: dict[str, Any] = {"name": "small", "methods": ["lora", "alora"], "settings": {"limit": 8}}

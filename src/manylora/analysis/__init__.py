@@ -14,103 +14,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from manylora.analysis.batches import LabelReader, Reader, TaskRows
-    from manylora.analysis.change import Movement, changes, movement
+    from manylora.analysis.batches import LabelReader, Reader
+    from manylora.analysis.change import changes, movement
     from manylora.analysis.gradients import measure_gradients
     from manylora.analysis.pairs import similarities, with_labels
     from manylora.analysis.places import Place, locate
-    from manylora.analysis.records import (
-        Change,
-        Conflict,
-        Findings,
-        Gates,
-        GradientNorm,
-        Gradients,
-        PairSimilarity,
-        SourceFacts,
-    )
+    from manylora.analysis.records import Gates, Gradients
     from manylora.analysis.result import Analysis
     from manylora.analysis.routers import measure_gates
     from manylora.analysis.sources import Layer, Source, load_source, load_sources
     from manylora.analysis.subspaces import (
         RandomBaseline,
-        Similarity,
         compare,
         expected_squared,
         orthonormal_basis,
         principal_cosines,
     )
-    from manylora.analysis.summary import (
-        ChangeLine,
-        SimilarityLine,
-        Spread,
-        change_lines,
-        pair_label,
-        similarity_lines,
-        spread,
-    )
 
 _HOME = {
-    "batches": ("LabelReader", "Reader", "TaskRows"),
-    "change": ("Movement", "changes", "movement"),
+    "batches": ("LabelReader", "Reader"),
+    "change": ("changes", "movement"),
     "gradients": ("measure_gradients",),
     "pairs": ("similarities", "with_labels"),
     "places": ("Place", "locate"),
-    "records": (
-        "Change",
-        "Conflict",
-        "Findings",
-        "Gates",
-        "GradientNorm",
-        "Gradients",
-        "PairSimilarity",
-        "SourceFacts",
-    ),
+    "records": ("Gates", "Gradients"),
     "result": ("Analysis",),
     "routers": ("measure_gates",),
     "sources": ("Layer", "Source", "load_source", "load_sources"),
-    "subspaces": (
-        "RandomBaseline",
-        "Similarity",
-        "compare",
-        "expected_squared",
-        "orthonormal_basis",
-        "principal_cosines",
-    ),
-    "summary": (
-        "ChangeLine",
-        "SimilarityLine",
-        "Spread",
-        "change_lines",
-        "pair_label",
-        "similarity_lines",
-        "spread",
-    ),
+    "subspaces": ("RandomBaseline", "compare", "expected_squared", "orthonormal_basis", "principal_cosines"),
 }
 
 __all__ = [
     "Analysis",
-    "Change",
-    "ChangeLine",
-    "Conflict",
-    "Findings",
     "Gates",
-    "GradientNorm",
     "Gradients",
     "LabelReader",
     "Layer",
-    "Movement",
-    "PairSimilarity",
     "Place",
     "RandomBaseline",
     "Reader",
-    "Similarity",
-    "SimilarityLine",
     "Source",
-    "SourceFacts",
-    "Spread",
-    "TaskRows",
-    "change_lines",
     "changes",
     "compare",
     "expected_squared",
@@ -121,11 +64,8 @@ __all__ = [
     "measure_gradients",
     "movement",
     "orthonormal_basis",
-    "pair_label",
     "principal_cosines",
     "similarities",
-    "similarity_lines",
-    "spread",
     "with_labels",
 ]
 

@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 def _study(options: CompareOptions) -> tuple[Study, str]:
     """The study, and its text as it is kept in its folder."""
     from manylora.studies import load_study, parse_study
-    from manylora.studies.default import DEFAULT
+    from manylora.studies.presets import DEFAULT
 
     study = load_study(options.study) if options.study else parse_study(parse_yaml(DEFAULT))
     text = Path(options.study).expanduser().read_text(encoding="utf-8") if options.study else DEFAULT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import get_args
 
 from manylora.cli.tables import console
@@ -95,7 +94,7 @@ def _as_published(config: FederateConfig, layers: Layers, ranks: Sequence[int]) 
         for rule in published_rules(strategy)
     ]
     caption = "as published: parameters per client and round, up plus down, millions"
-    return _marked(Table.of("published", caption, rows, columns=_COUNTS), config.strategy)
+    return Table.of("published", caption, rows, columns=_COUNTS, marked=config.strategy)
 
 
 def _as_sent(config: FederateConfig, layers: Layers, ranks: Sequence[int]) -> Table:
@@ -115,13 +114,8 @@ def _as_sent(config: FederateConfig, layers: Layers, ranks: Sequence[int]) -> Ta
                 **{f"MiB {wire}": own.bytes / _MIB for wire, own in sent.items()},
             }
         )
-    table = Table.of("sent", "as sent: mean per client and round", rows, columns=_COUNTS)
-    return _marked(table, config.strategy)
-
-
-def _marked(table: Table, strategy: str) -> Table:
-    """The same with the run's strategy standing out."""
-    return replace(table, marked=frozenset(i for i, row in enumerate(table.rows) if row[0] == strategy))
+    caption = "as sent: mean per client and round"
+    return Table.of("sent", caption, rows, columns=_COUNTS, marked=config.strategy)
 
 
 def _per_client(config: FederateConfig, layers: Layers, ranks: Sequence[int]) -> Table:

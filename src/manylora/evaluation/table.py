@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from manylora.evaluation.collapse import Loss
 from manylora.evaluation.metrics import METRICS, metric_label
 from manylora.evaluation.score import Estimate, Scores
-from manylora.table import Table, Value
+from manylora.table import Column, Table, Value
 
 
 def scores_table(
@@ -37,14 +37,26 @@ def scores_table(
     }
     order = [name for name in (*METRICS, *others) if name in others]
     beside = {metric_label(name): others[name] for name in order} | dict(baselines or {})
-    own = [{heading: values.get(task.task) for heading, values in beside.items()} for task in scores.tasks]
-    rows = [
-        _row(task.task, metric_label(task.metric), task.score, task.standard_error, task.n, cells)
-        for task, cells in zip(scores.tasks, own, strict=True)
+    rows: list[tuple[Value, ...]] = [
+        (
+            task.task,
+            metric_label(task.metric),
+            task.score,
+            task.standard_error,
+            task.n,
+            *(values.get(task.task) for values in beside.values()),
+        )
+        for task in scores.tasks
     ]
-    means = {heading: _mean_of(values, scores) for heading, values in beside.items()}
-    footer = _row("mean", scores.metric_label or "mixed", scores.mean, scores.standard_error, scores.n, means)
-    return Table.of("scores", title, rows, footer=[footer])
+    means = (_mean_of(values, scores) for values in beside.values())
+    metric = scores.metric_label or "mixed"
+    return Table(
+        name="scores",
+        caption=title,
+        columns=tuple(Column(name=name) for name in ("task", "metric", "score", "s.e.", "n", *beside)),
+        rows=tuple(rows),
+        footer=(("mean", metric, scores.mean, scores.standard_error, scores.n, *means),),
+    )
 
 
 def loss_table(before: Scores, after: Scores, loss: Loss, *, title: str) -> Table:
@@ -59,12 +71,6 @@ def loss_table(before: Scores, after: Scores, loss: Loss, *, title: str) -> Tabl
     ]
     footer = row("mean", before.mean, after.mean, loss, before.n)
     return Table.of("loss", title, rows, footer=[footer], digits=1)
-
-
-def _row(
-    task: str, metric: str, score: float, error: float, n: int, beside: Mapping[str, Value]
-) -> dict[str, Value]:
-    return {"task": task, "metric": metric, "score": score, "s.e.": error, "n": n, **beside}
 
 
 def _mean_of(values: Mapping[str, float], scores: Scores) -> float:

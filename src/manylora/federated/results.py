@@ -137,12 +137,12 @@ def mean_score(scores: Iterable[Scores]) -> tuple[float, float]:
     return _mean([own.mean for own in found]), error
 
 
-def clients_table(found: FederatedResult, *, every: bool = False) -> Table:
+def clients_table(found: FederatedResult, *, traffic: bool = True) -> Table:
     """Personal models on their own tasks, one line per client, and the mean over clients below.
 
     Args:
         found: with a client at least.
-        every: whether the standard error without the others, and the difference to it, have columns.
+        traffic: whether the sizes of messages have columns, else the standard error on its own and the difference.
     """
     sent = {name: (_mean(up) / _KIB, _mean(down) / _KIB) for name, (up, down) in found.sent().items()}
     means = (_mean([up for up, _ in sent.values()]), _mean([down for _, down in sent.values()]))
@@ -159,9 +159,9 @@ def clients_table(found: FederatedResult, *, every: bool = False) -> Table:
         cells: dict[str, Value] = {"client": name, "metric": metric, "score": own[0], "s.e.": own[1], "n": n}
         if found.alone:
             cells["local only"] = alone[0]
-        if found.alone and every:
+        if found.alone and not traffic:
             cells |= {"s.e. local only": alone[1], "difference": own[0] - alone[0]}
-        return {**cells, "KiB up a round": kib[0], "KiB down a round": kib[1]} if sent else cells
+        return {**cells, "KiB up a round": kib[0], "KiB down a round": kib[1]} if sent and traffic else cells
 
     rows = [
         row(

@@ -157,7 +157,7 @@ def _scores_section(found: FederatedResult, strategy: str) -> Section:
             separated=1,
         ),
     )
-    tables = (clients_table(found, every=True),)
+    tables = (clients_table(found, traffic=False),)
     return Section(title="Scores", figures=(figure,), tables=tables, folded=many > FOLDED)
 
 

@@ -22,12 +22,17 @@ def scores_table(summary: Summary) -> Table:
     caption = "test score, mean ± 95 % interval over " + ("1 seed" if n == 1 else f"{n} seeds")
     if summary.delta_m:
         caption += "; Δm%: mean relative loss against single-task training, lower is better"
-    rows: list[dict[str, Value]]
-    if len(methods) > len(tasks):
-        rows = [{"method": m, **{task: cells.get((m, task)) for task in tasks}} for m in methods]
-    else:
-        rows = [{"task": task, **{m: cells.get((m, task)) for m in methods}} for task in tasks]
-    return Table.of("scores", caption, rows, alike=True)
+    down, names, beside = (
+        ("method", methods, tasks) if len(methods) > len(tasks) else ("task", tasks, methods)
+    )
+    key = (lambda name, other: (name, other)) if down == "method" else (lambda name, other: (other, name))
+    return Table(  # not `Table.of`: a method may be called as a column is
+        name="scores",
+        caption=caption,
+        columns=tuple(Column(name=name) for name in (down, *beside)),
+        rows=tuple((name, *(cells.get(key(name, other)) for other in beside)) for name in names),
+        alike=True,
+    )
 
 
 def long_table(summary: Summary) -> Table:
