@@ -184,7 +184,7 @@ def shown(cell: Value, column: Column) -> str:
 def to_terminal(table: Table, *, width: int) -> list[TerminalTable]:
     """For rich's console: one table, or several of which each fits `width` where the columns are alike."""
     if not table.alike:
-        return [_drawn(table)]
+        return [_drawn(table, broken=_width(table) > width)]
     names = [table.columns[0].name, *(row[0] for row in (*table.rows, *table.footer))]
     first = min(max(len(name) for name in names if isinstance(name, str)), width // 3)
     beside = max(1, (width - first - 2) // _COLUMN)
@@ -198,11 +198,17 @@ def to_terminal(table: Table, *, width: int) -> list[TerminalTable]:
             rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
             footer=tuple(tuple(row[index] for index in kept) for row in table.footer),
         )
-        parts.append(_drawn(part))
+        parts.append(_drawn(part, broken=True))
     return parts
 
 
-def _drawn(table: Table) -> TerminalTable:
+def _width(table: Table) -> int:
+    """Characters that the table takes with headings of one line."""
+    lines = [[column.name for column in table.columns], *map(table.words, (*table.rows, *table.footer))]
+    return 2 + sum(1 + max(map(len, column)) for column in zip(*lines, strict=True))
+
+
+def _drawn(table: Table, *, broken: bool) -> TerminalTable:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as TerminalTable
     from rich.text import Text
@@ -218,7 +224,7 @@ def _drawn(table: Table) -> TerminalTable:
         right = table.stands_right(index)
         cells = [row[0] for row in table.rows if isinstance(row[0], str)] if index == 0 else []
         drawn.add_column(
-            Text(_broken(clean(column.name)) if right else clean(column.name)),
+            Text(_broken(clean(column.name)) if right and broken else clean(column.name)),
             justify="right" if right else "left",
             overflow="fold",
             min_width=min(_FIRST, max(map(len, cells), default=0)),
