@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from manylora.errors import DataError
 from manylora.evaluation.claims import ClaimKind, Trial, try_claims
-from manylora.evaluation.comparison import (
+from manylora.evaluation.statistics import (
     bootstrap_interval,
     bootstrap_means,
     holm,

@@ -35,7 +35,7 @@ def test_a_task_without_labels_is_scored_by_rouge1() -> None:
     assert (score.metric, score.n) == ("rouge1_all", 2)
     assert score.score == pytest.approx((half + 100) / 2)
     assert score.standard_error == pytest.approx((100 - half) / 2)  # sd / sqrt(2) of two values
-    assert score.metrics["exact_match"] == Estimate(50.0, pytest.approx(50.0), 2)
+    assert score.metrics["exact_match"] == Estimate(mean=50.0, standard_error=50.0, n=2)
     assert set(score.metrics) == {"rouge1_all", "exact_match"}
     assert score.examples[0].prediction == "the cat"
 
@@ -144,7 +144,7 @@ def test_scores_survive_json() -> None:
     scores = two_tasks()
     saved = json.loads(json.dumps(scores.to_dict(), allow_nan=False))
     assert saved["tasks"][1]["score"] == 75.0
-    back = Scores.from_dict(saved)
+    back = Scores.model_validate(saved)
     assert back.to_dict() == scores.to_dict()
     assert back.mean == scores.mean
 
@@ -154,7 +154,7 @@ def test_one_example_has_no_standard_error_in_json_and_table() -> None:
     assert math.isnan(scores.standard_error)
     saved = json.loads(json.dumps(scores.to_dict(), allow_nan=False))
     assert saved["tasks"][0]["standard_error"] is None
-    assert math.isnan(Scores.from_dict(saved).tasks[0].standard_error)
+    assert math.isnan(Scores.model_validate(saved).tasks[0].standard_error)
     assert cells(scores)[-1] == ["mean", "ROUGE-1", "100.00", "–", "1", "100.00"]
 
 
@@ -177,13 +177,12 @@ def test_prediction_rows_hold_what_was_asked_said_and_expected() -> None:
 
 def cells(scores: Scores, **options: object) -> list[list[str]]:
     table = scores_table(scores, **options)  # type: ignore[arg-type]
-    columns = [list(column.cells) for column in table.columns]
-    return [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
+    return [table.words(row) for row in (*table.rows, *table.footer)]
 
 
 def test_the_table_has_a_line_per_task_and_the_mean_last() -> None:
     extra = {"majority": {"verdict": 33.3, "sum": 25.0}, "keyword": {"verdict": 40.0}}
-    assert cells(two_tasks(), extra=extra) == [
+    assert cells(two_tasks(), baselines=extra) == [
         ["verdict", "ROUGE-1", "66.67", "33.33", "3", "66.67", "66.67", "33.30", "40.00"],
         ["sum", "accuracy", "75.00", "25.00", "4", "75.00", "–", "25.00", "–"],
         ["mean", "mixed", "70.83", "20.83", "7", "70.83", "–", "29.15", "–"],
@@ -195,7 +194,7 @@ def test_the_table_of_eight_long_names_fits_eighty_characters() -> None:
     scores = score_all(data, {name: ["yes", "no"] for name in data})
     extra = {"majority": dict.fromkeys(data, 50.0)}
     out = io.StringIO()
-    Console(file=out, width=80).print(scores_table(scores, title="test scores", extra=extra))
+    Console(file=out, width=80).print(scores_table(scores, title="test scores", baselines=extra))
     text = out.getvalue()
     assert all(f" {name} " in text for name in data)
     assert "majority" in text

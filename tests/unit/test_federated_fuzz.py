@@ -189,7 +189,7 @@ def test_whatever_was_trained_is_as_large_as_training_or_does_not_count(data: by
 def test_whatever_was_scored_is_a_score_or_is_not_shown(data: bytes) -> None:
     for score in accepted(lambda: read_scored(unpack(data, SCORING), name="ada")) or ():
         assert score.task.isprintable()
-        main = Estimate(score.score, score.standard_error, score.n)
+        main = Estimate(mean=score.score, standard_error=score.standard_error, n=score.n)
         for estimate in (main, *score.metrics.values()):
             assert 0 <= estimate.mean <= 100
             assert estimate.n >= 1

@@ -29,10 +29,12 @@ def figures(page: Page) -> set[str]:
     return {figure.name for section in page.sections for figure in section.figures}
 
 
-def table(page: Page, name: str) -> dict[str, tuple[Any, ...]]:
-    """Rows by their first cell."""
+def table(page: Page, name: str, *, by: str | None = None) -> dict[str, dict[str, Any]]:
+    """Rows, each a heading to its cell, by their first cell or another."""
     (found,) = (one for section in page.sections for one in section.tables if one.name == name)
-    return {str(row[0]): row[1:] for row in (*found.rows, *found.footer)}
+    headings = [column.name for column in found.columns]
+    rows = [dict(zip(headings, row, strict=True)) for row in (*found.rows, *found.footer)]
+    return {str(row[by or headings[0]]): row for row in rows}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -52,9 +54,11 @@ def test_a_train_page_says_what_was_reached_and_how_to_repeat_it(tmp_path: Path)
     assert ("torch", "2.13.0+cpu") in page.versions
     assert figures(page) == {"scores", "loss", "loss-per-task"}
     rows = table(page, "scores")
-    assert rows["story_sum"][0] == next(task["score"] for task in saved if task["task"] == "story_sum")
-    assert rows["mean"][0] == pytest.approx(mean)
-    assert rows["mean"][1] == pytest.approx(sum(task["standard_error"] ** 2 for task in saved) ** 0.5 / 8)
+    assert rows["story_sum"]["score"] == next(task["score"] for task in saved if task["task"] == "story_sum")
+    assert rows["mean"]["score"] == pytest.approx(mean)
+    assert rows["mean"]["s.e."] == pytest.approx(
+        sum(task["standard_error"] ** 2 for task in saved) ** 0.5 / 8
+    )
     assert "no verdict" in page.limits[0]
 
 
@@ -68,16 +72,18 @@ def test_a_federate_page_compares_with_clients_on_their_own(tmp_path: Path) -> N
     page = build_page(tmp_path)
     delta = -100 * sum((own[name] - alone[name]) / alone[name] for name in own) / 8
     assert f"Δm% {delta:,.2f}".replace("-", "−") in page.summary
-    assert table(page, "scores")["story_sum"][5] == pytest.approx(own["story_sum"] - alone["story_sum"])
+    assert table(page, "scores")["story_sum"]["difference"] == pytest.approx(
+        own["story_sum"] - alone["story_sum"]
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     total = sum(sum(line[way].values()) for line in lines for way in ("up", "down"))
-    assert table(page, "traffic")["all"][2] == pytest.approx(total / 2**20)
+    assert table(page, "traffic")["all"]["MiB in all"] == pytest.approx(total / 2**20)
     assert figures(page) == {"scores", "rounds", "quality-bytes"}
     shares = table(page, "shares")
-    assert sum(row[0] for row in shares.values()) == pytest.approx(100)
-    name, row = max(shares.items(), key=lambda item: item[1][1])
-    assert row[1] == pytest.approx(100 * max(lines[0]["shares"].values()))
-    assert lines[row[2] - 1]["shares"][name] == pytest.approx(row[1] / 100)
+    assert sum(row["mean share, %"] for row in shares.values()) == pytest.approx(100)
+    name, row = max(shares.items(), key=lambda item: item[1]["largest, %"])
+    assert row["largest, %"] == pytest.approx(100 * max(lines[0]["shares"].values()))
+    assert lines[row["in round"] - 1]["shares"][name] == pytest.approx(row["largest, %"] / 100)
     for line in lines:
         del line["shares"]  # a run of an earlier version
     write(tmp_path, metrics_jsonl=lines)
@@ -109,10 +115,13 @@ def test_an_analyze_page_groups_pairs_and_warns_of_collapse(tmp_path: Path) -> N
     assert len(found) == 6
     values = [pair["mean_cosine"] for pair in saved["similarity"]
               if pair["matrix"] == "A" and pair["same_init"] and not pair["same_task"]]  # fmt: skip
-    assert found["different tasks, same init", "A"] == pytest.approx(sum(values) / len(values))
+    assert found["A", "other task, same init"].mean == pytest.approx(sum(values) / len(values))
     assert "collapse" in page.warnings[0]
     assert TASKS[0] in page.warnings[0]
-    assert table(page, "change")["A"][2] < table(page, "change")["B"][2]
+    assert (
+        table(page, "change", by="matrix")["A"]["direction"]
+        < table(page, "change", by="matrix")["B"]["direction"]
+    )
 
 
 def test_a_compare_page_leads_with_the_verdicts(tmp_path: Path) -> None:
@@ -124,7 +133,7 @@ def test_a_compare_page_leads_with_the_verdicts(tmp_path: Path) -> None:
     assert [head for head, _ in page.sections[0].points] == ["Supported", "Supported"]
     assert "Of 2 claims: 2 supported." in page.summary
     assert any("fewer than 5 seeds" in limit for limit in page.limits)
-    assert table(page, "cost")["lora"][0] == 240_000
+    assert table(page, "cost")["lora"]["parameters"] == 240_000
     assert figures(page) == {"claims", "scores", "delta-m", "quality-bytes"}
     more = {
         "curves": [
@@ -144,7 +153,7 @@ def test_a_compare_page_leads_with_the_verdicts(tmp_path: Path) -> None:
     for cell in study["cells"]:
         cell |= {"bytes_up": 2**20, "bytes_down": 2**21}
     write(sent, study_json=study)
-    assert table(build_page(sent), "cost")["fedit"][3] == pytest.approx(3.0)
+    assert table(build_page(sent), "cost")["fedit"]["MiB sent a client and round"] == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from manylora.errors import RunError
-from manylora.report import Column, Figure, Page, Plot, Section, Table, write_page
-from manylora.report.files import clean, number, read_lines, read_object, read_settings, text
+from manylora.files import Record, Several, forgive_lines, forgive_record
+from manylora.report import Figure, Page, Plot, Section, write_page
+from manylora.report.common import read_object, read_settings, text
 from manylora.report.heat import HeatMaps, HeatPanel, ink_on
 from manylora.report.plots import (
     Intervals,
@@ -40,7 +42,8 @@ from manylora.report.style import (
     short,
     short_names,
 )
-from manylora.report.tables import latex_escaped, to_csv, to_latex
+from manylora.table import Column, Table, clean, latex_escaped, to_csv, to_latex
+from manylora.training.facts import LogLine
 
 TABLE = Table(
     name="scores",
@@ -103,10 +106,24 @@ def test_clean_text_survives_utf8_and_reorders_nothing(words: str) -> None:
     assert "\u202e" not in found
 
 
+class Found(Record):
+    value: float | None = None
+    entries: Several[float] = ()
+    named: dict[str, int] = Field(default_factory=dict)
+
+
 def test_values_of_another_type_are_missing_values() -> None:
-    assert [number(value) for value in (1, 2.5, True, "3", None, math.nan, math.inf, 10**400, [1])] == [
+    def forgiven(value: object) -> float | None:
+        found = forgive_record({"value": value}, Found)
+        assert found is not None
+        return found.value
+
+    assert [forgiven(value) for value in (1, 2.5, True, "3", None, math.nan, math.inf, 10**400, [1])] == [
         1.0, 2.5, *[None] * 7,
     ]  # fmt: skip
+    found = forgive_record({"entries": [1, "x", None, 2], "named": {"a": 1, "b": "2"}}, Found)
+    assert found == Found(entries=(1.0, 2.0), named={"a": 1})
+    assert forgive_record([1], Found) is None
     assert text(["a", 1, None]) == "a, 1, –"
     assert text({"a": 1}) == "…"
     assert len(text("x" * 1000)) == 300
@@ -127,7 +144,7 @@ def test_broken_settings_are_one_line_and_a_half_written_last_line_is_left_out(t
         read_settings(tmp_path / "config.yaml")
     assert "\n" not in str(caught.value)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo', encoding="utf-8")
-    assert list(read_lines(tmp_path / "metrics.jsonl")) == [{"step": 1}]
+    assert list(forgive_lines(tmp_path / "metrics.jsonl", LogLine)) == [LogLine(step=1)]
 
 
 @pytest.mark.parametrize("line", [b"null", b"{", b"\xff", b'{"a": "\xff"}', b"", b"\0", b"[" * 5000])
@@ -136,7 +153,7 @@ def test_a_damaged_line_is_named(line: bytes, tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match=r"metrics\.jsonl:2 cannot be read \(.*\); mend or remove that line"
     ) as caught:
-        list(read_lines(tmp_path / "metrics.jsonl"))
+        list(forgive_lines(tmp_path / "metrics.jsonl", LogLine))
     assert "\n" not in str(caught.value)
 
 

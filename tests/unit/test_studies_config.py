@@ -12,7 +12,7 @@ import yaml
 from manylora.cli import main
 from manylora.errors import ConfigError
 from manylora.studies import PRESETS, Study, load_study, parse_study, read_cells, summarise
-from manylora.studies.default import DEFAULT
+from manylora.studies.presets import DEFAULT
 
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 SMALL: dict[str, Any] = {"name": "small", "methods": ["lora", "alora"], "settings": {"limit": 8}}
@@ -164,14 +164,14 @@ def test_the_default_study_and_all_committed_ones_are_sound() -> None:
 def test_the_tables_of_a_committed_study_come_again_from_its_cells(path: Path) -> None:
     head, rows = read_cells(path)
     summary = summarise(parse_study(head["study"]), rows, {})
-    assert summary["missing"] == []
-    assert summary["claims"]
-    finals = {(row["method"], row["learning_rate"]) for row in rows if row["stage"] == "final"}
+    assert summary.missing == ()
+    assert summary.claims
+    finals = {(row.method, row.learning_rate) for row in rows if row.stage == "final"}
     assert len(finals) == len({method for method, _ in finals})
     read = [float(x) for x in re.findall(r"\d+\.\d", (STUDIES / "README.md").read_text(encoding="utf-8"))]
-    for row in summary["table"]:
-        if row["task"] == "mean":
-            assert min(abs(row["mean"] - x) for x in read) < 0.051, row["method"]
+    for row in summary.table:
+        if row.task == "mean":
+            assert min(abs(row.mean - x) for x in read) < 0.051, row.method
 
 
 def test_every_preset_is_sound() -> None:

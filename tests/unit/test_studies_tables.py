@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from manylora.cli import main
 from manylora.errors import ConfigError, RunError
-from manylora.studies import parse_study, read_cells, summarise, write_cells
-from manylora.studies.cells import choose_rates, pack_scores, unpack_scores
+from manylora.studies import CellResult, Study, parse_study, read_cells, write_cells
+from manylora.studies import summarise as summarise_cells
+from manylora.studies.cells import choose_rates
+from manylora.studies.results import pack_scores, unpack_scores
 
 TASKS = ("a", "b")
 
@@ -37,6 +39,16 @@ def cell(method: str, seed: int, scores: dict[str, float], **more: Any) -> dict[
         "examples": {task: pack_scores([s - 5, s + 5, s - 5, s + 5]) for task, s in scores.items()},
         **more,
     }
+
+
+def results(rows: list[dict[str, Any]]) -> list[CellResult]:
+    return [CellResult.model_validate(row) for row in rows]
+
+
+def summarise(one: Study, rows: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """What study.json would hold."""
+    found: dict[str, Any] = json.loads(json.dumps(summarise_cells(one, results(rows), facts).to_dict()))
+    return found
 
 
 def study(**more: Any) -> Any:
@@ -168,15 +180,15 @@ def test_the_learning_rate_is_the_best_on_validation_rows() -> None:
         for s in (7, 8)
     ]
     # of equals the smaller
-    assert choose_rates(grid, rows) == {"alora": 0.01, "lora": 0.01, "lora-per-task": 0.001}
-    finals = [{**c, "learning_rate": choose_rates(grid, rows)[c["method"]]} for c in by_hand()]
+    assert choose_rates(grid, results(rows)) == {"alora": 0.01, "lora": 0.01, "lora-per-task": 0.001}
+    finals = [{**c, "learning_rate": choose_rates(grid, results(rows))[c["method"]]} for c in by_hand()]
     summary = summarise(grid, rows + finals, {})
     assert summary["at_the_edge"] == ["lora-per-task"]
     assert {"method": "alora", "learning_rate": 0.1, "validation": 11.0, "n": 2} in summary["screening"]
     # a rate whose cells are not all done cannot be chosen
-    assert choose_rates(grid, rows[:-1])["lora-per-task"] == 0.01
+    assert choose_rates(grid, results(rows[:-1]))["lora-per-task"] == 0.01
     with pytest.raises(RunError, match="method lora-per-task has no learning rate"):
-        choose_rates(grid, [row for row in rows if row["method"] != "lora-per-task"])
+        choose_rates(grid, results([row for row in rows if row["method"] != "lora-per-task"]))
 
 
 @settings(deadline=None)
@@ -205,7 +217,7 @@ def test_the_tables_rebuild_from_the_cells_to_the_byte(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells = by_hand()
-    write_cells(tmp_path / "cells.jsonl", study(), cells, {"manylora": "x"})
+    write_cells(tmp_path / "cells.jsonl", study(), results(cells), {"manylora": "x"})
     printed, written = [], []
     for number in range(2):
         out = tmp_path / f"out{number}"
@@ -220,7 +232,7 @@ def test_the_tables_rebuild_from_the_cells_to_the_byte(
     shuffled = cells.copy()
     random.Random(0).shuffle(shuffled)
     head, rows = read_cells(tmp_path / "cells.jsonl")
-    assert rows == cells
+    assert [row.to_dict() for row in rows] == cells
     assert head["study"]["name"] == "hand"
     again = summarise(study(), shuffled, {"manylora": "x"})
     assert again["claims"] == summary["claims"]

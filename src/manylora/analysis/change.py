@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from manylora.analysis.places import Place, locate
+from manylora.analysis.records import Change
 from manylora.analysis.sources import Layer, Layers, Source
 from manylora.analysis.subspaces import compare, orthonormal_basis
 
@@ -26,25 +27,6 @@ from manylora.analysis.subspaces import compare, orthonormal_basis
 class Movement:
     """Of one matrix between two steps; None where every vector was zero before."""
 
-    similarity: float | None
-    magnitude: float | None
-    direction: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """Of one matrix of one module between two steps."""
-
-    source: str
-    expert: str
-    """"" for a shared matrix and for a single LoRA."""
-    matrix: str
-    layer: int | None
-    module: str
-    name: str
-    """Full module name."""
-    from_step: int
-    to_step: int
     similarity: float | None
     magnitude: float | None
     direction: float | None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,50 +24,8 @@ from torch import Tensor
 from manylora.adapters import ExpertBank, ManyLoraLinear
 from manylora.analysis.batches import Reader, TaskRows, only_trainable
 from manylora.analysis.places import Place, locate
+from manylora.analysis.records import Conflict, GradientNorm, Gradients
 from manylora.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientNorm:
-    """‖gradient‖ of one task on the shared matrix of one module; of all modules together where `name` is ""."""
-
-    source: str
-    task: str
-    matrix: str
-    layer: int | None
-    module: str
-    name: str
-    norm: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conflict:
-    """Cosine of two tasks' gradients; with left = right that of the two halves of the task's rows."""
-
-    source: str
-    left: str
-    right: str
-    matrix: str
-    layer: int | None
-    module: str
-    name: str
-    cosine: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradients:
-    """Of one adapter. Values over all modules together stand in `overall_…`."""
-
-    source: str
-    shared: str
-    """"A" or "B"; "A and B" of a single LoRA, whose matrices are both shared by all tasks."""
-    rows: dict[str, int]
-    norms: list[GradientNorm] = field(default_factory=list)
-    conflict: list[Conflict] = field(default_factory=list)
-    within: list[Conflict] = field(default_factory=list)
-    overall_norms: list[GradientNorm] = field(default_factory=list)
-    overall_conflict: list[Conflict] = field(default_factory=list)
-    overall_within: list[Conflict] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

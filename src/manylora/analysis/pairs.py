@@ -13,35 +13,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from manylora.analysis.places import Place, locate
+from manylora.analysis.records import PairSimilarity
 from manylora.analysis.sources import Source
 from manylora.analysis.subspaces import RandomBaseline, compare, orthonormal_basis
 from manylora.errors import ModelError
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairSimilarity:
-    """Two matrices of one module."""
-
-    matrix: str
-    """"A" or "B"."""
-    layer: int | None
-    module: str
-    name: str
-    """Full module name."""
-    left: str
-    """Source, or source/expert."""
-    right: str
-    one_adapter: bool
-    """Whether both are experts of one adapter."""
-    same_task: bool | None
-    """None where a task is unknown, or the two have some tasks in common and others not."""
-    same_init: bool | None
-    """None where a seed is unknown."""
-    mean_cosine: float
-    mean_squared: float
-    baseline_cosine: float
-    """Of random subspaces of the same sizes."""
-    baseline_squared: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from peft import PeftModel
-
-from manylora.adapters import COLLAPSED_ABOVE, gate_statistics
-from manylora.analysis.batches import Reader, TaskRows
 from manylora.analysis.places import Place, locate
+from manylora.analysis.records import Gates
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from manylora.analysis.batches import Reader, TaskRows
+
 
 ALL = "all tasks"
 """Task of the entries over all tasks, which count alike."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gates:
-    """Of one task in one module, over all tokens of its rows (padding left out)."""
-
-    source: str
-    task: str
-    layer: int | None
-    module: str
-    name: str
-    """Full module name; "" for the mean over all modules."""
-    weights: list[float]
-    """Mean routing weight of each expert."""
-    entropy: float
-    """Mean entropy of a token's weights in nats: 0 where one expert has all, log N where all count alike."""
-    collapsed: bool
-    """Whether one expert has more than `manylora.adapters.COLLAPSED_ABOVE` of the weight."""
 
 
 def measure_gates(
@@ -52,6 +36,10 @@ def measure_gates(
         source: name of the adapter in the result.
         on_progress: called with the rows done.
     """
+    import torch
+
+    from manylora.adapters import gate_statistics
+
     config = model.active_peft_config
     if getattr(config, "router", None) != "token" or config.num_experts == 1:
         return []
@@ -82,22 +70,23 @@ def measure_gates(
     return found
 
 
-def overall(gates: Sequence[Gates]) -> list[Gates]:
-    """The mean over the modules of each source and task; collapsed where that mean is."""
+def mean_gates(gates: Sequence[Gates]) -> dict[tuple[str, str], tuple[list[float], float]]:
+    """Source and task to mean weights and mean entropy over the modules."""
     groups: dict[tuple[str, str], list[Gates]] = {}
     for one in gates:
         groups.setdefault((one.source, one.task), []).append(one)
+    return {
+        key: (_mean([one.weights for one in group]), math.fsum(one.entropy for one in group) / len(group))
+        for key, group in groups.items()
+    }
+
+
+def overall(gates: Sequence[Gates]) -> list[Gates]:
+    """The mean over the modules of each source and task; collapsed where that mean is."""
     whole = Place(layer=None, module="all")
     return [
-        _gates(
-            source,
-            task,
-            "",
-            whole,
-            _mean([one.weights for one in group]),
-            math.fsum(one.entropy for one in group) / len(group),
-        )
-        for (source, task), group in groups.items()
+        _gates(source, task, "", whole, weights, entropy)
+        for (source, task), (weights, entropy) in mean_gates(gates).items()
     ]
 
 
@@ -109,13 +98,17 @@ def differences(gates: Sequence[Gates]) -> dict[tuple[str, str], float]:
     everything = {(one.source, one.name): one.weights for one in gates if one.task == ALL}
     found: dict[tuple[str, str], list[float]] = {}
     for one in gates:
-        mean = everything[one.source, one.name]
+        mean = everything.get((one.source, one.name))
+        if mean is None or len(mean) != len(one.weights):
+            continue
         distance = math.fsum(abs(a - b) for a, b in zip(one.weights, mean, strict=True)) / 2
         found.setdefault((one.source, one.task), []).append(distance)
     return {key: math.fsum(values) / len(values) for key, values in found.items()}
 
 
 def _gates(source: str, task: str, name: str, place: Place, weights: list[float], entropy: float) -> Gates:
+    from manylora.adapters import COLLAPSED_ABOVE
+
     return Gates(
         source=source,
         task=task,

@@ -21,6 +21,7 @@ from torch import Tensor
 from manylora.adapters import ManyLoraConfig, expert_names, read_any
 from manylora.adapters.export import PREFIX
 from manylora.adapters.layout import Layout
+from manylora.analysis.records import SourceFacts
 from manylora.errors import ModelError
 from manylora.files import Record, read_record, whole_number
 from manylora.training import RunFolder, adapter_folder, check_layers, find_snapshots, read_task_facts
@@ -95,6 +96,22 @@ class Source:
             for expert, A in layer.A.items()
         )
         return (self.seed, self.drawn_apart, self.router == "token", shapes)
+
+    def facts(self) -> SourceFacts:
+        """What analysis.json says of it."""
+        return SourceFacts(
+            name=self.name,
+            path=str(self.path),
+            format=self.format,
+            tasks=self.tasks,
+            seed=self.seed,
+            score=self.score,
+            share=self.share,
+            num_experts=self.num_experts,
+            router=self.router,
+            modules=len(self.layers),
+            steps=tuple(self.snapshots),
+        )
 
     def snapshot(self, step: int) -> Layers:
         """The matrices at a kept step."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
-from manylora.analysis.change import Change
-from manylora.analysis.pairs import PairSimilarity
+from manylora.analysis.records import Change, PairSimilarity
+from manylora.files import NanFloat, Record
 
 _WORDS: dict[bool | None, str] = {True: "same", False: "other", None: "unknown"}
 
@@ -16,18 +15,16 @@ ALL = "all"
 """Kind of module of the lines over all kinds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spread:
+class Spread(Record):
     """Mean and standard deviation (n − 1) of some values."""
 
     mean: float
-    deviation: float
+    deviation: NanFloat
     """Not a number for one value."""
     n: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class SimilarityLine:
+class SimilarityLine(Record):
     """The pairs of one label."""
 
     matrix: str
@@ -40,8 +37,7 @@ class SimilarityLine:
     baseline_squared: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChangeLine:
+class ChangeLine(Record):
     """One matrix of one source between two steps."""
 
     source: str

@@ -120,7 +120,7 @@ def analyse(sources: Sequence[Source], options: AnalyzeOptions) -> Analysis:
         notes.append("change: no run kept weights of earlier steps; train with --keep-adapters 4.")
     gradients, gates, more = measure(sources, options)
     return Analysis(
-        sources=sources,
+        sources=[source.facts() for source in sources],
         similarity=similarity,
         change=change,
         gradients=gradients,

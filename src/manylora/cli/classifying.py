@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.cli.cuts import cut_questions
-from manylora.cli.tables import print_scores
+from manylora.cli.tables import print_saved_scores, print_scores
 from manylora.data import missing_tasks, single_answers
 from manylora.errors import ConfigError, ModelError
 from manylora.evaluation import (
     chance_notes,
     majority_scores,
     read_labels,
-    read_scores,
     score_classifier,
     score_labels,
     write_scores,
@@ -49,8 +48,8 @@ def score_run_of_classes(prepared: Prepared, folder: RunFolder, model: PeftModel
     if not prepared.splits.test:
         print("no test rows (give them with --test); the adapter is in " + str(folder.path / "adapter"))
         return
-    scores = score_classifier(prepared, folder, model)
-    print_scores(scores, *read_scores(folder)[1:])
+    score_classifier(prepared, folder, model)
+    print_saved_scores(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from manylora.errors import RunError
 from manylora.files import dump_yaml, parse_yaml, refuse_links, write_json, write_text
 
 if TYPE_CHECKING:
-    from manylora.studies import Study
+    from manylora.studies import CellResult, Study
 
 DESCRIPTION = """\
 Run a study, methods × seeds × tasks, and try its claims with statistics.
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 def _study(options: CompareOptions) -> tuple[Study, str]:
     """The study, and its text as it is kept in its folder."""
     from manylora.studies import load_study, parse_study
-    from manylora.studies.default import DEFAULT
+    from manylora.studies.presets import DEFAULT
 
     study = load_study(options.study) if options.study else parse_study(parse_yaml(DEFAULT))
     text = Path(options.study).expanduser().read_text(encoding="utf-8") if options.study else DEFAULT
@@ -145,7 +145,7 @@ def _finish(study: Study, out: Path, *, complain: bool = True) -> int:
     from manylora.training import environment
 
     results = results_of(study, out)
-    if not any(row["stage"] == "final" for row in results):
+    if not any(row.stage == "final" for row in results):
         if complain:
             raise RunError(f"{out} has no finished cell yet; run the study without --tables.")
         return 2
@@ -173,7 +173,7 @@ def _from_cells(options: CompareOptions) -> int:
     return _write(study, head, rows, out)
 
 
-def _write(study: Study, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: Path | None) -> int:
+def _write(study: Study, head: Mapping[str, Any], rows: Sequence[CellResult], out: Path | None) -> int:
     from manylora.cli.console import draw_report
     from manylora.cli.studying import print_study
     from manylora.studies import summarise
@@ -183,6 +183,6 @@ def _write(study: Study, head: Mapping[str, Any], rows: Sequence[Mapping[str, An
     print_study(summary)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "study.json", summary)
+        write_json(out / "study.json", summary.to_dict())
         draw_report(out)
     return 0

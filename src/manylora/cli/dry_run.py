@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from typing import get_args
 
 from manylora.cli.tables import console
 from manylora.federated.accounting import (
@@ -20,9 +18,14 @@ from manylora.federated.accounting import (
 )
 from manylora.federated.config import FederateConfig
 from manylora.federated.strategies import strategy_for
+from manylora.federated.wire import Format
+from manylora.table import Column, Table, Value
 
 _MIB = 2**20
-_SETTING = "published LLaMA2-7B and Qwen2-7B, 8 clients, in millions"
+_COUNTS = (
+    *(Column(name=name, align="right") for name in ("total", "M up", "M down", "M total", "counted")),
+    *(Column(name=name, digits=1) for name in ("KiB up", "KiB down")),
+)
 
 
 def print_traffic(config: FederateConfig, *, dimensions: str | None) -> None:
@@ -79,81 +82,73 @@ def _shown(ranks: Sequence[int]) -> str:
     )
 
 
-def _table(title: str, *columns: str, words: int = 1) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < words else "right", overflow="fold")
-    return table
-
-
-def _millions(value: float) -> str:
-    return f"{value / 1e6:,.2f}" if value >= 1e5 else f"{value / 1e6:,.4f}"
-
-
 def _as_published(config: FederateConfig, layers: Layers, ranks: Sequence[int]) -> Table:
-    table = _table(
-        "as published: parameters per client and round, up plus down, millions",
-        "strategy",
-        "rule",
-        "total",
-        words=2,
-    )
-    for strategy in strategies_for(ranks):
-        for rule in strategy.published:
-            total = published_parameters(rule, layers, ranks, r=config.r)
-            table.add_row(
-                strategy.name,
-                rule,
-                _millions(total),
-                style="bold" if strategy.name == config.strategy else "",
-            )
-    return table
+    rows: list[dict[str, Value]] = [
+        {
+            "strategy": strategy.name,
+            "rule": rule,
+            "total": _millions(published_parameters(rule, layers, ranks, r=config.r)),
+        }
+        for strategy in strategies_for(ranks)
+        for rule in strategy.published
+    ]
+    caption = "as published: parameters per client and round, up plus down, millions"
+    return Table.of("published", caption, rows, columns=_COUNTS, marked=config.strategy)
 
 
 def _as_sent(config: FederateConfig, layers: Layers, ranks: Sequence[int]) -> Table:
-    table = _table(
-        "as sent: mean per client and round", "strategy", "M up", "M down", "M total",
-        *(f"MiB {wire}" for wire in ("fp32", "bf16", "int8")),
-    )  # fmt: skip
+    rows: list[dict[str, Value]] = []
     for strategy in strategies_for(ranks):
-        fp32, bf16, int8 = (
-            mean_traffic(as_sent(strategy, layers, ranks, r=config.r, wire=wire))
-            for wire in ("fp32", "bf16", "int8")
+        sent = {
+            wire: mean_traffic(as_sent(strategy, layers, ranks, r=config.r, wire=wire))
+            for wire in get_args(Format)
+        }
+        plain = sent["fp32"]
+        rows.append(
+            {
+                "strategy": strategy.name,
+                "M up": _millions(plain.parameters_up),
+                "M down": _millions(plain.parameters_down),
+                "M total": _millions(plain.parameters),
+                **{f"MiB {wire}": own.bytes / _MIB for wire, own in sent.items()},
+            }
         )
-        table.add_row(
-            strategy.name,
-            *map(_millions, (fp32.parameters_up, fp32.parameters_down, fp32.parameters)),
-            *(f"{traffic.bytes / _MIB:,.2f}" for traffic in (fp32, bf16, int8)),
-            style="bold" if strategy.name == config.strategy else "",
-        )
-    return table
+    caption = "as sent: mean per client and round"
+    return Table.of("sent", caption, rows, columns=_COUNTS, marked=config.strategy)
 
 
 def _per_client(config: FederateConfig, layers: Layers, ranks: Sequence[int]) -> Table:
     strategy = strategy_for(config.strategy, unequal=config.ranks is not None)
-    table = _table(
-        f"{strategy.name} by client, {config.wire}", "clients", "rank", "M up", "M down", "KiB up", "KiB down"
-    )
     traffic = dict(zip(ranks, as_sent(strategy, layers, ranks, r=config.r, wire=config.wire), strict=True))
-    for rank, own in sorted(traffic.items(), reverse=True):
-        table.add_row(
-            f"{ranks.count(rank)} of {len(ranks)}",
-            str(rank),
-            *map(_millions, (own.parameters_up, own.parameters_down)),
-            *(f"{size / 1024:,.1f}" for size in (own.bytes_up, own.bytes_down)),
-        )
-    return table
+    rows: list[dict[str, Value]] = [
+        {
+            "clients": f"{ranks.count(rank)} of {len(ranks)}",
+            "rank": rank,
+            "M up": _millions(own.parameters_up),
+            "M down": _millions(own.parameters_down),
+            "KiB up": own.bytes_up / 1024,
+            "KiB down": own.bytes_down / 1024,
+        }
+        for rank, own in sorted(traffic.items(), reverse=True)
+    ]
+    return Table.of("clients", f"{strategy.name} by client, {config.wire}", rows, columns=_COUNTS)
 
 
 def _figures() -> Table:
-    table = _table(_SETTING, "model", "strategy", "ranks", "rule", "counted", "published", words=4)
-    for figure in PUBLISHED:
-        table.add_row(
-            figure.model,
-            figure.strategy,
-            _shown(figure.ranks),
-            figure.rule,
-            _millions(figure.counted()),
-            f"{figure.millions:.2f}",
-        )
-    return table
+    rows: list[dict[str, Value]] = [
+        {
+            "model": figure.model,
+            "strategy": figure.strategy,
+            "ranks": _shown(figure.ranks),
+            "rule": figure.rule,
+            "counted": _millions(figure.counted()),
+            "published": figure.millions,
+        }
+        for figure in PUBLISHED
+    ]
+    caption = "published LLaMA2-7B and Qwen2-7B, 8 clients, in millions"
+    return Table.of("figures", caption, rows, columns=_COUNTS)
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:,.2f}" if value >= 1e5 else f"{value / 1e6:,.4f}"

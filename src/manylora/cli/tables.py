@@ -1,4 +1,4 @@
-"""Plans and scores as tables on the terminal."""
+"""Plans and scores on the terminal."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
 
-from manylora.evaluation import Loss, Scores, read_scores, scores_table
+from manylora.evaluation import Loss, Scores, loss_table, read_scores, scores_table
+from manylora.table import Column, Table
 
 if TYPE_CHECKING:
     from manylora.training import Plan, RunFolder, TrainConfig
@@ -33,23 +34,9 @@ def print_plan(plan: Plan, config: TrainConfig) -> None:
     """Rows per task, then what will be trained and what it needs."""
     from manylora.training import plan_lines
 
-    table = Table(title="plan (rows per task; lengths in tokens)", title_justify="left")
-    table.add_column("task", overflow="fold")
-    for heading in ("train", "valid.", "test", "cut prompts", "longest row", "longest answer"):
-        table.add_column(heading, justify="right")
-    for task in plan.tasks:
-        table.add_row(
-            task.name,
-            f"{task.train:,}",
-            f"{task.validation:,}",
-            f"{task.test:,}",
-            f"{100 * task.truncated:.1f} %",
-            f"{task.longest:,}",
-            f"{task.longest_answer:,}",
-        )
     out = console()
-    out.print(table)
-    lines = Table.grid(padding=(0, 2))
+    out.print(plan_table(plan))
+    lines = Grid.grid(padding=(0, 2))
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")
     for label, text in plan_lines(plan, config):
@@ -57,42 +44,43 @@ def print_plan(plan: Plan, config: TrainConfig) -> None:
     out.print(lines)
 
 
+def plan_table(plan: Plan) -> Table:
+    """Rows and lengths of each task."""
+    return Table.of(
+        "plan",
+        "plan (rows per task; lengths in tokens)",
+        [
+            {
+                "task": task.name,
+                "train": task.train,
+                "valid.": task.validation,
+                "test": task.test,
+                "cut prompts": 100 * task.truncated,
+                "longest row": task.longest,
+                "longest answer": task.longest_answer,
+            }
+            for task in plan.tasks
+        ],
+        columns=[Column(name="cut prompts", digits=1, unit=" %")],
+    )
+
+
 def print_scores(
     scores: Scores, baselines: Mapping[str, Mapping[str, float]], notes: Sequence[str] = ()
 ) -> None:
     """The table of scores, with the baselines as further columns, and what is to be said of them."""
-    console().print(scores_table(scores, title="test scores", extra=baselines))
+    console().print(scores_table(scores, baselines=baselines))
     for note in notes:
         print(note)
 
 
 def print_loss(before: Scores, after: Scores, loss: Loss, *, title: str) -> None:
-    """Scores of an adapter and of its LoRAs per task, and the points lost with the paired standard error."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("task", overflow="fold")
-    for heading in ("adapter", "LoRAs", "points lost", "s.e.", "n"):
-        table.add_column(heading, justify="right")
-    new = after.by_task()
-    for task in before.tasks:
-        lost = loss.tasks[task.task]
-        table.add_row(
-            task.task,
-            f"{task.score:.1f}",
-            f"{new[task.task]:.1f}",
-            f"{lost.mean:.1f}",
-            f"{lost.standard_error:.1f}",
-            str(lost.n),
-        )
-    table.add_section()
-    table.add_row(
-        "mean", f"{before.mean:.1f}", f"{after.mean:.1f}", f"{loss.mean:.1f}", f"{loss.standard_error:.1f}",
-        str(before.n),
-    )  # fmt: skip
-    console().print(table)
+    """Scores of an adapter and of its LoRAs, and the points lost."""
+    console().print(loss_table(before, after, loss, title=title))
 
 
 def print_saved_scores(folder: RunFolder) -> None:
     """The table of a finished run, from its scores.json; nothing where the run had no test rows."""
-    if not (folder.path / "scores.json").is_file():
-        return
-    print_scores(*read_scores(folder))
+    if (folder.path / "scores.json").is_file():
+        saved = read_scores(folder.path)
+        print_scores(saved, saved.baselines, saved.notes)

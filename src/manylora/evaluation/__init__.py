@@ -20,28 +20,44 @@ from manylora.evaluation.generation import (
     stop_token_ids,
     stream_answer,
 )
-from manylora.evaluation.metrics import chosen_option, exact_match, normalise, option_accuracy, rouge1
-from manylora.evaluation.results import read_client_scores, read_scores, write_scores
+from manylora.evaluation.metrics import (
+    METRICS,
+    Metric,
+    chosen_option,
+    exact_match,
+    normalise,
+    option_accuracy,
+    rouge1,
+)
 from manylora.evaluation.rules import RULES, TASK_RULES, AnswerRule, rules_for
 from manylora.evaluation.score import (
+    ClientScores,
     Estimate,
+    SavedScores,
     ScoredExample,
     Scores,
     TaskScore,
+    read_client_scores,
+    read_scores,
     score_all,
     score_task,
     wordless,
+    write_scores,
 )
 from manylora.evaluation.statistics import delta_m, standard_error
-from manylora.evaluation.table import scores_table
+from manylora.evaluation.table import loss_table, scores_table
 
 __all__ = [
     "CONSTANT",
+    "METRICS",
     "RULES",
     "TASK_RULES",
     "AnswerRule",
+    "ClientScores",
     "Estimate",
     "Loss",
+    "Metric",
+    "SavedScores",
     "ScoredExample",
     "Scores",
     "TaskScore",
@@ -54,6 +70,7 @@ __all__ = [
     "delta_m",
     "exact_match",
     "generate_answers",
+    "loss_table",
     "majority_scores",
     "normalise",
     "option_accuracy",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from manylora.evaluation.comparison import (
+from manylora.evaluation.statistics import (
     ALPHA,
     Examples,
     PairedTest,

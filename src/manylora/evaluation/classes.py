@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING
 from manylora.data import TaskData, prompt_text
 from manylora.errors import ConfigError, DataError
 from manylora.evaluation.chance import chance_notes
-from manylora.evaluation.results import read_scores, write_scores
-from manylora.evaluation.score import ACCURACY, Estimate, ScoredExample, Scores, TaskScore
-from manylora.evaluation.statistics import standard_error
+from manylora.evaluation.metrics import ACCURACY
+from manylora.evaluation.score import ScoredExample, Scores, read_scores, sum_examples, write_scores
 from manylora.training import RunFolder, TrainConfig
 from manylora.training.config import filled
 
@@ -57,19 +55,7 @@ def score_labels(data: TaskData, predictions: Mapping[str, list[str]]) -> Scores
             )
             for index, (row, label) in enumerate(zip(rows, found, strict=True))
         )
-        values = [example.metrics[ACCURACY] for example in examples]
-        estimate = Estimate(math.fsum(values) / len(values), standard_error(values), len(values))
-        tasks.append(
-            TaskScore(
-                task=task,
-                n=estimate.n,
-                metric=ACCURACY,
-                score=estimate.mean,
-                standard_error=estimate.standard_error,
-                metrics={ACCURACY: estimate},
-                examples=examples,
-            )
-        )
+        tasks.append(sum_examples(task, examples))
     return Scores(tasks=tuple(tasks))
 
 
@@ -139,7 +125,7 @@ def classify(
         raise ConfigError(f"{path} holds a run with other settings; give another folder.")
     else:
         if run.state.get("state") == "finished":
-            return read_scores(run)[0]
+            return read_scores(run.path)
         run.lock()
     with run:
         try:

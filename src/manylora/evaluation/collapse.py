@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from manylora.data import TaskData, encode
 from manylora.errors import ConfigError
 from manylora.evaluation.generation import NO_LIMIT
-from manylora.evaluation.score import Estimate, Scores
-from manylora.evaluation.statistics import standard_error
+from manylora.evaluation.score import Estimate, Scores, estimate
+from manylora.files import Record
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -166,11 +165,10 @@ def _counting(
             handle.remove()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loss:
+class Loss(Record):
     """Points lost between two sets of scores of the same rows: before minus after, so a gain is negative."""
 
-    tasks: Mapping[str, Estimate]
+    tasks: dict[str, Estimate]
     """Task to its mean loss, with the standard error of the paired differences over its rows."""
 
     @property
@@ -189,7 +187,7 @@ class Loss:
         return {
             "mean": self.mean,
             "standard_error": None if math.isnan(error) else error,
-            "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
+            "tasks": {name: task.model_dump() for name, task in self.tasks.items()},
         }
 
 
@@ -201,6 +199,5 @@ def paired_loss(before: Scores, after: Scores) -> Loss:
             one.metrics[old.metric] - other.metrics[old.metric]
             for one, other in zip(old.examples, new.examples, strict=True)
         ]
-        mean = math.fsum(differences) / len(differences)
-        lost[old.task] = Estimate(mean, standard_error(differences), len(differences))
+        lost[old.task] = estimate(differences)
     return Loss(tasks=lost)

@@ -1,14 +1,20 @@
-"""Metrics of one prediction against one reference, each between 0 and 100."""
+"""Metrics of one prediction against one reference, each between 0 and 100, and the list of those that are measured.
+
+A new one is a function and an entry of `METRICS`: it then stands in predictions.jsonl and scores.json, in the tables
+of `train` and `evaluate`, on the pages, and in the cells and tables of a study.
+"""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 import regex
 
+from manylora.evaluation.rules import AnswerRule
 from manylora.training.settings import Words
 
 if TYPE_CHECKING:
@@ -107,3 +113,100 @@ class _EveryScript:
     def tokenize(self, text: str) -> list[str]:
         """The words."""
         return words_of(text)
+
+
+# ---- what is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A prediction, and all that a metric may want beside it."""
+
+    prediction: str
+    reference: str
+    """What should have been written."""
+    prompt: str = ""
+    options: Sequence[str] = ()
+    """What the prompt lets choose from; empty where it lists nothing."""
+    answer: str | None = None
+    """Gold label, where the row has one."""
+    rule: AnswerRule | None = None
+    """How the label is read out of a prediction; `None` where there is no label."""
+    strictly: bool = False
+    """Whether a row of the task has a rule with a strict reading."""
+    rouge: Words = "all"
+    """What ROUGE-1 takes for words in this run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One entry of `METRICS`."""
+
+    label: str
+    """As tables call it."""
+    measure: Callable[[Answered], float | None]
+    """0 to 100; `None` where the row says nothing about it, so that it does not count."""
+    leads: bool = False
+    """Whether it can be a task's main metric, so that tables name it in a column and show its value as the score. The
+    last such metric that a task's rows have leads."""
+
+
+ACCURACY = "accuracy"
+"""Share of rows that are right by the task's answer rule (see `manylora.evaluation.rules`)."""
+STRICT_ACCURACY = "strict_accuracy"
+"""The same under the rule's strict reading, where it has one (AQuA)."""
+ROUGE1 = "rouge1_all"
+"""ROUGE-1 over the words of every script."""
+ROUGE1_PUBLISHED = "rouge1"
+"""ROUGE-1 as published and as earlier versions measured it: words of a–z and 0–9 alone. A name of its own, so that
+scores under the two are never taken for one."""
+EXACT_MATCH = "exact_match"
+OPTION_ACCURACY = "option_accuracy"
+"""Share of rows that name the right option, over the rows whose prompt lists it under OPTIONS."""
+
+
+def _measure_rouge(words: Words) -> Callable[[Answered], float | None]:
+    return lambda row: rouge1(row.prediction, row.reference, words=words) if row.rouge == words else None
+
+
+def _measure_options(row: Answered) -> float | None:
+    return option_accuracy(row.prediction, row.reference, row.options) if row.options else None
+
+
+def _measure_rule(row: Answered) -> float | None:
+    if row.rule is None or row.answer is None:
+        return None
+    return 100.0 * row.rule.correct(row.prediction, row.answer)
+
+
+def _measure_rule_strictly(row: Answered) -> float | None:
+    if row.rule is None or row.answer is None or not row.strictly:
+        return None
+    return 100.0 * row.rule.strictly_correct(row.prediction, row.answer)
+
+
+METRICS: dict[str, Metric] = {
+    ROUGE1: Metric(label="ROUGE-1", measure=_measure_rouge("all"), leads=True),
+    ROUGE1_PUBLISHED: Metric(label="ROUGE-1 a–z", measure=_measure_rouge("published"), leads=True),
+    EXACT_MATCH: Metric(label="exact match", measure=lambda row: exact_match(row.prediction, row.reference)),
+    OPTION_ACCURACY: Metric(label="option accuracy", measure=_measure_options),
+    ACCURACY: Metric(label="accuracy", measure=_measure_rule, leads=True),
+    STRICT_ACCURACY: Metric(label="strict accuracy", measure=_measure_rule_strictly),
+}
+"""Name in files to metric, in the order of columns."""
+
+
+def measure_row(row: Answered) -> dict[str, float]:
+    """Every metric that the row says something about."""
+    found = {name: metric.measure(row) for name, metric in METRICS.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def leading_metric(measured: Sequence[str]) -> str:
+    """The main one of the metrics that a task's rows have."""
+    return [name for name, metric in METRICS.items() if metric.leads and name in measured][-1]
+
+
+def metric_label(name: str) -> str:
+    """A metric as tables call it; one of another version keeps its name."""
+    return METRICS[name].label if name in METRICS else name

@@ -4,129 +4,89 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
 
 from manylora.data import Example, TaskData, answer_text, options_of, prompt_text
 from manylora.errors import DataError
-from manylora.evaluation.metrics import exact_match, has_word, option_accuracy, rouge1
+from manylora.evaluation.metrics import Answered, has_word, leading_metric, measure_row, metric_label
 from manylora.evaluation.rules import AnswerRule, rules_for
 from manylora.evaluation.statistics import standard_error
+from manylora.files import NanFloat, Record, Several, json_text, read_record, write_json, write_text
 from manylora.training.settings import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ACCURACY = "accuracy"
-"""Share of rows that are right by the task's answer rule (see `manylora.evaluation.rules`)."""
-STRICT_ACCURACY = "strict_accuracy"
-"""The same under the rule's strict reading, where it has one (AQuA)."""
-ROUGE1 = "rouge1_all"
-"""ROUGE-1 over the words of every script."""
-ROUGE1_PUBLISHED = "rouge1"
-"""ROUGE-1 as published and as earlier versions measured it: words of a–z and 0–9 alone. A name of its own, so that
-scores under the two are never taken for one."""
-EXACT_MATCH = "exact_match"
-OPTION_ACCURACY = "option_accuracy"
-"""Share of rows that name the right option, over the rows whose prompt lists it under OPTIONS."""
-_ROUGE_NAMES: Mapping[Words, str] = {"all": ROUGE1, "published": ROUGE1_PUBLISHED}
+_FIELDS = ("task", "index", "origin", "prompt", "prediction", "reference", "answer")
+"""What a line of predictions.jsonl has beside its metrics."""
 
 
-class Estimate(NamedTuple):
-    """A mean over examples with its standard error (NaN for one example) and their number."""
+class Estimate(Record):
+    """A mean over examples."""
 
     mean: float
-    standard_error: float
+    standard_error: NanFloat = math.nan
+    """NaN for one example."""
     n: int
 
-    def to_dict(self) -> dict[str, float | int | None]:
-        """As JSON-ready values."""
-        return {"mean": self.mean, "standard_error": _or_none(self.standard_error), "n": self.n}
 
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Estimate:
-        """Read back what `to_dict` wrote."""
-        return cls(saved["mean"], _or_nan(saved["standard_error"]), saved["n"])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredExample:
-    """One prediction beside what it was scored against."""
+class ScoredExample(Record):
+    """One prediction beside what it was scored against: a line of predictions.jsonl, metrics beside the fields."""
 
     task: str
-    index: int
+    index: int = 0
     """Position of the example in its task."""
-    prompt: str
-    prediction: str
-    reference: str
-    """The text that ROUGE-1 and exact match compare with: the output, or the answer where that is empty."""
-    answer: str | None
-    """Gold label, where the row has one."""
-    metrics: Mapping[str, float]
-    """Metric name to this example's value, 0 to 100."""
     origin: str = ""
+    prompt: str = ""
+    prediction: str = ""
+    reference: str = ""
+    """The text that ROUGE-1 and exact match compare with: the output, or the answer where that is empty."""
+    answer: str | None = None
+    """Gold label, where the row has one."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Metric name to this example's value, 0 to 100."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """One line of `predictions.jsonl`."""
-        return {
-            "task": self.task,
-            "index": self.index,
-            "origin": self.origin,
-            "prompt": self.prompt,
-            "prediction": self.prediction,
-            "reference": self.reference,
-            "answer": self.answer,
-            **self.metrics,
-        }
+    def to_row(self) -> dict[str, Any]:
+        """The line."""
+        return {**self.model_dump(exclude={"metrics"}), **self.metrics}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_row(cls, row: Any) -> Any:
+        """Metrics stand beside the fields in a line."""
+        if not isinstance(row, dict) or "metrics" in row:
+            return row
+        own = {name: row[name] for name in _FIELDS if name in row}
+        return {**own, "metrics": {name: value for name, value in row.items() if name not in own}}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskScore:
+class TaskScore(Record):
     """One task's score: the mean of its main metric over its examples, 0 to 100."""
 
     task: str
-    n: int
     metric: str
-    """Main metric: `ACCURACY` where the rows have labels that an answer rule reads, else `ROUGE1` or, on demand,
-    `ROUGE1_PUBLISHED`."""
+    """The main one: accuracy where the rows have labels that an answer rule reads, else ROUGE-1, of whichever words."""
     score: float
-    standard_error: float
+    standard_error: NanFloat = math.nan
     """Of the mean over the examples, sd / sqrt(n) with ddof = 1; NaN where n is 1."""
-    metrics: Mapping[str, Estimate]
+    n: int
+    metrics: dict[str, Estimate] = Field(default_factory=dict)
     """Every metric measured, the main one included."""
-    examples: tuple[ScoredExample, ...]
+    examples: Several[ScoredExample] = Field(default=(), exclude=True, repr=False)
     """The rows behind the score, in the order of the data; empty in a score that was read back."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values, without the examples."""
-        return {
-            "task": self.task,
-            "metric": self.metric,
-            "score": self.score,
-            "standard_error": _or_none(self.standard_error),
-            "n": self.n,
-            "metrics": {name: estimate.to_dict() for name, estimate in self.metrics.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> TaskScore:
-        """Read back what `to_dict` wrote; there are no examples in it."""
-        return cls(
-            task=saved["task"],
-            n=saved["n"],
-            metric=saved["metric"],
-            score=saved["score"],
-            standard_error=_or_nan(saved["standard_error"]),
-            metrics={name: Estimate.from_dict(estimate) for name, estimate in saved["metrics"].items()},
-            examples=(),
-        )
+    def value_of(self, metric: str) -> float:
+        """The mean of a metric; NaN where it was not measured."""
+        return self.metrics[metric].mean if metric in self.metrics else math.nan
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scores:
+class Scores(Record):
     """The scores of several tasks."""
 
-    tasks: tuple[TaskScore, ...]
+    tasks: Several[TaskScore] = Field(min_length=1)
 
     @property
     def mean(self) -> float:
@@ -146,31 +106,92 @@ class Scores:
         """Examples of all tasks together."""
         return sum(task.n for task in self.tasks)
 
+    @property
+    def metric_label(self) -> str:
+        """The main metric of all tasks, as tables call it; empty where they differ."""
+        names = {task.metric for task in self.tasks}
+        return metric_label(names.pop()) if len(names) == 1 else ""
+
     def by_task(self) -> dict[str, float]:
         """Task to its main score."""
         return {task.task: task.score for task in self.tasks}
+
+    def __getitem__(self, task: str) -> TaskScore:
+        """One task's score."""
+        return next(one for one in self.tasks if one.task == task)
+
+    def other_metrics(self) -> dict[str, dict[str, float]]:
+        """Each metric that is not the main one of all tasks: task to its mean, where it was measured."""
+        names = dict.fromkeys(name for task in self.tasks for name in task.metrics)
+        found = {
+            name: {task.task: task.metrics[name].mean for task in self.tasks if name in task.metrics}
+            for name in names
+        }
+        return {name: means for name, means in found.items() if any(t.metric != name for t in self.tasks)}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values, without the examples."""
         return {
             "mean": self.mean,
-            "standard_error": _or_none(self.standard_error),
+            "standard_error": None if math.isnan(self.standard_error) else self.standard_error,
             "n": self.n,
             "tasks": self.to_rows(),
         }
 
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Scores:
-        """Read back what `to_dict` wrote; there are no examples in it."""
-        return cls(tasks=tuple(map(TaskScore.from_dict, saved["tasks"])))
-
     def to_rows(self) -> list[dict[str, Any]]:
         """One JSON-ready row per task."""
-        return [task.to_dict() for task in self.tasks]
+        return [task.model_dump() for task in self.tasks]
 
     def prediction_rows(self) -> list[dict[str, Any]]:
         """One JSON-ready row per example, the lines of `predictions.jsonl`."""
-        return [example.to_dict() for task in self.tasks for example in task.examples]
+        return [example.to_row() for task in self.tasks for example in task.examples]
+
+
+class SavedScores(Scores):
+    """A run's scores.json."""
+
+    baselines: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Of what needs no model: name to task to score."""
+    notes: Several[str] = ()
+    """What is to be said of the scores."""
+
+
+class ClientScores(Record):
+    """A federated run's scores.json: each client's personal model, and the one it would have on its own."""
+
+    clients: dict[str, Scores]
+    reference: dict[str, Scores] = Field(default_factory=dict)
+
+
+def write_scores(
+    folder: Path,
+    scores: Scores,
+    baselines: Mapping[str, Mapping[str, float]],
+    notes: Sequence[str] = (),
+) -> None:
+    """Write predictions.jsonl and then scores.json, with what is to be said of the scores."""
+    lines = (json_text(row) + "\n" for row in scores.prediction_rows())
+    write_text(folder / "predictions.jsonl", "".join(lines))
+    write_json(folder / "scores.json", {**scores.to_dict(), "baselines": baselines, "notes": list(notes)})
+
+
+def read_scores(folder: Path) -> SavedScores:
+    """A run's scores.json.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    remedy = "put a copy of it back, or score the adapter again with manylora evaluate"
+    return read_record(folder / "scores.json", SavedScores, remedy=remedy)
+
+
+def read_client_scores(folder: Path) -> ClientScores:
+    """A federated run's scores.json.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    return read_record(folder / "scores.json", ClientScores, remedy="put a copy of it back")
 
 
 def score_task(
@@ -218,9 +239,14 @@ def score_task(
         )
         for index, (example, prediction, rule) in enumerate(zip(examples, predictions, rules, strict=True))
     )
+    return sum_examples(task, rows)
+
+
+def sum_examples(task: str, rows: Sequence[ScoredExample]) -> TaskScore:
+    """A task's score from its scored rows, of which there is at least one."""
     names = dict.fromkeys(name for row in rows for name in row.metrics)
-    metrics = {name: _estimate([row.metrics[name] for row in rows if name in row.metrics]) for name in names}
-    main = ACCURACY if ACCURACY in metrics else _ROUGE_NAMES[rouge]
+    metrics = {name: estimate([row.metrics[name] for row in rows if name in row.metrics]) for name in names}
+    main = leading_metric(list(metrics))
     return TaskScore(
         task=task,
         n=len(rows),
@@ -228,7 +254,7 @@ def score_task(
         score=metrics[main].mean,
         standard_error=metrics[main].standard_error,
         metrics=metrics,
-        examples=rows,
+        examples=tuple(rows),
     )
 
 
@@ -317,18 +343,18 @@ def _score_example(
     rouge: Words,
 ) -> ScoredExample:
     prompt = prompt_text(example)
-    metrics = {
-        _ROUGE_NAMES[rouge]: rouge1(prediction, reference, words=rouge),
-        EXACT_MATCH: exact_match(prediction, reference),
-    }
-    options = options_of(prompt)
-    choice = option_accuracy(prediction, reference, options) if options else None
-    if choice is not None:
-        metrics[OPTION_ACCURACY] = choice
-    if rule is not None and example.answer is not None:
-        metrics[ACCURACY] = 100.0 * rule.correct(prediction, example.answer)
-        if strictly:
-            metrics[STRICT_ACCURACY] = 100.0 * rule.strictly_correct(prediction, example.answer)
+    metrics = measure_row(
+        Answered(
+            prediction=prediction,
+            reference=reference,
+            prompt=prompt,
+            options=options_of(prompt),
+            answer=example.answer,
+            rule=rule,
+            strictly=strictly,
+            rouge=rouge,
+        )
+    )
     return ScoredExample(
         task=task,
         index=index,
@@ -341,14 +367,8 @@ def _score_example(
     )
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
-    return Estimate(math.fsum(values) / len(values), standard_error(values), len(values))
-
-
-def _or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else value
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of some values, of which there is at least one."""
+    return Estimate(
+        mean=math.fsum(values) / len(values), standard_error=standard_error(values), n=len(values)
+    )

@@ -1,102 +1,79 @@
-"""Scores as a table for the terminal."""
+"""Scores as tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from manylora.evaluation.score import (
-    ACCURACY,
-    EXACT_MATCH,
-    OPTION_ACCURACY,
-    ROUGE1,
-    ROUGE1_PUBLISHED,
-    STRICT_ACCURACY,
-    Scores,
-    TaskScore,
-)
-
-METRIC_LABELS: Mapping[str, str] = {
-    ACCURACY: "accuracy",
-    ROUGE1: "ROUGE-1",
-    ROUGE1_PUBLISHED: "ROUGE-1 a–z",
-}
-_SECONDARY: Mapping[str, str] = {
-    EXACT_MATCH: "exact match",
-    OPTION_ACCURACY: "option acc.",
-    STRICT_ACCURACY: "strict acc.",
-}
-_NONE = "–"
+from manylora.evaluation.collapse import Loss
+from manylora.evaluation.metrics import METRICS, metric_label
+from manylora.evaluation.score import Estimate, Scores
+from manylora.table import Column, Table, Value
 
 
 def scores_table(
-    scores: Scores, *, title: str | None = None, extra: Mapping[str, Mapping[str, float]] | None = None
+    scores: Scores,
+    *,
+    title: str = "test scores",
+    baselines: Mapping[str, Mapping[str, float]] | None = None,
+    every: bool = False,
 ) -> Table:
-    """A table with one line per task and the mean over tasks as its last line.
+    """A table with one line per task and, below them, the mean over tasks.
 
-    Columns: task, metric, score, its standard error, n, exact match, and option accuracy and the strict
-    reading where a task has them; then one column for each entry of `extra`. "–" stands where there is no
-    value; a mean is over all tasks, so it stands only where every task has a value. The mean's standard error
-    is that of test sampling (see `Scores.standard_error`).
+    Columns: task, metric, score, its standard error, n, every further metric that a task has, and one column for each
+    of `baselines`. A mean is over all tasks, so it stands only where every task has a value. The mean's standard
+    error is that of test sampling (see `Scores.standard_error`).
 
     Args:
         scores: what to show.
         title: line above the table.
-        extra: column name to task to value, such as baselines; "mean" may be given as a task.
+        baselines: column name to task to value; "mean" may be given as a task.
+        every: whether metrics that lead elsewhere, such as ROUGE-1 beside accuracy, have columns, too.
     """
-    # Narrow enough for eight tasks and two more columns on 80 characters; headings break at blanks.
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("task", overflow="fold", min_width=min(24, max(len(task.task) for task in scores.tasks)))
-    table.add_column("metric", no_wrap=True)
-    shown = {
-        name: label
-        for name, label in _SECONDARY.items()
-        if any(name in task.metrics for task in scores.tasks)
+    others = {
+        name: values
+        for name, values in scores.other_metrics().items()
+        if every or name not in METRICS or not METRICS[name].leads
     }
-    for heading in ("score", "s.e.", "n", *shown.values(), *(extra or {})):
-        table.add_column(heading.replace(" ", "\n"), justify="right")
-    for task in scores.tasks:
-        table.add_row(
+    order = [name for name in (*METRICS, *others) if name in others]
+    beside = {metric_label(name): others[name] for name in order} | dict(baselines or {})
+    rows: list[tuple[Value, ...]] = [
+        (
             task.task,
-            METRIC_LABELS.get(task.metric, task.metric),
-            _number(task.score),
-            _number(task.standard_error),
-            str(task.n),
-            *(_number(_metric(task, name)) for name in shown),
-            *(_number(column.get(task.task, math.nan)) for column in (extra or {}).values()),
+            metric_label(task.metric),
+            task.score,
+            task.standard_error,
+            task.n,
+            *(values.get(task.task) for values in beside.values()),
         )
-    table.add_section()
-    kinds = {task.metric for task in scores.tasks}
-    kind = next(iter(kinds)) if len(kinds) == 1 else "mixed"
-    table.add_row(
-        "mean",
-        METRIC_LABELS.get(kind, kind),
-        _number(scores.mean),
-        _number(scores.standard_error),
-        str(scores.n),
-        *(_number(_mean([_metric(task, name) for task in scores.tasks])) for name in shown),
-        *(_number(_extra_mean(column, scores)) for column in (extra or {}).values()),
-        style="bold",
+        for task in scores.tasks
+    ]
+    means = (_mean_of(values, scores) for values in beside.values())
+    metric = scores.metric_label or "mixed"
+    return Table(
+        name="scores",
+        caption=title,
+        columns=tuple(Column(name=name) for name in ("task", "metric", "score", "s.e.", "n", *beside)),
+        rows=tuple(rows),
+        footer=(("mean", metric, scores.mean, scores.standard_error, scores.n, *means),),
     )
-    return table
 
 
-def _metric(task: TaskScore, name: str) -> float:
-    return task.metrics[name].mean if name in task.metrics else math.nan
+def loss_table(before: Scores, after: Scores, loss: Loss, *, title: str) -> Table:
+    """Scores of an adapter and of its LoRAs per task, and the points lost with the paired standard error."""
+
+    def row(task: str, old: float, new: float, lost: Estimate | Loss, n: int) -> dict[str, Value]:
+        error = lost.standard_error
+        return {"task": task, "adapter": old, "LoRAs": new, "points lost": lost.mean, "s.e.": error, "n": n}
+
+    rows = [
+        row(one.task, one.score, after[one.task].score, loss.tasks[one.task], one.n) for one in before.tasks
+    ]
+    footer = row("mean", before.mean, after.mean, loss, before.n)
+    return Table.of("loss", title, rows, footer=[footer], digits=1)
 
 
-def _extra_mean(column: Mapping[str, float], scores: Scores) -> float:
-    if "mean" in column and "mean" not in scores.by_task():
-        return column["mean"]
-    return _mean([column.get(task.task, math.nan) for task in scores.tasks])
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)  # NaN where one is missing
-
-
-def _number(value: float) -> str:
-    return _NONE if math.isnan(value) else f"{value:.2f}"
+def _mean_of(values: Mapping[str, float], scores: Scores) -> float:
+    if "mean" in values and "mean" not in scores.by_task():
+        return values["mean"]
+    return math.fsum(values.get(task.task, math.nan) for task in scores.tasks) / len(scores.tasks)

@@ -248,7 +248,7 @@ def _task_score(value: Any) -> TaskScore:
     main = row["metrics"].get(row["metric"])
     if main is None or not math.isclose(main["mean"], row["score"], abs_tol=1e-6) or main["n"] != row["n"]:
         raise AnswerError(f"its score of task {shown(row['task'])} is not that of its {row['metric']}")
-    return TaskScore.from_dict(row)
+    return TaskScore.model_validate(row)
 
 
 def _fields_of(value: Any, readers: Mapping[str, Reader]) -> dict[str, Any]:

@@ -34,13 +34,34 @@ from manylora.files.writing import (
 )
 
 if TYPE_CHECKING:
-    from manylora.files.records import Record, check_record, read_record
+    from manylora.files.records import (
+        NanFloat,
+        Record,
+        Several,
+        check_record,
+        forgive_lines,
+        forgive_record,
+        read_record,
+    )
+
+_RECORDS = (
+    "NanFloat",
+    "Record",
+    "Several",
+    "check_record",
+    "forgive_lines",
+    "forgive_record",
+    "read_record",
+)
+"""Imported on first use: no --help needs pydantic, a third of its time."""
 
 __all__ = [
     "COMPLETE",
     "MOST_BYTES",
     "NOTES",
+    "NanFloat",
     "Record",
+    "Several",
     "append_line",
     "build_config",
     "changed_file",
@@ -52,6 +73,8 @@ __all__ = [
     "dump_yaml",
     "file_sum",
     "folder_sums",
+    "forgive_lines",
+    "forgive_record",
     "json_text",
     "lone_surrogate",
     "make_folder",
@@ -74,11 +97,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in (
-        "Record",
-        "check_record",
-        "read_record",
-    ):  # on first use: no --help needs pydantic, a third of its time
+    if name in _RECORDS:
         from manylora.files import records
 
         return getattr(records, name)

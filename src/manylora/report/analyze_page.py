@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
-from manylora.report.analyze_gates import gates_sections, gradient_sections
-from manylora.report.analyze_rows import FOLDED, MATRICES, Row, known
-from manylora.report.analyze_similarity import change_section, similarity_section
-from manylora.report.common import counted, notes_of, read_recipe, signed
-from manylora.report.files import mapping, mean, number, read_object, rows, text, whole
-from manylora.report.page import Page, Section
-from manylora.report.tables import Column, Table
+from manylora.analysis.records import Findings, Gates
+from manylora.analysis.routers import ALL
+from manylora.analysis.tables import (
+    change_table,
+    conflict_table,
+    cosines_table,
+    gates_table,
+    norms_table,
+    similarity_by_module_table,
+    similarity_table,
+    sources_table,
+)
+from manylora.files import forgive_record
+from manylora.report.analyze_figures import (
+    change_layers_figure,
+    change_steps_figure,
+    conflict_figure,
+    entropy_figure,
+    gates_figure,
+    norms_figure,
+    similarity_layers_figure,
+    similarity_maps_figure,
+)
+from manylora.report.common import (
+    FOLDED,
+    counted,
+    first_few,
+    mean,
+    read_object,
+    read_recipe,
+    signed,
+    text,
+)
+from manylora.report.page import Figure, Page, Section
+from manylora.table import Table
+
+MATRICES = ("A", "B")
 
 
 def analyze_page(folder: Path) -> Page:
@@ -19,29 +51,24 @@ def analyze_page(folder: Path) -> Page:
     Raises:
         RunError: analysis.json, or another file, is broken.
     """
-    found = read_object(folder / "analysis.json")
+    found = forgive_record(read_object(folder / "analysis.json"), Findings) or Findings()
     recipe = read_recipe(folder)
-    sources, pairs, gates = (
-        rows(found.get("sources")),
-        rows(found.get("similarity")),
-        rows(found.get("gates")),
-    )
-    change, gradients = rows(found.get("change")), mapping(found.get("gradients"))
+    gates = [one for one in found.gates if one.task != ALL]
     sections = (
-        _sources_section(sources),
-        similarity_section(pairs),
-        change_section(change),
-        *gradient_sections(gradients),
-        *gates_sections(gates),
+        _sources_section(found) if found.sources else None,
+        _similarity_section(found) if found.similarity else None,
+        _change_section(found) if found.change else None,
+        *_gradient_sections(found),
+        *_gates_sections(found),
     )
-    collapsed = [row for row in gates if row.get("collapsed") is True]
+    collapsed = [one for one in gates if one.collapsed]
     return Page(
         kind="analyze",
-        question=text(found.get("question") or "Which matrices are alike, and what did training change?"),
-        summary=_summary(sources, pairs, change, gates),
+        question="Which matrices are alike, and what did training change?",
+        summary=_summary(found, gates),
         warnings=(*recipe.warnings, *([_collapse(collapsed, len(gates))] if collapsed else [])),
         sections=tuple(section for section in sections if section is not None),
-        limits=(*_limits(sources, pairs, gradients, gates), *notes_of(found)),
+        limits=(*_limits(found), *found.notes),
         command=recipe.command,
         versions=recipe.versions,
         settings=recipe.settings,
@@ -51,68 +78,126 @@ def analyze_page(folder: Path) -> Page:
 # ---- words
 
 
-def _summary(sources: list[Row], pairs: list[Row], change: list[Row], gates: list[Row]) -> str:
+def _summary(found: Findings, gates: list[Gates]) -> str:
     parts = []
     for matrix in MATRICES:
-        values = [row for row in pairs if row.get("matrix") == matrix]
-        cosine = mean(known(values, "mean_cosine"))
-        random = mean(known(values, "baseline_cosine"))
-        if cosine is not None:
-            beside = "" if random is None else f" (random subspaces {signed(random, 2)})"
-            parts.append(f"{matrix} {signed(cosine, 2)}{beside}")
-    found = f"Mean cosine of the principal angles: {', '.join(parts)}. " if parts else ""
-    if not found and change:
-        found = f"{counted(len(change), 'change')} measured. "
-    if not found and gates:
-        found = f"{counted(len(gates), 'gate')} measured. "
-    sizes = f"{counted(len(sources), 'adapter')}, {counted(len(pairs), 'pair')} of matrices"
-    return f"{found}{sizes}." if sources or pairs else f"{found}Nothing else was measured."
+        own = [pair for pair in found.similarity if pair.matrix == matrix]
+        if own:
+            cosine, random = mean(pair.mean_cosine for pair in own), mean(p.baseline_cosine for p in own)
+            parts.append(f"{matrix} {signed(cosine or 0.0, 2)} (random subspaces {signed(random or 0.0, 2)})")
+    words = f"Mean cosine of the principal angles: {', '.join(parts)}. " if parts else ""
+    if not words and found.change:
+        words = f"{counted(len(found.change), 'change')} measured. "
+    if not words and gates:
+        words = f"{counted(len(gates), 'gate')} measured. "
+    sizes = f"{counted(len(found.sources), 'adapter')}, {counted(len(found.similarity), 'pair')} of matrices"
+    return f"{words}{sizes}." if found.sources or found.similarity else f"{words}Nothing else was measured."
 
 
-def _collapse(collapsed: list[Row], total: int) -> str:
-    where = list(dict.fromkeys(text(row.get("task")) for row in collapsed))
-    tasks = ", ".join(where[:8]) + (", …" if len(where) > 8 else "")
+def _collapse(collapsed: list[Gates], total: int) -> str:
+    tasks = first_few(dict.fromkeys(one.task for one in collapsed), 8)
     return (
         f"Router collapse: in {len(collapsed)} of {total} measured gates one expert takes nearly everything "
         f"(tasks {tasks})."
     )
 
 
-def _limits(sources: list[Row], pairs: list[Row], gradients: Row, gates: list[Row]) -> tuple[str, ...]:
-    seeds = list(dict.fromkeys(text(row.get("seed")) for row in sources if row.get("seed") is not None))
-    found = [
-        f"Numbers describe these {counted(len(sources), 'adapter')}"
+def _limits(found: Findings) -> tuple[str, ...]:
+    seeds = list(dict.fromkeys(text(one.seed) for one in found.sources if one.seed is not None))
+    limits = [
+        f"Numbers describe these {counted(len(found.sources), 'adapter')}"
         + (f" ({'seeds' if len(seeds) != 1 else 'seed'} {', '.join(seeds[:12])})" if seeds else "")
         + "; pairs of one adapter are not independent, so bands are spreads, not confidence intervals."
     ]
-    if pairs:
-        found.append(
+    if found.similarity:
+        limits.append(
             "Alike is measured, not why: matrices that began alike and hardly moved are alike too. Read similarity "
             "beside the initialisation and the change during training."
         )
-    if gradients:
-        found.append("Gradients are those of the given rows at one point of training.")
-    if gates:
-        found.append(
+    if found.gradients:
+        limits.append("Gradients are those of the given rows at one point of training.")
+    if found.gates:
+        limits.append(
             "Gates are means over tokens of the given rows; a mean near uniform may hide sharp choices."
         )
-    return tuple(found)
+    return tuple(limits)
 
 
-def _sources_section(sources: list[Row]) -> Section | None:
-    if not sources:
-        return None
-    found = tuple(
-        (
-            text(row.get("name")),
-            text(row.get("format")),
-            text(row.get("tasks")) if row.get("tasks") else None,
-            whole(row.get("seed")),
-            number(row.get("score")),
-            text(row.get("path")),
-        )
-        for row in sources
+# ---- sections
+
+
+def _section(title: str, figures: list[Figure | None], *tables: Table) -> Section:
+    kept = tuple(table for table in tables if table.rows)
+    folded = any(len(table.rows) > FOLDED for table in kept)
+    return Section(
+        title=title, figures=tuple(figure for figure in figures if figure), tables=kept, folded=folded
     )
-    columns = tuple(Column(name=name) for name in ("name", "format", "tasks", "seed", "score", "path"))
-    table = Table(name="sources", caption=counted(len(sources), "adapter"), columns=columns, rows=found)
-    return Section(title="What was analyzed", tables=(table,), folded=len(sources) > FOLDED)
+
+
+def _sources_section(found: Findings) -> Section:
+    return _section("What was analyzed", [], sources_table(found.sources, paths=True))
+
+
+def _similarity_section(found: Findings) -> Section:
+    pairs = found.similarity
+    figures = [similarity_layers_figure(pairs), similarity_maps_figure(pairs)]
+    return _section("Similarity", figures, similarity_table(pairs), similarity_by_module_table(pairs))
+
+
+def _change_section(found: Findings) -> Section:
+    figures = [change_layers_figure(found.change), change_steps_figure(found.change)]
+    table = change_table(found.change, per_module=len(found.sources) == 1)
+    return _section("Change during training", figures, table)
+
+
+def _gradient_sections(found: Findings) -> list[Section]:
+    """One section for every adapter and matrix whose gradients were measured."""
+    parts = [
+        (one, matrix)
+        for one in found.gradients
+        for matrix in dict.fromkeys(
+            [*(row.matrix for row in one.norms), *(row.matrix for row in one.conflict)]
+        )
+    ]
+    sections = []
+    for one, matrix in parts:
+        of = " · ".join(filter(None, (one.source, matrix))) if len(parts) > 1 else ""
+        norms = [row for row in one.norms if row.matrix == matrix]
+        conflict = [row for row in one.conflict if row.matrix == matrix]
+        shared = matrix or one.shared
+        figures = [
+            norms_figure(norms, shared, name=_named("gradient-norms", of)),
+            conflict_figure(conflict, shared, name=_named("gradient-conflict", of)),
+        ]
+        tables = (norms_table(one, matrix), cosines_table(one, matrix), conflict_table(one, matrix))
+        renamed = [_renamed(table, of) for table in tables]
+        sections.append(_section(f"Gradients: {of}" if of else "Gradients", figures, *renamed))
+    return sections
+
+
+def _gates_sections(found: Findings) -> list[Section]:
+    """One section for every adapter whose gates were measured."""
+    sources = list(dict.fromkeys(one.source for one in found.gates))
+    sections = []
+    for source in sources:
+        of = source if len(sources) > 1 else ""
+        own = [one for one in found.gates if one.source == source]
+        experts = max(len(one.weights) for one in own)
+        own = [one for one in own if len(one.weights) == experts]
+        per_task = [one for one in own if one.task != ALL]
+        figures = [
+            gates_figure(per_task, name=_named("gates", of)),
+            entropy_figure(per_task, name=_named("gate-entropy", of)),
+        ]
+        table = _renamed(gates_table(own), of)
+        sections.append(_section(f"Gates: {of}" if of else "Gates", figures, table))
+    return sections
+
+
+def _named(name: str, of: str) -> str:
+    """A figure's or table's name with what tells it from others."""
+    return "-".join([name, *re.findall(r"\w+", of)])
+
+
+def _renamed(table: Table, of: str) -> Table:
+    return replace(table, name=_named(table.name, of))

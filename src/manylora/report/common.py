@@ -1,27 +1,117 @@
-"""What the pages of all verbs have in common: how a run is repeated, failed runs, scores in words."""
+"""What the pages of all verbs have in common: reading without trust, how a run is repeated, numbers in words.
+
+Whatever stands in these files may come from strangers: a damaged value is a missing one
+(`manylora.files.forgive_record`), a file that cannot be read is one line that names it.
+"""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
-from manylora.report.files import mapping, number, read_if_there, read_settings, rows, text, whole
+from pydantic import Field
+
+from manylora.errors import RunError
+from manylora.files import Record, Several, check_noted, forgive_record, read_json, read_yaml, reason
 from manylora.report.plots import Point
+from manylora.table import clean
 
 Z_95 = 1.959964
 """Two-sided 95 % of the normal distribution."""
-_METRICS = {
-    "rouge1_all": "ROUGE-1",
-    "rouge1": "ROUGE-1 a–z",  # of runs of earlier versions, too: their words were a–z and 0–9 alone
-    "accuracy": "accuracy",
-    "strict_accuracy": "strict accuracy",
-    "exact_match": "exact match",
-    "option_accuracy": "option accuracy",
-}
+FOLDED = 24
+"""Rows of a table that is shown without a click."""
+Kind = TypeVar("Kind", bound=Record)
+
+
+# ---- files
+
+
+class Environment(Record):
+    """What a page says of environment.json."""
+
+    manylora: str | None = None
+    python: str | None = None
+    platform: str | None = None
+    threads: int | None = None
+    seed: int | None = None
+    cuda: str | None = None
+    packages: dict[str, str] = Field(default_factory=dict)
+    command: Several[str] = ()
+
+
+class State(Record):
+    """What a page says of state.json."""
+
+    kind: str | None = None
+    state: str | None = None
+    time: str | None = None
+    error: str | None = None
+    fingerprints: dict[str, str] = Field(default_factory=dict)
+
+
+class Settings(Record):
+    """The settings that a page's words are about; all stand in its table."""
+
+    model: str | None = None
+    method: str | None = None
+    share: str | None = None
+    router: str | None = None
+    num_experts: int | None = None
+    r: int | None = None
+    seed: int | None = None
+    limit: int | None = None
+    strategy: str | None = None
+    engine: str | None = None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        RunError: it is missing, broken, or holds something else.
+    """
+    check_noted(path)
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({reason(error)}); mend or remove it.") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds {type(found).__name__} where an object is expected; mend or remove it.")
+    return found
+
+
+def read_if_there(path: Path, kind: type[Kind]) -> Kind | None:
+    """The record in a JSON file, `None` where there is no file or what it must have is damaged.
+
+    Raises:
+        RunError: the file is broken, or holds something else than an object.
+    """
+    return forgive_record(read_object(path), kind) if path.is_file() else None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A YAML file of settings; an absent one is empty.
+
+    Raises:
+        RunError: it is broken or holds no settings.
+    """
+    if not path.is_file():
+        return {}
+    check_noted(path)
+    try:
+        found = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({reason(error)}); mend or remove it.") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds no settings; mend or remove it.")
+    return found
+
+
+# ---- how to repeat a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +121,16 @@ class Recipe:
     command: str
     versions: tuple[tuple[str, str], ...]
     settings: tuple[tuple[str, str], ...]
-    values: Mapping[str, Any]
-    """The settings as they stand in the file."""
-    seed: int | None
+    values: Settings
     warnings: tuple[str, ...]
 
+    @property
+    def seed_in_words(self) -> str:
+        """ " (seed 3)", or nothing where it is not known."""
+        return "" if self.values.seed is None else f" (seed {self.values.seed})"
 
-def read_recipe(folder: Path, *, environment: Mapping[str, Any] | None = None) -> Recipe:
+
+def read_recipe(folder: Path, *, environment: Environment | None = None) -> Recipe:
     """config.yaml, environment.json and state.json of a folder, each of which may be absent.
 
     Args:
@@ -48,31 +141,21 @@ def read_recipe(folder: Path, *, environment: Mapping[str, Any] | None = None) -
         RunError: one of them is broken.
     """
     config = read_settings(folder / "config.yaml")
-    environment = read_if_there(folder / "environment.json") or environment or {}
-    state = read_if_there(folder / "state.json")
+    found = read_if_there(folder / "environment.json", Environment) or environment or Environment()
+    state = read_if_there(folder / "state.json", State) or State()
+    values = forgive_record(config, Settings) or Settings()
     return Recipe(
-        command=command_line(environment.get("command")),
-        versions=tuple(_versions(environment, state)),
+        command=command_line(found.command),
+        versions=tuple(_versions(found, state)),
         settings=tuple((text(key), text(value)) for key, value in config.items()),
-        values=config,
-        seed=whole(config.get("seed", environment.get("seed"))),
+        values=values if values.seed is not None else values.model_copy(update={"seed": found.seed}),
         warnings=_state_warnings(state),
     )
 
 
-def notes_of(found: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the verb itself noted about its numbers."""
-    notes = found.get("notes")
-    return (
-        tuple(text(note, limit=600) for note in notes if isinstance(note, str))
-        if isinstance(notes, list)
-        else ()
-    )
-
-
-def command_line(words: object) -> str:
+def command_line(words: tuple[str, ...]) -> str:
     """What `sys.argv` was, as one types it; empty where it is not known."""
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+    if not words:
         return ""
     program = PurePath(words[0])
     if program.stem == "manylora" or program.parts[-3:] == ("manylora", "cli", "__main__.py"):
@@ -80,106 +163,38 @@ def command_line(words: object) -> str:
     return shlex.join(["python", *words] if program.suffix == ".py" else words)
 
 
-def _versions(environment: Mapping[str, Any], state: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = [(name, text(environment[name])) for name in ("manylora", "python") if name in environment]
-    found += [(text(name), text(version)) for name, version in mapping(environment.get("packages")).items()]
-    found += [
-        (name, text(environment[name])) for name in ("platform", "threads", "seed") if name in environment
-    ]
-    if "cuda" in environment:
-        found.append(("CUDA", text(environment["cuda"]) if environment["cuda"] else "none"))
-    found += [
-        (f"fingerprint of the {text(name)}", text(value))
-        for name, value in mapping(state.get("fingerprints")).items()
-    ]
-    if "time" in state:
-        found.append(("finished" if state.get("state") == "finished" else "last change", text(state["time"])))
-    return found
+def _versions(found: Environment, state: State) -> list[tuple[str, str]]:
+    plain = {
+        "manylora": found.manylora,
+        "python": found.python,
+        **found.packages,
+        "platform": found.platform,
+        "threads": found.threads,
+        "seed": found.seed,
+        "CUDA": found.cuda or "none" if "cuda" in found.model_fields_set else None,
+        **{f"fingerprint of the {name}": value for name, value in state.fingerprints.items()},
+        "finished" if state.state == "finished" else "last change": state.time,
+    }
+    return [(name, text(value)) for name, value in plain.items() if value is not None]
 
 
-def _state_warnings(state: Mapping[str, Any]) -> tuple[str, ...]:
-    if state.get("state") == "failed":
-        return (f"This run failed: {text(state.get('error'), limit=600)} What it wrote before stands below.",)
-    if state.get("state") == "running":
+def _state_warnings(state: State) -> tuple[str, ...]:
+    if state.state == "failed":
+        return (f"This run failed: {text(state.error, limit=600)} What it wrote before stands below.",)
+    if state.state == "running":
         return ("This run had not ended when the page was drawn; what it had written stands below.",)
     return ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One task's (or client's) score."""
-
-    task: str
-    metric: str
-    value: float
-    standard_error: float | None
-    n: int | None
-    others: Mapping[str, float]
-    """Further metrics by name."""
-
-    @property
-    def point(self) -> Point:
-        """With its 95 % interval over test rows, inside 0 to 100."""
-        return interval(self.value, self.standard_error)
+# ---- numbers and words
 
 
-def interval(value: float, standard_error: float | None) -> Point:
-    """value ± 1.96 standard errors, inside 0 to 100."""
-    if standard_error is None:
+def interval(value: float, standard_error: float) -> Point:
+    """value ± 1.96 standard errors, inside 0 to 100; without an interval where the error is NaN."""
+    if math.isnan(standard_error):
         return Point(value=value)
     half = Z_95 * standard_error
     return Point(value=value, low=max(0.0, value - half), high=min(100.0, value + half))
-
-
-def point_of(row: Mapping[str, Any], value: str = "mean") -> Point | None:
-    """A row of the study as a drawn value with its interval; `None` where it has no number."""
-    middle = number(row.get(value))
-    if middle is None:
-        return None
-    return Point(value=middle, low=number(row.get("low")), high=number(row.get("high")))
-
-
-def read_scores(saved: Mapping[str, Any]) -> list[Score]:
-    """The tasks of a `Scores` as it stands in scores.json; those without a number are left out."""
-    found = []
-    for row in rows(saved.get("tasks")):
-        value = number(row.get("score"))
-        if value is None:
-            continue
-        others = {
-            text(name): mean
-            for name, estimate in mapping(row.get("metrics")).items()
-            if name != row.get("metric") and (mean := number(mapping(estimate).get("mean"))) is not None
-        }
-        found.append(
-            Score(
-                task=text(row.get("task")),
-                metric=metric_name(text(row.get("metric"))),
-                value=value,
-                standard_error=number(row.get("standard_error")),
-                n=whole(row.get("n")),
-                others=others,
-            )
-        )
-    return found
-
-
-def mean_score(scores: list[Score]) -> tuple[float, float | None]:
-    """Mean over tasks, and its standard error from the sampling of test rows: sqrt(Σ se²) / tasks."""
-    known = [one.standard_error for one in scores if one.standard_error is not None]
-    error = math.sqrt(math.fsum(e**2 for e in known)) / len(scores) if len(known) == len(scores) else None
-    return math.fsum(one.value for one in scores) / len(scores), error
-
-
-def metric_name(metric: str) -> str:
-    """A metric as people call it."""
-    return _METRICS.get(metric, metric)
-
-
-def shared_metric(scores: list[Score]) -> str:
-    """The metric of all, or "score" where they differ."""
-    names = {one.metric for one in scores}
-    return names.pop() if len(names) == 1 else "score"
 
 
 def between(point: Point, *, digits: int = 1) -> str:
@@ -187,6 +202,12 @@ def between(point: Point, *, digits: int = 1) -> str:
     if point.low is None or point.high is None:
         return "no interval known"
     return f"95 % interval {signed(point.low, digits)} to {signed(point.high, digits)}"
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Mean, `None` of nothing."""
+    found = list(values)
+    return math.fsum(found) / len(found) if found else None
 
 
 def signed(value: float, digits: int = 1) -> str:
@@ -197,3 +218,27 @@ def signed(value: float, digits: int = 1) -> str:
 def counted(count: int, noun: str) -> str:
     """ "1 task", "8 tasks"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def text(value: object, *, limit: int = 300) -> str:
+    """Any scalar or list of scalars in words; what is longer than `limit` characters is cut."""
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(text(item, limit=60) for item in value[:40])
+        return _cut(shown + (", …" if len(value) > 40 else ""), limit)
+    if value is None:
+        return "–"
+    if isinstance(value, Mapping):
+        return "…"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return _cut(clean(str(value)), limit)
+
+
+def first_few(words: Iterable[str], most: int) -> str:
+    """ "a, b, …"."""
+    found = list(words)
+    return ", ".join(found[:most]) + (", …" if len(found) > most else "")
+
+
+def _cut(words: str, limit: int) -> str:
+    return words if len(words) <= limit else words[: limit - 1] + "…"

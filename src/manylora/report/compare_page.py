@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from manylora.report.common import counted, notes_of, point_of, read_recipe, signed
-from manylora.report.compare_claims import claims_section
-from manylora.report.compare_costs import cost_section
-from manylora.report.compare_curves import curves_section
-from manylora.report.files import mapping, mean, number, numbers, read_object, rows, text, whole
+from manylora.files import forgive_record
+from manylora.report.common import (
+    Environment,
+    counted,
+    first_few,
+    mean,
+    read_object,
+    read_recipe,
+    signed,
+    text,
+)
 from manylora.report.page import Figure, Page, Section
-from manylora.report.plots import Intervals, Series
-from manylora.report.tables import Column, Table
+from manylora.report.plots import (
+    Intervals,
+    Line,
+    LinePanel,
+    Lines,
+    Point,
+    Scatter,
+    Series,
+    Spot,
+)
+from manylora.studies.config import MEAN
+from manylora.studies.costs import CELL_METRICS
+from manylora.studies.records import ClaimTrial, CurveMean, Interval, Summary
+from manylora.studies.tables import (
+    cells_table,
+    claims_table,
+    costs_table,
+    curves_table,
+    delta_table,
+    long_table,
+    others_table,
+    scores_table,
+)
 
-_MEAN = "mean"
+_SCREENING = 5
+"""Fewer seeds than this are a first look."""
 
 
 def compare_page(folder: Path) -> Page:
@@ -24,26 +50,25 @@ def compare_page(folder: Path) -> Page:
     Raises:
         RunError: study.json, or another file, is broken.
     """
-    study = read_object(folder / "study.json")
-    recipe = read_recipe(folder, environment=mapping(study.get("environment")))
-    cells, claims = rows(study.get("cells")), rows(study.get("claims"))
-    table = [row for row in rows(study.get("table")) if number(row.get("mean")) is not None]
-    reference, name = text(study.get("reference", "")), text(study.get("name", "this study"))
+    found = read_object(folder / "study.json")
+    study = forgive_record(found, Summary) or Summary()
+    recipe = read_recipe(folder, environment=forgive_record(found.get("environment"), Environment))
     sections = (
-        claims_section(claims),
-        _scores_section(table, _order(study, table, "task")),
-        _delta_section(rows(study.get("delta_m"))),
-        curves_section(study),
-        cost_section(cells, table, rows(study.get("costs"))),
-        _cells_section(cells),
+        _claims_section(study) if study.claims else None,
+        _scores_section(study) if study.table else None,
+        _delta_section(study) if study.delta_m else None,
+        _curves_section(study) if study.curves else None,
+        _cost_section(study) if study.cells else None,
+        Section(title="All cells", tables=(cells_table(study),), folded=True) if study.cells else None,
     )
+    missing = f"{counted(len(study.missing), 'cell')} not in these numbers: {text(study.missing)}."
     return Page(
         kind="compare",
-        question=text(study.get("question") or f"How do the methods of {name} compare?"),
-        summary=_summary(study, cells, claims, table),
-        warnings=(*recipe.warnings, *_missing(study)),
+        question=study.question or f"How do the methods of {study.name} compare?",
+        summary=_summary(study),
+        warnings=(*recipe.warnings, *([missing] if study.missing else [])),
         sections=tuple(section for section in sections if section is not None),
-        limits=(*_limits(cells, claims, reference, noted=bool(notes_of(study))), *notes_of(study)),
+        limits=(*_limits(study), *study.notes),
         command=recipe.command or _command(folder),
         versions=recipe.versions,
         settings=recipe.settings or _settings(study),
@@ -57,88 +82,63 @@ def _command(folder: Path) -> str:
     return "manylora compare --from-cells cells.jsonl" if (folder / "cells.jsonl").is_file() else ""
 
 
-def _settings(study: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    names = ("reference", "seeds", "grid", "screening_seeds", "learning_rates")
-    return tuple((name.replace("_", " "), text(study[name])) for name in names if study.get(name))
-
-
-def _order(study: Mapping[str, Any], table: list[dict[str, Any]], key: str) -> list[str]:
-    """Tasks in the study's order, then others, the mean last."""
-    listed = study.get("tasks")
-    named = [text(task) for task in listed] if isinstance(listed, list) else []
-    found = dict.fromkeys([*named, *(text(row.get(key)) for row in table)])
-    present = {text(row.get(key)) for row in table}
-    tasks = [task for task in found if task in present and task != _MEAN]
-    return [*tasks, *([_MEAN] if _MEAN in present else [])]
+def _settings(study: Summary) -> tuple[tuple[str, str], ...]:
+    rates = {name: rate for name, rate in study.learning_rates.items() if rate is not None}
+    found = {
+        "reference": study.reference,
+        "seeds": study.seeds,
+        "grid": study.grid,
+        "screening seeds": study.screening_seeds,
+        "learning rates": [f"{name} {rate:g}" for name, rate in rates.items()],
+    }
+    return tuple((name, text(value)) for name, value in found.items() if value)
 
 
 # ---- words
 
 
-def _missing(study: Mapping[str, Any]) -> tuple[str, ...]:
-    missing = study.get("missing")
-    if not isinstance(missing, list) or not missing:
-        return ()
-    return (f"{counted(len(missing), 'cell')} not in these numbers: {text(missing)}.",)
-
-
-def _summary(
-    study: Mapping[str, Any],
-    cells: list[dict[str, Any]],
-    claims: list[dict[str, Any]],
-    table: list[dict[str, Any]],
-) -> str:
-    verdicts = [text(claim.get("verdict")) for claim in claims]
+def _summary(study: Summary) -> str:
+    verdicts = [claim.verdict for claim in study.claims]
     counts = [
         f"{verdicts.count(name)} {name}"
         for name in ("supported", "not supported", "undecided")
         if name in verdicts
     ]
-    found = f"Of {counted(len(claims), 'claim')}: {', '.join(counts)}. " if counts else ""
-    means = [row for row in table if text(row.get("task")) == _MEAN]
+    found = f"Of {counted(len(study.claims), 'claim')}: {', '.join(counts)}. " if counts else ""
+    means = [row for row in study.table if row.task == MEAN]
     if means:
-        best = max(means, key=lambda row: number(row["mean"]) or 0.0)
-        found += f"Highest mean: {text(best.get('method'))}, {signed(number(best['mean']) or 0.0)}. "
-    seeds, methods = _distinct(cells, "seed"), _distinct(cells, "method")
-    return found + (
-        f"{counted(len(methods), 'method')} × {counted(len(seeds), 'seed')}, {counted(len(cells), 'cell')}."
-        if cells
-        else "No cell is finished yet."
-    )
+        best = max(means, key=lambda row: row.mean)
+        found += f"Highest mean: {best.method}, {signed(best.mean)}. "
+    if not study.cells:
+        return found + "No cell is finished yet."
+    seeds = {cell.seed for cell in study.cells}
+    methods = counted(len(study.by_method()), "method")
+    return f"{found}{methods} × {counted(len(seeds), 'seed')}, {counted(len(study.cells), 'cell')}."
 
 
-def _distinct(cells: list[dict[str, Any]], key: str) -> list[str]:
-    return list(dict.fromkeys(text(cell.get(key)) for cell in cells))
-
-
-def _limits(
-    cells: list[dict[str, Any]], claims: list[dict[str, Any]], reference: str, *, noted: bool
-) -> tuple[str, ...]:
-    """What the numbers do not show; `noted`: the study has its own words on its number of seeds."""
-    by_method: dict[str, set[str]] = {}
-    for cell in cells:
-        by_method.setdefault(text(cell.get("method")), set()).add(text(cell.get("seed")))
-    sizes = {len(seeds) for seeds in by_method.values()}
+def _limits(study: Summary) -> tuple[str, ...]:
+    """What the numbers do not show."""
+    sizes = {len({cell.seed for cell in cells}) for cells in study.by_method().values()}
     found = []
     if sizes:
         span = f"{min(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+        seeds = first_few(dict.fromkeys(text(cell.seed) for cell in study.cells), 12)
         found.append(
-            f"n is {span} {'seed' if span == '1' else 'seeds'} a method"
-            + (f" (seeds {', '.join(_distinct(cells, 'seed')[:12])})" if cells else "")
-            + ". Intervals over so few seeds are wide, and intervals of two methods that overlap are no test: "
-            "the claims are tested on paired differences."
+            f"n is {span} {'seed' if span == '1' else 'seeds'} a method (seeds {seeds}). Intervals over so few seeds "
+            "are wide, and intervals of two methods that overlap are no test: the claims are tested on paired "
+            "differences."
         )
-    if any(text(claim.get("verdict")) == "undecided" for claim in claims):
+    if any(claim.verdict == "undecided" for claim in study.claims):
         found.append(
             "Undecided is not “no difference”: the study could hardly have seen one below “detectable”."
         )
-    if sizes and min(sizes) < 5 and not noted:
+    if sizes and min(sizes) < _SCREENING and not study.notes:  # which have the study's own words on it
         found.append(
-            "With fewer than 5 seeds this is a screening: it can point at a difference, not confirm one."
+            f"With fewer than {_SCREENING} seeds this is a screening: it can point at a difference, not confirm one."
         )
+    against = f", against {study.reference}" if study.reference else ""
     found.append(
-        f"Everything holds for this base, these tasks and this budget{f', against {reference}' if reference else ''}; "
-        "other models may differ."
+        f"Everything holds for this base, these tasks and this budget{against}; other models may differ."
     )
     return tuple(found)
 
@@ -146,154 +146,141 @@ def _limits(
 # ---- sections
 
 
-def _scores_section(table: list[dict[str, Any]], tasks: list[str]) -> Section | None:
-    if not table:
-        return None
-    methods = list(dict.fromkeys(text(row.get("method")) for row in table))
-    known = {(text(row.get("method")), text(row.get("task"))): row for row in table}
-    series = tuple(
-        Series(
-            name=method,
-            points=tuple(
-                point_of(known[method, task]) if (method, task) in known else None for task in tasks
-            ),
-        )
-        for method in methods
+def _point(row: Interval | ClaimTrial, value: float) -> Point:
+    return Point(value=value, low=row.low, high=row.high)
+
+
+def _claims_section(study: Summary) -> Section:
+    sentences = tuple((claim.verdict.capitalize(), claim.text) for claim in study.claims)
+    drawn = [
+        (f"{number}. {claim.claim or claim.text}", claim, claim.difference)
+        for number, claim in enumerate(study.claims, 1)
+        if claim.difference is not None
+    ]
+    figure = Figure(
+        name="claims",
+        title="The difference behind each claim",
+        caption="Mean difference over paired seeds and its 95 % interval; the line is no difference.",
+        alt="; ".join(f"{c.claim or c.text}: {signed(difference, 2)}" for _, c, difference in drawn[:12])
+        + ".",
+        plot=Intervals(
+            rows=tuple(name for name, _, _ in drawn),
+            series=(Series(name="difference", points=tuple(_point(c, value) for _, c, value in drawn)),),
+            xlabel="difference in points",
+            zero=True,
+            sentences=True,
+        ),
     )
-    sizes = sorted({size for row in table if (size := whole(row.get("n"))) is not None})
+    figures, tables = (figure,) if drawn else (), (claims_table(study),)
+    return Section(title="Claims", points=sentences, figures=figures, tables=tables, folded=True)
+
+
+def _scores_section(study: Summary) -> Section:
+    known = {(row.method, row.task): row for row in study.table}
+    methods = list(dict.fromkeys(row.method for row in study.table))
+    tasks = [task for task in dict.fromkeys(row.task for row in study.table) if task != MEAN]
+    tasks += [MEAN] if any(row.task == MEAN for row in study.table) else []
+    points = {key: _point(row, row.mean) for key, row in known.items()}
+    series = tuple(
+        Series(name=method, points=tuple(points.get((method, task)) for task in tasks)) for method in methods
+    )
+    sizes = sorted({row.n for row in study.table if row.n is not None})
     n = "" if not sizes else f" (n = {sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''})"
     figure = Figure(
         name="scores",
         title="Score per task and method",
         caption=f"Mean over seeds{n} with its 95 % interval.",
         alt="Mean score: "
-        + ", ".join(
-            f"{method} {signed(number(known[method, _MEAN]['mean']) or 0.0)}"
-            for method in methods
-            if (method, _MEAN) in known
-        )
+        + ", ".join(f"{m} {signed(known[m, MEAN].mean)}" for m in methods if (m, MEAN) in known)
         + ".",
         plot=Intervals(
             rows=tuple(tasks),
             series=series,
             xlabel="score",
-            separated=int(_MEAN in tasks),
+            separated=int(MEAN in tasks),
             least=0.0,
             most=100.0,
         ),
     )
-    cells = tuple(
-        (task, *(_with_half(known.get((method, task))) for method in methods))
-        for task in tasks
-        if task != _MEAN
-    )
-    footer = tuple(
-        (task, *(_with_half(known.get((method, task))) for method in methods))
-        for task in tasks
-        if task == _MEAN
-    )
-    shown = Table(
-        name="scores",
-        caption=f"Mean ± half of the 95 % interval over seeds{n}",
-        columns=tuple(Column(name=name) for name in ("task", *methods)),
-        rows=cells,
-        footer=footer,
-    )
-    return Section(title="Scores", figures=(figure,), tables=(shown, _long_table(table)))
+    others = (others_table(study),) if study.others else ()
+    tables = (scores_table(study), long_table(study), *others)
+    return Section(title="Scores", figures=(figure,), tables=tables)
 
 
-def _with_half(row: Mapping[str, Any] | None) -> str:
-    point = None if row is None else point_of(row)
-    if point is None:
-        return "–"
-    if point.low is None or point.high is None:
-        return f"{point.value:.2f}"
-    return f"{point.value:.2f} ± {(point.high - point.low) / 2:.2f}"
-
-
-def _long_table(table: list[dict[str, Any]]) -> Table:
-    return Table(
-        name="scores-long",
-        caption="The same, one line per method and task",
-        columns=tuple(Column(name=name) for name in ("method", "task", "mean", "low", "high", "n")),
-        rows=tuple(
-            (
-                text(row.get("method")),
-                text(row.get("task")),
-                number(row.get("mean")),
-                number(row.get("low")),
-                number(row.get("high")),
-                whole(row.get("n")),
-            )
-            for row in table
-        ),
-        hidden=True,
-    )
-
-
-def _delta_section(delta: list[dict[str, Any]]) -> Section | None:
-    delta = [row for row in delta if number(row.get("mean")) is not None]
-    if not delta:
-        return None
+def _delta_section(study: Summary) -> Section:
     figure = Figure(
         name="delta-m",
         title="Δm% against one LoRA per task",
         caption="Mean relative loss against a LoRA trained on each task alone, with its 95 % interval over seeds; "
         "lower is better, left of the line beats it.",
-        alt=", ".join(f"{text(row.get('method'))} {signed(number(row['mean']) or 0.0, 2)}" for row in delta)
-        + ".",
+        alt=", ".join(f"{row.method} {signed(row.mean, 2)}" for row in study.delta_m) + ".",
         plot=Intervals(
-            rows=tuple(text(row.get("method")) for row in delta),
-            series=(Series(name="Δm%", points=tuple(point_of(row) for row in delta)),),
+            rows=tuple(row.method for row in study.delta_m),
+            series=(Series(name="Δm%", points=tuple(_point(row, row.mean) for row in study.delta_m)),),
             xlabel="Δm%",
             zero=True,
         ),
     )
-    table = Table(
-        name="delta-m",
-        caption="Δm% with its 95 % interval",
-        columns=tuple(Column(name=name) for name in ("method", "Δm%", "low", "high", "n")),
-        rows=tuple(
-            (
-                text(row.get("method")),
-                number(row.get("mean")),
-                number(row.get("low")),
-                number(row.get("high")),
-                whole(row.get("n")),
-            )
-            for row in delta
-        ),
-    )
-    return Section(title="Against single-task training", figures=(figure,), tables=(table,))
+    return Section(title="Against single-task training", figures=(figure,), tables=(delta_table(study),))
 
 
-def _cells_section(cells: list[dict[str, Any]]) -> Section | None:
-    if not cells:
-        return None
-    return Section(
-        title="All cells",
-        tables=(
-            Table(
-                name="cells",
-                caption=f"{counted(len(cells), 'cell')}: every method and seed",
-                columns=(
-                    Column(name="method"),
-                    Column(name="seed"),
-                    Column(name="learning rate", digits=6),
-                    Column(name="mean score"),
-                    Column(name="seconds", digits=1),
-                ),
-                rows=tuple(
-                    (
-                        text(cell.get("method")),
-                        whole(cell.get("seed")),
-                        number(cell.get("learning_rate")),
-                        mean(numbers(cell.get("scores")).values()),
-                        number(cell.get("seconds")),
-                    )
-                    for cell in cells
-                ),
-            ),
-        ),
-        folded=True,
+def _curves_section(study: Summary) -> Section:
+    """Mean score and Δm% against epochs, one curve per method."""
+    points: dict[str, list[CurveMean]] = {}
+    for row in sorted(study.curves, key=lambda row: row.epoch):
+        points.setdefault(row.method, []).append(row)
+    scores = tuple(_line(name, [(row.epoch, row) for row in own]) for name, own in points.items())
+    deltas = {
+        name: [(row.epoch, row.delta_m) for row in own if row.delta_m is not None]
+        for name, own in points.items()
+    }
+    panels = [LinePanel(title="Mean score", lines=scores, ylabel="")]
+    lines = tuple(_line(name, own) for name, own in deltas.items() if own)
+    panels += [LinePanel(title="Δm% (lower is better)", lines=lines, ylabel="")] if lines else []
+    figure = Figure(
+        name="curves",
+        title="What longer training does",
+        caption="Means over seeds; the bands are their 95 % intervals, where more than one seed was scored.",
+        alt="; ".join(f"{line.name} from {signed(line.y[0])} to {signed(line.y[-1])}" for line in scores)
+        + ".",
+        plot=Lines(panels=tuple(panels), xlabel="epoch"),
     )
+    return Section(title="Over epochs", figures=(figure,), tables=(curves_table(study),), folded=True)
+
+
+def _line(name: str, points: list[tuple[float, Interval]]) -> Line:
+    lows = tuple(row.low for _, row in points if row.low is not None)
+    highs = tuple(row.high for _, row in points if row.high is not None)
+    known = len(lows) == len(highs) == len(points)
+    return Line(
+        name=name,
+        x=tuple(x for x, _ in points),
+        y=tuple(row.mean for _, row in points),
+        low=lows if known else (),
+        high=highs if known else (),
+    )
+
+
+def _cost_section(study: Summary) -> Section:
+    """What a cell costs, and the mean score against the bytes that travel, or else against those of the adapter."""
+    means = {row.method: row for row in study.table if row.task == MEAN}
+    by_method = study.by_method()
+    sent = {name: CELL_METRICS["bytes_sent"].of(cells) for name, cells in by_method.items()}
+    travels = any(sent.values())
+    spots = []
+    for name, cells in by_method.items():
+        parameters = mean(cell.parameters for cell in cells if cell.parameters is not None)
+        size = sent[name] if travels else None if parameters is None else 4 * parameters
+        if name in means and size is not None and size >= 0:
+            spots.append(Spot(name=name, x=size / 2**20, y=_point(means[name], means[name].mean)))
+    what = "MiB up and down a client and round" if travels else "adapter in MiB, 4 bytes a parameter"
+    figure = Figure(
+        name="quality-bytes",
+        title="Quality against bytes",
+        caption=f"Mean score with its 95 % interval over seeds; to the right: {what}.",
+        alt="; ".join(f"{spot.name}: {signed(spot.y.value)} at {signed(spot.x, 2)} MiB" for spot in spots)
+        + ".",
+        plot=Scatter(spots=tuple(spots), xlabel=what, ylabel="mean score"),
+    )
+    figures = (figure,) if len(spots) > 1 else ()
+    return Section(title="Cost", figures=figures, tables=(costs_table(study),))

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
 from pathlib import Path
-from typing import Any
 
+from manylora.errors import DataError
+from manylora.evaluation.score import ClientScores, Scores
+from manylora.federated.results import (
+    FederatedResult,
+    Round,
+    clients_table,
+    mean_score,
+    shares_table,
+    traffic_table,
+)
+from manylora.files import forgive_lines
 from manylora.report.common import (
+    FOLDED,
     Recipe,
-    Score,
     between,
     counted,
+    first_few,
     interval,
-    mean_score,
+    read_if_there,
     read_recipe,
-    read_scores,
-    shared_metric,
     signed,
 )
-from manylora.report.files import mapping, mean, number, numbers, read_if_there, read_lines, text
 from manylora.report.page import Figure, Page, Section
-from manylora.report.plots import Intervals, Line, LinePanel, Lines, Scatter, Series, Spot
-from manylora.report.tables import Cell, Column, Table
+from manylora.report.plots import Intervals, Line, LinePanel, Lines, Point, Scatter, Series, Spot
 
 _MOST_ROWS = 60
 """Clients in a figure; the table has all."""
-_FOLDED = 24
-_KIB, _MIB = 1024.0, 1024.0**2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """One line of metrics.jsonl."""
-
-    number: float
-    loss: float | None
-    norm: float | None
-    losses: Mapping[str, float]
-    shares: Mapping[str, float]
-    """What each client has of the round's change."""
-    up: Mapping[str, float]
-    down: Mapping[str, float]
-    asked: float | None
-    refused: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Client:
-    """One client's personal model, and the model it would have without the others."""
-
-    name: str
-    score: Score
-    alone: Score | None
+_MIB = 1024.0**2
 
 
 def federate_page(folder: Path) -> Page:
@@ -62,147 +42,77 @@ def federate_page(folder: Path) -> Page:
         RunError: a file of it is broken.
     """
     recipe = read_recipe(folder)
-    saved = read_if_there(folder / "scores.json")
-    clients = _clients(mapping(saved.get("clients")), mapping(saved.get("reference")))
-    rounds = _rounds(folder / "metrics.jsonl")
-    alone = _rounds(folder / "reference" / "metrics.jsonl")
-    strategy = text(recipe.values.get("strategy", "the strategy"))
+    rounds = list(forgive_lines(folder / "metrics.jsonl", Round))
+    alone = list(forgive_lines(folder / "reference" / "metrics.jsonl", Round))
+    found = FederatedResult.of(read_if_there(folder / "scores.json", ClientScores), rounds)
+    strategy = recipe.values.strategy or "the strategy"
     sections = (
-        _scores_section(clients, strategy),
+        _scores_section(found, strategy) if found.clients else None,
         _rounds_section(rounds, alone, strategy),
-        _traffic_section(rounds, clients, strategy),
+        _traffic_section(found, strategy) if found.sent() else None,
     )
-    names = {name for one in rounds for name in one.losses} | {client.name for client in clients}
-    count = len(names) if names else None
+    count = len({name for one in rounds for name in one.losses} | set(found.clients))
     return Page(
         kind="federate",
-        question=f"Do {count if count else 'the'} clients gain by sharing with {strategy}?"
+        question=f"Do {count or 'the'} clients gain by sharing with {strategy}?"
         if count != 1
         else f"What does {strategy} reach?",
-        summary=_summary(recipe, clients, rounds, strategy),
+        summary=_summary(recipe, found, strategy),
         warnings=(*recipe.warnings, *_refusals(rounds)),
         sections=tuple(section for section in sections if section is not None),
-        limits=_limits(recipe, clients),
+        limits=_limits(recipe, found),
         command=recipe.command,
         versions=recipe.versions,
         settings=recipe.settings,
     )
 
 
-def _clients(saved: Mapping[str, Any], reference: Mapping[str, Any]) -> list[Client]:
-    """By name; the tasks of the only client, where there is one, count as clients."""
-    own = {text(name): read_scores(mapping(value)) for name, value in saved.items()}
-    alone = {text(name): read_scores(mapping(value)) for name, value in reference.items()}
-    if len(own) == 1:
-        own = {one.task: [one] for scores in own.values() for one in scores}
-        alone = {one.task: [one] for scores in alone.values() for one in scores}
-    return [
-        Client(
-            name=name,
-            score=_summed(name, scores),
-            alone=_summed(name, alone[name]) if alone.get(name) else None,
-        )
-        for name, scores in own.items()
-        if scores
-    ]
-
-
-def _summed(name: str, scores: list[Score]) -> Score:
-    """A client's mean over its tasks."""
-    value, error = mean_score(scores)
-    return Score(
-        task=name,
-        metric=shared_metric(scores),
-        value=value,
-        standard_error=error,
-        n=sum(one.n or 0 for one in scores),
-        others={one.task: one.value for one in scores},
-    )
-
-
-def _rounds(path: Path) -> list[Round]:
-    return [
-        Round(
-            number=step,
-            loss=number(row.get("loss")),
-            norm=number(row.get("update_norm")),
-            losses=numbers(row.get("losses")),
-            shares=numbers(row.get("shares")),
-            up=numbers(row.get("up")),
-            down=numbers(row.get("down")),
-            asked=number(row.get("asked")),
-            refused=mapping(row.get("refused")),
-        )
-        for row in read_lines(path)
-        if (step := number(row.get("step"))) is not None
-    ]
-
-
 # ---- words
 
 
-def _summary(recipe: Recipe, clients: list[Client], rounds: list[Round], strategy: str) -> str:
-    if not clients:
-        return f"{counted(len(rounds), 'round')} of {strategy} ran; no personal model was scored."
-    value, error = mean_score([client.score for client in clients])
-    found = (
-        f"Personal models reach a mean {shared_metric([c.score for c in clients])} of {signed(value)} "
-        f"({between(interval(value, error))})"
-    )
-    alone = [client.alone for client in clients if client.alone is not None]
-    if len(alone) == len(clients):
-        other, other_error = mean_score(alone)
-        change = _delta(clients)
-        found += (
-            f", clients on their own {signed(other)} ({between(interval(other, other_error))})"
-            + (f", Δm% {signed(change, 2)} (negative: sharing wins)" if change is not None else "")
-        )  # fmt: skip
-    rows = sum(client.score.n or 0 for client in clients)
-    seed = "" if recipe.seed is None else f" with seed {recipe.seed}"
-    return f"{found}; {counted(rows, 'test row')}, {counted(len(rounds), 'round')}, one run{seed}."
+def _summary(recipe: Recipe, found: FederatedResult, strategy: str) -> str:
+    rounds = counted(len(found.rounds), "round")
+    if not found.clients:
+        return f"{rounds} of {strategy} ran; no personal model was scored."
+    own = mean_score(found.clients.values())
+    words = f"Personal models reach a mean {_metric(found)} of {signed(own[0])} ({between(interval(*own))})"
+    if found.compared:
+        other = mean_score(found.alone.values())
+        words += f", clients on their own {signed(other[0])} ({between(interval(*other))})"
+        with contextlib.suppress(DataError):  # a score of 0, to which nothing is relative
+            words += f", Δm% {signed(found.delta_m(), 2)} (negative: sharing wins)"
+    rows = sum(scores.n for scores in found.clients.values())
+    seed = "" if recipe.values.seed is None else f" with seed {recipe.values.seed}"
+    return f"{words}; {counted(rows, 'test row')}, {rounds}, one run{seed}."
 
 
-def _delta(clients: list[Client]) -> float | None:
-    """Δm% over tasks against the clients on their own; `None` where a score of theirs is 0 or missing."""
-    own, alone = (_by_task([getattr(client, side) for client in clients]) for side in ("score", "alone"))
-    if own.keys() != alone.keys() or not own or any(value == 0 for value in alone.values()):
-        return None
-    changes = [(own[task] - alone[task]) / alone[task] for task in own]
-    return -100.0 * sum(changes) / len(changes)
-
-
-def _by_task(scores: list[Score | None]) -> dict[str, float]:
-    """Each task's mean over the clients that hold it."""
-    found: dict[str, list[float]] = {}
-    for one in scores:
-        for task, value in (one.others if one is not None else {}).items():
-            found.setdefault(task, []).append(value)
-    return {task: sum(values) / len(values) for task, values in found.items()}
+def _metric(found: FederatedResult) -> str:
+    """The main metric of all clients, as tables call it, or "score"."""
+    labels = {own.metric_label for own in found.clients.values()}
+    return (labels.pop() if len(labels) == 1 else "") or "score"
 
 
 def _refusals(rounds: list[Round]) -> tuple[str, ...]:
-    refused = [(one.number, name, reason) for one in rounds for name, reason in one.refused.items()]
+    refused = [(one.step, name, reason) for one in rounds for name, reason in one.refused.items()]
     if not refused:
         return ()
     when, name, reason = refused[0]
     return (
-        f"{counted(len(refused), 'answer')} did not count, the first in round {when:g} from {text(name)}: "
-        f"{text(reason)}.",
+        f"{counted(len(refused), 'answer')} did not count, the first in round {when} from {name}: {reason}.",
     )
 
 
-def _limits(recipe: Recipe, clients: list[Client]) -> tuple[str, ...]:
-    seed = "" if recipe.seed is None else f" (seed {recipe.seed})"
+def _limits(recipe: Recipe, result: FederatedResult) -> tuple[str, ...]:
     found = [
-        f"One run{seed}: another seed, or another dealing of the rows, gives other scores, and the intervals know "
-        "nothing of that. manylora compare runs several seeds and tests the difference."
+        f"One run{recipe.seed_in_words}: another seed, or another dealing of the rows, gives other scores, and the "
+        "intervals know nothing of that. manylora compare runs several seeds and tests the difference."
     ]
-    if clients:
+    if result.clients:
         found.append(
             "The intervals describe the sampling of test rows alone. Personal models and clients on their own answer "
             "the same rows, so their intervals may overlap although the difference is real, and the other way round."
         )
-    if recipe.values.get("engine") == "local":
+    if recipe.values.engine == "local":
         found.append("All clients ran in one process: times and losses of a real network are not in it.")
     found.append(
         "Bytes are those of the messages, without what the network adds. No claim of privacy is made."
@@ -213,22 +123,22 @@ def _limits(recipe: Recipe, clients: list[Client]) -> tuple[str, ...]:
 # ---- sections
 
 
-def _scores_section(clients: list[Client], strategy: str) -> Section | None:
-    if not clients:
-        return None
-    drawn = clients[:_MOST_ROWS]
-    alone = any(client.alone is not None for client in clients)
-    own_mean = mean_score([client.score for client in clients])
-    known = [client.alone for client in clients if client.alone is not None]
-    other_mean = mean_score(known) if len(known) == len(clients) else None
-    series = [Series(name=strategy, points=(*(c.score.point for c in drawn), interval(*own_mean)))]
-    if alone:
-        points = [None if c.alone is None else c.alone.point for c in drawn]
+def _point(scores: Scores | None) -> Point | None:
+    return None if scores is None else interval(scores.mean, scores.standard_error)
+
+
+def _scores_section(found: FederatedResult, strategy: str) -> Section:
+    drawn, many = list(found.clients)[:_MOST_ROWS], len(found.clients)
+    own_mean = mean_score(found.clients.values())
+    other_mean = mean_score(found.alone.values()) if found.compared else None
+    own = (_point(found.clients[name]) for name in drawn)
+    series = [Series(name=strategy, points=(*own, interval(*own_mean)))]
+    if found.alone:
+        others = (_point(found.alone.get(name)) for name in drawn)
         series.append(
-            Series(name="on their own", points=(*points, interval(*other_mean) if other_mean else None))
+            Series(name="on their own", points=(*others, interval(*other_mean) if other_mean else None))
         )
-    metric = shared_metric([client.score for client in clients])
-    cut = f" The first {_MOST_ROWS} of {len(clients)} clients." if len(clients) > _MOST_ROWS else ""
+    cut = f" The first {_MOST_ROWS} of {many} clients." if many > _MOST_ROWS else ""
     figure = Figure(
         name="scores",
         title="Score of each client’s personal model on its own tasks",
@@ -236,74 +146,31 @@ def _scores_section(clients: list[Client], strategy: str) -> Section | None:
         alt=f"Mean score with {strategy} {signed(own_mean[0])}"
         + (f", on their own {signed(other_mean[0])}" if other_mean else "")
         + "; by client: "
-        + ", ".join(f"{c.name} {signed(c.score.value)}" for c in drawn[:12])
-        + (", …" if len(clients) > 12 else "")
+        + first_few((f"{name} {signed(scores.mean)}" for name, scores in found.clients.items()), 12)
         + ".",
         plot=Intervals(
-            rows=(*(client.name for client in drawn), "mean"),
+            rows=(*drawn, "mean"),
             series=tuple(series),
-            xlabel=metric,
+            xlabel=_metric(found),
             least=0.0,
             most=100.0,
             separated=1,
         ),
     )
-    names = [
-        "client",
-        "score",
-        "s.e.",
-        "n",
-        *(["on its own", "s.e. on its own", "difference"] if alone else []),
-    ]
-    rows = [_row(client.name, client.score, client.alone, alone) for client in clients]
-    total = Score(
-        task="mean", metric="", value=own_mean[0], standard_error=own_mean[1],
-        n=sum(c.score.n or 0 for c in clients), others={},
-    )  # fmt: skip
-    other = None
-    if other_mean:
-        other = Score(
-            task="", metric="", value=other_mean[0], standard_error=other_mean[1], n=None, others={}
-        )
-    table = Table(
-        name="scores",
-        caption=f"Scores of {counted(len(clients), 'personal model')} on their own tasks",
-        columns=tuple(Column(name=name) for name in names),
-        rows=tuple(rows),
-        footer=(_row("mean", total, other, alone),),
-    )
-    return Section(title="Scores", figures=(figure,), tables=(table,), folded=len(clients) > _FOLDED)
-
-
-def _row(name: str, own: Score, other: Score | None, wide: bool) -> tuple[Cell, ...]:
-    cells: tuple[Cell, ...] = (name, own.value, own.standard_error, own.n)
-    if not wide:
-        return cells
-    if other is None:
-        return (*cells, None, None, None)
-    return (*cells, other.value, other.standard_error, own.value - other.value)
+    tables = (clients_table(found, traffic=False),)
+    return Section(title="Scores", figures=(figure,), tables=tables, folded=many > FOLDED)
 
 
 def _rounds_section(rounds: list[Round], alone: list[Round], strategy: str) -> Section | None:
-    steps = [one for one in rounds if one.loss is not None]
-    if not steps:
-        return None
-    spread = all(one.losses for one in steps)
     lines = [
-        Line(
-            name=strategy,
-            x=tuple(one.number for one in steps),
-            y=tuple(one.loss or 0.0 for one in steps),
-            low=tuple(min(one.losses.values()) for one in steps) if spread else (),
-            high=tuple(max(one.losses.values()) for one in steps) if spread else (),
-        )
+        line
+        for line in (_loss_line(strategy, rounds), _loss_line("on their own", alone, band=False))
+        if line is not None
     ]
-    others = [one for one in alone if one.loss is not None]
-    if others:
-        x, y = tuple(one.number for one in others), tuple(one.loss or 0.0 for one in others)
-        lines.append(Line(name="on their own", x=x, y=y))
+    if not lines or lines[0].name != strategy:
+        return None
     panels = [LinePanel(title="Training loss", lines=tuple(lines), ylabel="loss", least=0.0)]
-    norms = [(one.number, one.norm) for one in rounds if one.norm is not None]
+    norms = [(float(one.step), one.update_norm) for one in rounds if one.update_norm is not None]
     if norms:
         line = Line(name=strategy, x=tuple(x for x, _ in norms), y=tuple(y for _, y in norms))
         panels.append(LinePanel(title="Change of what is shared", lines=(line,), ylabel="norm", least=0.0))
@@ -315,97 +182,51 @@ def _rounds_section(rounds: list[Round], alone: list[Round], strategy: str) -> S
         alt=f"Mean training loss per round, from {signed(lines[0].y[0], 3)} to {signed(lines[0].y[-1], 3)}.",
         plot=Lines(panels=tuple(panels), xlabel="round", whole=True),
     )
-    shares = _shares(rounds)
+    shares = shares_table(rounds)
     return Section(
         title="Training",
         text=_participation(rounds),
         figures=(figure,),
-        tables=() if shares is None else (shares,),
-        folded=shares is not None and len(shares.rows) > _FOLDED,
+        tables=(shares,) if shares.rows else (),
+        folded=len(shares.rows) > FOLDED,
     )
 
 
-def _shares(rounds: list[Round]) -> Table | None:
-    """How much of the rounds' changes each client had; `None` where nothing travels."""
-    shared = [one for one in rounds if one.shares]
-    names = sorted({name for one in shared for name in one.shares})
-    if not names:
-        return None
-    rows: list[tuple[Cell, ...]] = []
-    for name in names:
-        own = [(one.shares[name], one.number) for one in shared if name in one.shares]
-        largest, when = max(own)
-        average = mean([share for share, _ in own])
-        rows.append((name, None if average is None else 100 * average, 100 * largest, int(when), len(own)))
-    return Table(
-        name="shares",
-        caption="Each client’s share of a round’s change: the norm of its weighted part among the sum of all parts",
-        columns=(
-            Column(name="client"),
-            Column(name="mean share, %", digits=1),
-            Column(name="largest, %", digits=1),
-            Column(name="in round"),
-            Column(name="rounds"),
-        ),
-        rows=tuple(rows),
+def _loss_line(name: str, rounds: list[Round], *, band: bool = True) -> Line | None:
+    known = [(one, one.loss) for one in rounds if one.loss is not None]
+    spread = band and all(one.losses for one, _ in known)
+    return (
+        Line(
+            name=name,
+            x=tuple(float(one.step) for one, _ in known),
+            y=tuple(loss for _, loss in known),
+            low=tuple(min(one.losses.values()) for one, _ in known) if spread else (),
+            high=tuple(max(one.losses.values()) for one, _ in known) if spread else (),
+        )
+        if known
+        else None
     )
 
 
 def _participation(rounds: list[Round]) -> tuple[str, ...]:
-    asked = [one.asked for one in rounds if one.asked is not None]
-    answered = [len(one.losses) for one in rounds]
-    if not asked or sum(asked) == sum(answered):
+    asked = sum(one.asked for one in rounds if one.asked is not None)
+    answered = sum(len(one.losses) for one in rounds)
+    if not asked or asked == answered:
         return ()
-    return (f"{sum(answered):,} of {int(sum(asked)):,} asked answers counted, over all rounds.",)
+    return (f"{answered:,} of {asked:,} asked answers counted, over all rounds.",)
 
 
-def _traffic_section(rounds: list[Round], clients: list[Client], strategy: str) -> Section | None:
-    names = list(dict.fromkeys(name for one in rounds for name in (*one.up, *one.down)))
-    if not names:
-        return None
-    rows: list[tuple[Cell, ...]] = []
-    for name in names:
-        up = [one.up[name] for one in rounds if name in one.up]
-        down = [one.down[name] for one in rounds if name in one.down]
-        average_up, average_down = mean(up), mean(down)
-        rows.append(
-            (
-                name,
-                None if average_up is None else average_up / _KIB,
-                None if average_down is None else average_down / _KIB,
-                (sum(up) + sum(down)) / _MIB,
-                len(up),
-            )
-        )
-    total = sum(sum(one.up.values()) + sum(one.down.values()) for one in rounds)
-    columns = (
-        Column(name="client"),
-        Column(name="KiB up a round", digits=1),
-        Column(name="KiB down a round", digits=1),
-        Column(name="MiB in all", digits=2),
-        Column(name="rounds"),
-    )
-    table = Table(
-        name="traffic",
-        caption=f"Messages of {counted(len(names), 'client')}: means over the rounds a client took part in",
-        columns=columns,
-        rows=tuple(rows),
-        footer=(("all", *_mean_cells(rows), total / _MIB, len(rounds)),),
-    )
-    known = [client.alone for client in clients if client.alone is not None]
-    figures = (_quality(clients, known, total, strategy),) if clients and len(known) == len(clients) else ()
-    return Section(title="What travelled", figures=figures, tables=(table,), folded=len(names) > _FOLDED)
+def _traffic_section(found: FederatedResult, strategy: str) -> Section:
+    total = sum(sum(up) + sum(down) for up, down in found.sent().values())
+    figures = (_quality(found, total / _MIB, strategy),) if found.compared else ()
+    table = traffic_table(found)
+    return Section(title="What travelled", figures=figures, tables=(table,), folded=len(table.rows) > FOLDED)
 
 
-def _mean_cells(rows: list[tuple[Cell, ...]]) -> tuple[Cell, Cell]:
-    up = mean(row[1] for row in rows if isinstance(row[1], float))
-    return up, mean(row[2] for row in rows if isinstance(row[2], float))
-
-
-def _quality(clients: list[Client], alone: list[Score], total: float, strategy: str) -> Figure:
-    own, other = mean_score([client.score for client in clients]), mean_score(alone)
+def _quality(found: FederatedResult, mib: float, strategy: str) -> Figure:
+    own, other = mean_score(found.clients.values()), mean_score(found.alone.values())
     spots = (
-        Spot(name=strategy, x=total / _MIB, y=interval(*own)),
+        Spot(name=strategy, x=mib, y=interval(*own)),
         Spot(name="on their own", x=0.0, y=interval(*other)),
     )
     return Figure(
@@ -413,6 +234,6 @@ def _quality(clients: list[Client], alone: list[Score], total: float, strategy: 
         title="Quality against bytes",
         caption="Mean score of the personal models with its 95 % interval over test rows; to the right all messages of "
         "all clients and rounds, up and down.",
-        alt=f"{strategy}: {signed(own[0])} for {signed(total / _MIB)} MiB; on their own: {signed(other[0])} for none.",
+        alt=f"{strategy}: {signed(own[0])} for {signed(mib)} MiB; on their own: {signed(other[0])} for none.",
         plot=Scatter(spots=spots, xlabel="MiB that travelled", ylabel="mean score"),
     )

@@ -6,19 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manylora.report.files import clean
-from manylora.report.legends import few_ticks
 from manylora.report.style import (
     NARROW,
     ON_CELL,
     RULE,
     WIDE,
     diverging,
+    few_ticks,
     new_figure,
     sequential,
     short_names,
     wrap,
 )
+from manylora.table import clean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

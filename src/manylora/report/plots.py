@@ -9,19 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from manylora.report.files import clean
-from manylora.report.legends import LEGEND_ROW, draw_legend, few_ticks, legend_lines
 from manylora.report.style import (
     BAND,
+    LEGEND_ROW,
     NARROW,
     PAPER,
     SOFT,
     WIDE,
+    draw_legend,
+    few_ticks,
+    legend_lines,
     mark,
     new_figure,
     short_names,
     wrap,
 )
+from manylora.table import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

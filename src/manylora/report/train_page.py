@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from manylora.evaluation.metrics import ACCURACY, EXACT_MATCH
+from manylora.evaluation.score import SavedScores, ScoredExample
+from manylora.evaluation.table import scores_table
+from manylora.files import forgive_lines
 from manylora.report.common import (
     Recipe,
-    Score,
+    Settings,
     between,
     counted,
+    first_few,
     interval,
-    mean_score,
-    metric_name,
-    notes_of,
+    read_if_there,
     read_recipe,
-    read_scores,
-    shared_metric,
     signed,
+    text,
 )
-from manylora.report.files import mapping, number, numbers, read_if_there, read_lines, text
 from manylora.report.page import Figure, Page, Section
 from manylora.report.plots import Intervals, Line, LinePanel, Lines, Point, Series, named_and_others
-from manylora.report.tables import Cell, Column, Table
+from manylora.table import Table
+from manylora.training.facts import LogLine
 
 _ANSWERS = 32
 """Answers shown at most; two of a task."""
@@ -37,18 +38,17 @@ def train_page(folder: Path) -> Page:
         RunError: a file of it is broken.
     """
     recipe = read_recipe(folder)
-    saved = read_if_there(folder / "scores.json")
-    scores = read_scores(saved)
+    scores = read_if_there(folder / "scores.json", SavedScores)
     sections = [
-        _scores_section(scores, mapping(saved.get("baselines"))),
-        _loss_section(folder / "metrics.jsonl"),
-        _answers_section(folder / "predictions.jsonl"),
+        None if scores is None else _scores_section(scores),
+        _loss_section(list(forgive_lines(folder / "metrics.jsonl", LogLine))),
+        _answers_section(forgive_lines(folder / "predictions.jsonl", ScoredExample)),
     ]
     return Page(
         kind="train",
-        question=_question(recipe, scores),
+        question=_question(recipe.values, scores),
         summary=_summary(recipe, scores),
-        warnings=(*recipe.warnings, *notes_of(saved)),
+        warnings=(*recipe.warnings, *(scores.notes if scores else ())),
         sections=tuple(section for section in sections if section is not None),
         limits=_limits(recipe, scores),
         command=recipe.command,
@@ -57,161 +57,115 @@ def train_page(folder: Path) -> Page:
     )
 
 
-def adapter_words(values: Mapping[str, Any]) -> str:
-    """What was trained: "3 experts of rank 8 that share B (alora), token router"."""
-    experts, rank = number(values.get("num_experts")), text(values.get("r"))
-    if experts is None:
+# ---- words
+
+
+def _adapter_words(values: Settings) -> str:
+    """What was trained: "3 experts of rank 8 that share B, token router"."""
+    if values.num_experts is None:
         return "an adapter"
-    if experts == 1:
-        return f"one LoRA of rank {rank}"
+    if values.num_experts == 1:
+        return f"one LoRA of rank {text(values.r)}"
     share = {"A": "that share A", "B": "that share B", "none": "that share nothing"}.get(
-        text(values.get("share")), ""
+        values.share or "", ""
     )
-    return f"{experts:g} experts of rank {rank} {share}, {text(values.get('router'))} router"
+    return f"{values.num_experts} experts of rank {text(values.r)} {share}, {text(values.router)} router"
 
 
-def _question(recipe: Recipe, scores: list[Score]) -> str:
-    tasks = counted(len(scores), "task") if scores else "its tasks"
-    method, model = (
-        text(recipe.values.get("method", "one adapter")),
-        text(recipe.values.get("model", "the base")),
-    )
+def _question(values: Settings, scores: SavedScores | None) -> str:
+    tasks = counted(len(scores.tasks), "task") if scores else "its tasks"
+    model = values.model or "the base"
     base = "the embedded base" if model == "embedded" else model
-    return f"How well does {base} with {method} do {tasks}?"
+    return f"How well does {base} with {values.method or 'one adapter'} do {tasks}?"
 
 
-def _summary(recipe: Recipe, scores: list[Score]) -> str:
-    if not scores:
-        return f"Trained {adapter_words(recipe.values)}; no test rows were scored."
-    mean, error = mean_score(scores)
-    best, worst = max(scores, key=lambda one: one.value), min(scores, key=lambda one: one.value)
-    ends = f" Best {best.task} ({signed(best.value)}), worst {worst.task} ({signed(worst.value)})."
+def _summary(recipe: Recipe, scores: SavedScores | None) -> str:
+    adapter = _adapter_words(recipe.values)
+    if scores is None:
+        return f"Trained {adapter}; no test rows were scored."
+    best = max(scores.tasks, key=lambda one: one.score)
+    worst = min(scores.tasks, key=lambda one: one.score)
+    ends = f" Best {best.task} ({signed(best.score)}), worst {worst.task} ({signed(worst.score)})."
+    seed = recipe.values.seed
     return (
-        f"Mean {shared_metric(scores)} {signed(mean)} ({between(interval(mean, error))}, "
-        f"{counted(sum(one.n or 0 for one in scores), 'test row')}, one run"
-        f"{'' if recipe.seed is None else f' with seed {recipe.seed}'}) for {adapter_words(recipe.values)}."
-        f"{ends if len(scores) > 1 else ''}"
+        f"Mean {scores.metric_label or 'score'} {signed(scores.mean)} "
+        f"({between(interval(scores.mean, scores.standard_error))}, {counted(scores.n, 'test row')}, one run"
+        f"{'' if seed is None else f' with seed {seed}'}) for {adapter}.{ends if len(scores.tasks) > 1 else ''}"
     )
 
 
-def _scores_section(scores: list[Score], baselines: Mapping[str, Any]) -> Section | None:
-    if not scores:
-        return None
-    mean, error = mean_score(scores)
-    several = len(scores) > 1
-    points: list[Point | None] = [one.point for one in scores]
-    columns = {text(name): numbers(values) for name, values in baselines.items()}
-    columns = {name: values for name, values in columns.items() if values}
-    series = [Series(name="adapter", points=(*points, *([interval(mean, error)] if several else [])))]
-    for name, values in columns.items():
-        known: list[Point | None] = [
-            Point(value=values[one.task]) if one.task in values else None for one in scores
-        ]
-        average = _average(values, scores)
-        known += [None if average is None else Point(value=average)] if several else []
-        series.append(Series(name=name, points=tuple(known)))
-    metric = shared_metric(scores)
+def _limits(recipe: Recipe, scores: SavedScores | None) -> tuple[str, ...]:
+    found = [
+        f"One run{recipe.seed_in_words}: another seed gives other scores, and the intervals know nothing of that. "
+        "A difference from another single run is no verdict on a method; manylora compare runs several seeds and "
+        "tests them."
+    ]
+    if scores is not None:
+        found.append(
+            "The intervals hold the trained model fixed and describe the sampling of test rows alone, by the normal "
+            "approximation; where all rows of a task scored alike they have no width, which is not certainty."
+        )
+    if recipe.values.limit is not None:
+        found.append(f"Only {recipe.values.limit} rows per task were read (limit).")
+    if scores is None:
+        found.append("Without scores on test rows nothing is known about the quality of the answers.")
+    return tuple(found)
+
+
+# ---- sections
+
+
+def _scores_section(scores: SavedScores) -> Section:
+    several = len(scores.tasks) > 1
+    baselines = {name: values for name, values in scores.baselines.items() if values}
+    metric = scores.metric_label
+    title = f"Scores on the test rows{f' ({metric})' if metric else ''}, and their standard errors over these rows"
+    table = scores_table(scores, title=title, baselines=baselines, every=True)
+    points: list[Point | None] = [interval(one.score, one.standard_error) for one in scores.tasks]
+    points += [interval(scores.mean, scores.standard_error)] if several else []
+    series = [Series(name="adapter", points=tuple(points))]
+    for name, values in baselines.items():
+        known = [values.get(one.task) for one in scores.tasks]
+        average = None if None in known else sum(v or 0.0 for v in known) / len(known)
+        shown = [*known, average] if several else known
+        series.append(Series(name=name, points=tuple(None if v is None else Point(value=v) for v in shown)))
     figure = Figure(
         name="scores",
         title="Score per task",
         caption=(
-            f"{metric if metric != 'score' else 'Each task’s main metric'}, 0 to 100, on test rows "
-            f"({_rows_per_task(scores)}); bars are score ± 1.96 standard errors over those rows."
-            + (f" Beside it, without a model: {', '.join(columns)}." if columns else "")
+            f"{metric or 'Each task’s main metric'}, 0 to 100, on test rows ({_rows_per_task(scores)}); bars are score "
+            "± 1.96 standard errors over those rows."
+            + (f" Beside it, without a model: {', '.join(baselines)}." if baselines else "")
         ),
         alt="Score with 95 % interval: "
-        + ", ".join(f"{one.task} {signed(one.value)}" for one in scores[:20])
-        + (", …" if len(scores) > 20 else "")
-        + f"; mean {signed(mean)}.",
+        + first_few((f"{one.task} {signed(one.score)}" for one in scores.tasks), 20)
+        + f"; mean {signed(scores.mean)}.",
         plot=Intervals(
-            rows=(*(one.task for one in scores), *(["mean"] if several else [])),
+            rows=(*(one.task for one in scores.tasks), *(["mean"] if several else [])),
             series=tuple(series),
-            xlabel=metric,
+            xlabel=metric or "score",
             least=0.0,
             most=100.0,
             separated=int(several),
         ),
     )
-    return Section(title="Scores", figures=(figure,), tables=(_scores_table(scores, columns, mean, error),))
+    return Section(title="Scores", figures=(figure,), tables=(table,))
 
 
-def _scores_table(
-    scores: list[Score], baselines: Mapping[str, Mapping[str, float]], mean: float, error: float | None
-) -> Table:
-    others = list(dict.fromkeys(name for one in scores for name in one.others))
-    metric = shared_metric(scores)
-    mixed = metric == "score"
-    headings = [
-        "task",
-        *(["metric"] if mixed else []),
-        "score",
-        "s.e.",
-        "n",
-        *map(metric_name, others),
-        *baselines,
-    ]
-
-    def row(task: str, name: str, *cells: Cell) -> tuple[Cell, ...]:
-        return (task, *((name,) if mixed else ()), *cells)
-
-    rows = [
-        row(
-            one.task,
-            one.metric,
-            one.value,
-            one.standard_error,
-            one.n,
-            *(one.others.get(name) for name in others),
-            *(values.get(one.task) for values in baselines.values()),
-        )
-        for one in scores
-    ]
-    averages = [_average(one, scores) for one in baselines.values()]
-    whole = [
-        _average({s.task: s.others[name] for s in scores if name in s.others}, scores) for name in others
-    ]
-    total = sum(one.n or 0 for one in scores)
-    summed = row("mean", "", mean, error, total, *whole, *averages)
-    return Table(
-        name="scores",
-        caption=f"Scores on the test rows{'' if mixed else f' ({metric})'}, and their standard errors over these rows",
-        columns=tuple(Column(name=name) for name in headings),
-        rows=tuple(rows),
-        footer=(summed,) if len(scores) > 1 else (),
-    )
-
-
-def _average(values: Mapping[str, float], scores: list[Score]) -> float | None:
-    """Mean over tasks, where all of them have a value."""
-    if any(one.task not in values for one in scores):
-        return None
-    return sum(values[one.task] for one in scores) / len(scores)
-
-
-def _rows_per_task(scores: list[Score]) -> str:
-    sizes = {one.n for one in scores if one.n is not None}
-    if not sizes:
-        return "n unknown"
+def _rows_per_task(scores: SavedScores) -> str:
+    sizes = {one.n for one in scores.tasks}
     if len(sizes) == 1:
-        return f"n = {sizes.pop():,} a task" if len(scores) > 1 else f"n = {sizes.pop():,}"
+        return f"n = {sizes.pop():,}{' a task' if len(scores.tasks) > 1 else ''}"
     return f"n = {min(sizes):,} to {max(sizes):,} a task"
 
 
-def _loss_section(path: Path) -> Section | None:
-    training: list[tuple[float, float]] = []
-    validation: list[tuple[float, float]] = []
+def _loss_section(log: list[LogLine]) -> Section | None:
+    training = [(row.step, row.loss) for row in log if row.loss is not None]
+    validation = [(row.step, row.eval_mean_task_loss) for row in log if row.eval_mean_task_loss is not None]
     tasks: dict[str, list[tuple[float, float]]] = {}
-    for row in read_lines(path):
-        step = number(row.get("step"))
-        if step is None:
-            continue
-        if (loss := number(row.get("loss"))) is not None:
-            training.append((step, loss))
-        if (loss := number(row.get("eval_mean_task_loss"))) is not None:
-            validation.append((step, loss))
-        for key, value in row.items():
-            if key.startswith("eval_loss/") and (loss := number(value)) is not None:
-                tasks.setdefault(text(key.removeprefix("eval_loss/")), []).append((step, loss))
+    for row in log:
+        for task, loss in row.eval_losses.items():
+            tasks.setdefault(task, []).append((row.step, loss))
     lines = [_line("training, mean of the rows seen", training)] if training else []
     lines += [_line("validation, mean over tasks", validation)] if validation else []
     figures = []
@@ -254,57 +208,30 @@ def _line(name: str, values: list[tuple[float, float]]) -> Line:
     return Line(name=name, x=tuple(x for x, _ in values), y=tuple(y for _, y in values))
 
 
-def _answers_section(path: Path) -> Section | None:
+def _answers_section(answers: Iterable[ScoredExample]) -> Section | None:
     """Of each task the first answer that is wrong and the first that is right."""
-    picked: dict[tuple[str, bool], tuple[Cell, ...]] = {}
-    for row in read_lines(path):
-        right = number(row.get("accuracy", row.get("exact_match")))
-        if right is None or len(picked) >= _ANSWERS:
+    picked: dict[tuple[str, bool], ScoredExample] = {}
+    for row in answers:
+        score = row.metrics.get(ACCURACY, row.metrics.get(EXACT_MATCH))
+        if score is None or len(picked) >= _ANSWERS:
             continue
-        task = text(row.get("task"))
-        picked.setdefault(
-            (task, right > 50),
-            (
-                task,
-                text(row.get("prompt"), limit=_PROMPT),
-                text(row.get("prediction")),
-                text(row.get("reference")),
-                "yes" if right > 50 else "no",
-            ),
-        )
+        picked.setdefault((row.task, score > 50), row)
     if not picked:
         return None
     order = {task: place for place, task in enumerate(dict.fromkeys(task for task, _ in picked))}
-    rows = [picked[key] for key in sorted(picked, key=lambda key: (order[key[0]], key[1]))]
-    names = ("task", "prompt", "answer", "reference", "right")
+    rows = [
+        {
+            "task": task,
+            "prompt": text(picked[task, right].prompt, limit=_PROMPT),
+            "answer": text(picked[task, right].prediction),
+            "reference": text(picked[task, right].reference),
+            "right": "yes" if right else "no",
+        }
+        for task, right in sorted(picked, key=lambda key: (order[key[0]], key[1]))
+    ]
     return Section(
         title="Some answers",
         text=("Of each task the first wrong and the first right answer; all stand in predictions.jsonl.",),
-        tables=(
-            Table(
-                name="answers",
-                caption=f"{len(rows)} answers",
-                columns=tuple(Column(name=name) for name in names),
-                rows=tuple(rows),
-            ),
-        ),
+        tables=(Table.of("answers", f"{len(rows)} answers", rows),),
         folded=True,
     )
-
-
-def _limits(recipe: Recipe, scores: list[Score]) -> tuple[str, ...]:
-    seed = "" if recipe.seed is None else f" (seed {recipe.seed})"
-    found = [
-        f"One run{seed}: another seed gives other scores, and the intervals know nothing of that. A difference from "
-        "another single run is no verdict on a method; manylora compare runs several seeds and tests them."
-    ]
-    if scores:
-        found.append(
-            "The intervals hold the trained model fixed and describe the sampling of test rows alone, by the normal "
-            "approximation; where all rows of a task scored alike they have no width, which is not certainty."
-        )
-    if recipe.values.get("limit") is not None:
-        found.append(f"Only {text(recipe.values['limit'])} rows per task were read (limit).")
-    if not scores:
-        found.append("Without scores on test rows nothing is known about the quality of the answers.")
-    return tuple(found)

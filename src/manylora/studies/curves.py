@@ -11,7 +11,8 @@ import torch
 from transformers import TrainerCallback
 
 from manylora.errors import RunError
-from manylora.files import Record, append_line, check_record, json_text, parse_json
+from manylora.files import append_line, check_record, json_text, parse_json
+from manylora.studies.results import CurvePoint
 
 if TYPE_CHECKING:
     from manylora.data import TaskData
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
     from manylora.training import Prepared, RunFolder
 
 
-class _Point(Record):
+class _Line(CurvePoint):
     step: int
-    epoch: float
-    scores: dict[str, float]
 
 
 class Curve(TrainerCallback):
@@ -65,16 +64,16 @@ class Curve(TrainerCallback):
         self.seconds += time.monotonic() - began
         self.cpu_seconds += time.process_time() - cpu
 
-    def _known(self) -> dict[int, dict[str, Any]]:
-        points: dict[int, dict[str, Any]] = {}
+    def _known(self) -> dict[int, _Line]:
+        points: dict[int, _Line] = {}
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError, RunError):  # half a line, from a kill
-                    found = check_record(parse_json(line), _Point, source=self.path, remedy="remove it")
-                    points[found.step] = found.model_dump()
+                    found = check_record(parse_json(line), _Line, source=self.path, remedy="remove it")
+                    points[found.step] = found
         return points
 
     def points(self) -> list[dict[str, Any]]:
         """Epoch and scores, in order."""
         known = self._known()
-        return [{"epoch": known[step]["epoch"], "scores": known[step]["scores"]} for step in sorted(known)]
+        return [known[step].model_dump(exclude={"step"}) for step in sorted(known)]

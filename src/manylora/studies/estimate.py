@@ -24,8 +24,8 @@ def estimate_seconds(study: Study, out: Path) -> tuple[dict[str, float], str]:
     """
     found: dict[str, list[float]] = {}
     for row in results_of(study, out):
-        seconds = row["seconds"] + row["evaluation_seconds"] + _STARTING
-        found.setdefault(row["method"], []).append(seconds)
+        seconds = (row.seconds or 0.0) + row.evaluation_seconds + _STARTING
+        found.setdefault(row.method, []).append(seconds)
     if found:
         means = {name: sum(values) / len(values) for name, values in found.items()}
         rest = sum(means.values()) / len(means)

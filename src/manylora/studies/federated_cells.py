@@ -99,6 +99,7 @@ def run(job: Job) -> Measured:
     return Measured(
         scores=by_task(scores),
         metrics={task.task: task.metric for own in scores.values() for task in own.tasks},
+        others=_others(scores),
         examples=_examples(path / "clients", scores),
         parameters=sum(p.numel() for p in bench.model.parameters() if p.requires_grad) * len(data),
         seconds=middle - began,
@@ -116,6 +117,19 @@ def by_task(scores: Mapping[str, Scores]) -> dict[str, float]:
         for task, value in own.by_task().items():
             found.setdefault(task, []).append(value)
     return {task: math.fsum(values) / len(values) for task, values in sorted(found.items())}
+
+
+def _others(scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+    """Further metrics: name to each task's mean over the clients that hold it."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for own in scores.values():
+        for name, values in own.other_metrics().items():
+            for task, value in values.items():
+                found.setdefault(name, {}).setdefault(task, []).append(value)
+    return {
+        name: {task: math.fsum(values) / len(values) for task, values in by_task.items()}
+        for name, by_task in found.items()
+    }
 
 
 def _for_split(config: FederateConfig, job: Job) -> dict[str, ClientData]:

@@ -12,15 +12,16 @@ A kind's module has
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from manylora.files import open_own
+from pydantic import Field
+
+from manylora.files import Record, open_own
 
 KINDS: Mapping[str, str] = {
     "train": "manylora.studies.train_cells",
@@ -47,13 +48,12 @@ class Job:
     """One folder for all cells of the study; hold what is made there (`held`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What a cell found."""
+class Measured(Record):
+    """What a cell found, also as the measured.json of a run folder of it."""
 
-    scores: Mapping[str, float]
+    scores: dict[str, float]
     """Task to score, 0 to 100."""
-    examples: Mapping[str, list[float]]
+    examples: dict[str, list[float]]
     """Task to every test row's score, in the order of the rows."""
     parameters: int
     """Trained ones, of all adapters together."""
@@ -62,16 +62,14 @@ class Measured:
     cpu_seconds: float = 0.0
     """Processor time of training, which other programs on the machine disturb less."""
     evaluation_seconds: float = 0.0
-    metrics: Mapping[str, str] = field(default_factory=dict)
+    metrics: dict[str, str] = Field(default_factory=dict)
     """Task to what its score measures (`TaskScore.metric`)."""
+    others: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Further metrics: name to task to mean."""
     resumed: bool = False
     """Whether the cell went on after a kill, so that `seconds` are not all of it."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = Field(default_factory=dict)
     """Anything else worth keeping, such as the scores after each epoch under "curve"."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values."""
-        return dataclasses.asdict(self)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Methods by name: what a study may call a method without writing its settings down."""
+"""Methods by name, whose settings a study need not write down, and the study that runs without a file."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "transfer-none": ("transfer", {"frozen": "none"}),
 }
 """Kind and settings; `manylora.studies.settings` says what `match`, `alone` and `frozen` are."""
+
+DEFAULT = """\
+name: first-look
+question: Which way of sharing does best on four tasks of the embedded suite?
+caveat: Four of the suite's eight tasks with 100 training and 100 test rows each, 4 epochs.
+reference: alora
+settings:
+  tasks: [praised_thing, blamed_thing, former_owner, record_to_text]
+  train_limit: 100
+  limit: 100
+  epochs: 4
+methods: [lora, lora-matched, lora-per-task, hydralora, alora]
+seeds: [0, 1]
+"""
+"""Small enough for two cores and ten minutes; a first look, not evidence."""

@@ -1,336 +1,159 @@
-"""From cells to numbers: the table, Δm%, and the trial of every claim. Pure: the same cells give the same numbers."""
+"""The tables of a study."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from manylora.errors import DataError, RunError
-from manylora.evaluation.claims import Trial, try_claims
-from manylora.evaluation.comparison import mean_interval
-from manylora.evaluation.statistics import delta_m
-from manylora.studies.cells import at_the_edge, unpack_scores
-from manylora.studies.config import MEAN, Contrast, Study
+from manylora.evaluation.metrics import metric_label
+from manylora.studies.costs import CELL_METRICS, costs_of
+from manylora.studies.records import DeltaM, Score, Summary
+from manylora.table import Column, Spread, Table, Value
 
-SCREENING = 5
-"""Fewer seeds than this are a first look, and the page says so."""
+DELTA = "Δm%"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The cells that count, by method and seed."""
+def scores_table(summary: Summary) -> Table:
+    """Methods × tasks, the more of them as rows; the last task is the mean, and Δm% where there is one."""
+    cells = {(row.method, row.task): _spread(row) for row in summary.table}
+    cells |= {(row.method, DELTA): _spread(row) for row in summary.delta_m}
+    methods = list(dict.fromkeys(row.method for row in summary.table))
+    tasks = [*dict.fromkeys(row.task for row in summary.table), *([DELTA] if summary.delta_m else [])]
+    n = max((row.n for row in summary.table if row.n is not None), default=0)
+    caption = "test score, mean ± 95 % interval over " + ("1 seed" if n == 1 else f"{n} seeds")
+    if summary.delta_m:
+        caption += "; Δm%: mean relative loss against single-task training, lower is better"
+    down, names, beside = (
+        ("method", methods, tasks) if len(methods) > len(tasks) else ("task", tasks, methods)
+    )
+    key = (lambda name, other: (name, other)) if down == "method" else (lambda name, other: (other, name))
+    return Table(  # not `Table.of`: a method may be called as a column is
+        name="scores",
+        caption=caption,
+        columns=tuple(Column(name=name) for name in (down, *beside)),
+        rows=tuple((name, *(cells.get(key(name, other)) for other in beside)) for name in names),
+        alike=True,
+    )
 
-    study: Study
-    tasks: tuple[str, ...]
-    cells: Mapping[str, Mapping[int, Mapping[str, Any]]]
 
-    @classmethod
-    def of(cls, study: Study, results: Iterable[Mapping[str, Any]]) -> Grid:
-        """Sort results.
+def long_table(summary: Summary) -> Table:
+    """The same, one line per method and task, for files."""
+    rows: list[dict[str, Value]] = [
+        {
+            "method": row.method,
+            "task": row.task,
+            "mean": row.mean,
+            "low": row.low,
+            "high": row.high,
+            "n": row.n,
+        }
+        for row in summary.table
+    ]
+    return Table.of("scores-long", "The same, one line per method and task", rows, hidden=True)
 
-        Raises:
-            RunError: no cell is done, or cells differ in their tasks.
-        """
-        cells: dict[str, dict[int, Mapping[str, Any]]] = {name: {} for name in study.names}
-        tasks: tuple[str, ...] | None = None
-        for row in results:
-            if row["stage"] != "final" or row["method"] not in cells or row["seed"] not in study.seeds:
-                continue
-            own = tuple(row["scores"])
-            if tasks is not None and set(own) != set(tasks):
-                raise RunError(
-                    f"the cell {row['method']} seed {row['seed']} has the tasks {sorted(own)}, others {sorted(tasks)}; "
-                    "give all methods the same."
+
+def others_table(summary: Summary) -> Table:
+    """Metrics beside the main ones: per method the mean over the tasks that have them."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in summary.others:
+        found.setdefault(row.method, {}).setdefault(metric_label(row.metric), []).append(row.mean)
+    rows: list[dict[str, Value]] = [
+        {"method": method, **{label: math.fsum(values) / len(values) for label, values in own.items()}}
+        for method, own in found.items()
+    ]
+    return Table.of("metrics", "further metrics: means over seeds and over the tasks that have them", rows)
+
+
+def delta_table(summary: Summary) -> Table:
+    """Δm% of each method."""
+    rows: list[dict[str, Value]] = [
+        {"method": row.method, DELTA: row.mean, "low": row.low, "high": row.high, "n": row.n}
+        for row in summary.delta_m
+    ]
+    return Table.of("delta-m", "Δm% with its 95 % interval", rows)
+
+
+def costs_table(summary: Summary) -> Table:
+    """What a cell of each method costs: every metric of `CELL_METRICS` that has a heading."""
+    known = {costs.method: costs for costs in summary.costs}
+    rows: list[dict[str, Value]] = []
+    for method, cells in summary.by_method().items():
+        costs = known.get(method) or costs_of(method, cells)
+        rate = summary.learning_rates.get(method)
+        row: dict[str, Value] = {"method": method, "learning rate": "default" if rate is None else rate}
+        for name, metric in CELL_METRICS.items():
+            value = costs.value_of(name)
+            value = metric.of(cells) if value is None else value
+            if metric.heading and (value is not None or not metric.optional):
+                row[metric.heading] = (
+                    None if value is None else value / metric.unit if metric.unit != 1 else value
                 )
-            tasks = tasks or own
-            cells[row["method"]][row["seed"]] = row
-        if tasks is None:
-            raise RunError("no cell of the study is done, so there is nothing to compare.")
-        return cls(study=study, tasks=tasks, cells={name: found for name, found in cells.items() if found})
-
-    def seeds(self, *methods: str) -> list[int]:
-        """Seeds that all these methods have."""
-        return [seed for seed in self.study.seeds if all(seed in self.cells.get(m, {}) for m in methods)]
-
-    def values(self, method: str, on: str, seeds: Sequence[int]) -> list[float]:
-        """The method's score per seed: of a task, or the mean over a group's tasks."""
-        tasks = self.study.tasks_of(on, self.tasks)
-        rows = [self.cells[method][seed]["scores"] for seed in seeds]
-        return [math.fsum(row[task] for task in tasks) / len(tasks) for row in rows]
-
-    def paired(
-        self, first: str, second: str, on: str, seeds: Sequence[int]
-    ) -> dict[str, list[list[float]]] | None:
-        """Task to paired differences per example, (seeds, examples); None where some are not there."""
-        found: dict[str, list[list[float]]] = {}
-        for task in self.study.tasks_of(on, self.tasks):
-            rows = []
-            for seed in seeds:
-                sides = [self.cells[m][seed].get("examples", {}).get(task) for m in (first, second)]
-                if None in sides:
-                    return None
-                a, b = map(unpack_scores, sides)
-                if len(a) != len(b):
-                    return None
-                rows.append([x - y for x, y in zip(a, b, strict=True)])
-            found[task] = rows
-        return found
+            if name == "seconds" and costs.seconds_low is not None and costs.seconds_high is not None:
+                row["(range)"] = f"{costs.seconds_low:.1f}–{costs.seconds_high:.1f}"
+        rows.append({**row, "cells": len(cells)})
+    columns = [Column(name=one.heading, digits=one.digits) for one in CELL_METRICS.values() if one.heading]
+    columns += [Column(name="learning rate", form="g", align="right"), Column(name="(range)", align="right")]
+    return Table.of("cost", "cost of a cell", rows, columns=columns)
 
 
-def summarise(study: Study, results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `study.json` holds.
-
-    Args:
-        study: whose claims to try.
-        results: of cells, per-example scores packed.
-        facts: of the cells file's first line, such as versions.
-
-    Raises:
-        RunError: no cell is done.
-    """
-    grid = Grid.of(study, results)
-    rates = {name: next(iter(cells.values()))["learning_rate"] for name, cells in grid.cells.items()}
-    columns = [*grid.tasks, *study.groups, MEAN]
-    return {
-        "kind": "compare",
-        "name": study.name,
-        "question": study.question,
-        "reference": study.reference,
-        "tasks": list(grid.tasks),
-        "methods": list(grid.cells),
-        "seeds": list(study.seeds),
-        "screening_seeds": list(study.screening_seeds) if len(study.learning_rates) > 1 else [],
-        "learning_rates": rates,
-        "grid": list(study.learning_rates),
-        "at_the_edge": at_the_edge(study, rates),
-        "screening": _screening(study, results),
-        "cells": [_plain(cell) for cells in grid.cells.values() for cell in cells.values()],
-        "missing": [
-            f"{m} seed {s}" for m in study.names for s in study.seeds if s not in grid.cells.get(m, {})
-        ],
-        "table": [
-            {"method": name, "task": column, **_interval(grid.values(name, column, grid.seeds(name)))}
-            for name in grid.cells
-            for column in columns
-        ],
-        "delta_m": _delta_rows(grid),
-        "costs": [_costs(name, list(cells.values())) for name, cells in grid.cells.items()],
-        "curves": _curves(grid),
-        "claims": claims(grid),
-        "notes": notes(study, grid, rates),
-        **facts,
-    }
+def curves_table(summary: Summary) -> Table:
+    """Scores after each scored epoch."""
+    rows: list[dict[str, Value]] = [
+        {
+            "method": row.method,
+            "epoch": row.epoch,
+            "mean": row.mean,
+            "low": row.low,
+            "high": row.high,
+            DELTA: None if row.delta_m is None else row.delta_m.mean,
+        }
+        for row in summary.curves
+    ]
+    caption = "mean score after epochs (Δm% against single-task training of as many)"
+    return Table.of("curves", caption, rows, columns=[Column(name="epoch", form="g")], grouped=True)
 
 
-def _plain(cell: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in cell.items() if key not in ("examples", "stage", "curve")}
+def claims_table(summary: Summary) -> Table:
+    """Every number behind each claim."""
+    rows: list[dict[str, Value]] = [
+        {
+            "claim": one.claim or one.text,
+            "verdict": one.verdict,
+            "difference": one.difference,
+            "low": one.low,
+            "high": one.high,
+            "p": one.p,
+            "p (Holm)": one.p_holm,
+            "bootstrap low": one.bootstrap[0],
+            "bootstrap high": one.bootstrap[1],
+            "detectable": one.detectable,
+            "n": one.n,
+        }
+        for one in summary.claims
+    ]
+    caption = "Differences in points with 95 % intervals; p of the paired t test, and after Holm’s correction"
+    digits = [Column(name=name, digits=4) for name in ("p", "p (Holm)")]
+    return Table.of("claims", caption, rows, columns=digits)
 
 
-def _interval(values: Sequence[float]) -> dict[str, Any]:
-    mean, low, high, n = mean_interval(values)
-    return {"mean": mean, "low": _or_none(low), "high": _or_none(high), "n": n}
+def cells_table(summary: Summary) -> Table:
+    """Every method and seed."""
+    rows: list[dict[str, Value]] = [
+        {
+            "method": cell.method,
+            "seed": cell.seed,
+            "learning rate": cell.learning_rate,
+            "mean score": cell.mean,
+            "seconds": cell.seconds,
+        }
+        for cell in summary.cells
+    ]
+    columns = [
+        Column(name="seed", form="d"),
+        Column(name="learning rate", digits=6),
+        Column(name="seconds", digits=1),
+    ]
+    return Table.of("cells", "all cells: every method and seed", rows, columns=columns)
 
 
-def _or_none(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
-
-
-def _screening(study: Study, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Validation scores of every method and rate."""
-    rows = []
-    for name in study.names:
-        for rate in study.learning_rates:
-            scores = [
-                math.fsum(row["scores"].values()) / len(row["scores"])
-                for row in results
-                if row["stage"] == "screen" and row["method"] == name and row["learning_rate"] == rate
-            ]
-            if scores:
-                mean = math.fsum(scores) / len(scores)
-                rows.append({"method": name, "learning_rate": rate, "validation": mean, "n": len(scores)})
-    return rows
-
-
-def _delta(grid: Grid, method: str, seed: int, scores: Mapping[str, float]) -> float | None:
-    single = grid.study.single_of(method)
-    if single is None or seed not in grid.cells.get(single, {}):
-        return None
-    try:
-        return delta_m(scores, grid.cells[single][seed]["scores"])
-    except DataError:  # a single-task score of 0 has no relative change
-        return None
-
-
-def _delta_rows(grid: Grid) -> list[dict[str, Any]]:
-    """Δm% per seed, each against the single-task scores of its own seed."""
-    rows = []
-    for name, cells in grid.cells.items():
-        values = [_delta(grid, name, seed, cell["scores"]) for seed, cell in cells.items()]
-        known = [value for value in values if value is not None]
-        if known:
-            rows.append({"method": name, **_interval(known)})
-    return rows
-
-
-def _costs(name: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Parameters, time and memory; a cell that was killed on the way has no time of its own."""
-    whole = [cell["seconds"] for cell in cells if not cell.get("resumed")]
-    seconds = whole or [cell["seconds"] for cell in cells]
-    cpu = [cell.get("cpu_seconds", 0.0) for cell in cells if not (whole and cell.get("resumed"))]
-    return {
-        "method": name,
-        "parameters": cells[0]["parameters"],
-        "seconds": math.fsum(seconds) / len(seconds),
-        "cpu_seconds": math.fsum(cpu) / len(cpu),
-        "seconds_low": min(seconds),
-        "seconds_high": max(seconds),
-        "peak_bytes": max(cell["peak_bytes"] for cell in cells),
-        "threads": sorted({cell.get("threads", 1) for cell in cells}),
-        "workers": sorted({cell.get("workers", 1) for cell in cells}),
-        "n": len(seconds),
-    }
-
-
-def _curves(grid: Grid) -> list[dict[str, Any]]:
-    """Scores and Δm% over epochs, where cells were scored on the way."""
-    rows = []
-    for name, cells in grid.cells.items():
-        points: dict[float, list[tuple[int, Mapping[str, float]]]] = {}
-        for seed, cell in cells.items():
-            for point in cell.get("curve", ()):
-                points.setdefault(point["epoch"], []).append((seed, point["scores"]))
-        for epoch, found in sorted(points.items()):
-            means = [math.fsum(scores.values()) / len(scores) for _, scores in found]
-            deltas = [_curve_delta(grid, name, seed, epoch, scores) for seed, scores in found]
-            known = [value for value in deltas if value is not None]
-            rows.append(
-                {
-                    "method": name,
-                    "epoch": epoch,
-                    **_interval(means),
-                    "delta_m": _interval(known) if known else None,
-                    "tasks": {
-                        task: math.fsum(scores[task] for _, scores in found) / len(found)
-                        for task in grid.tasks
-                    },
-                }
-            )
-    return rows
-
-
-def _curve_delta(
-    grid: Grid, method: str, seed: int, epoch: float, scores: Mapping[str, float]
-) -> float | None:
-    """Against single-task training of as many epochs."""
-    single = grid.study.single_of(method)
-    cell = grid.cells.get(single, {}).get(seed) if single else None
-    same = [point for point in cell.get("curve", ()) if point["epoch"] == epoch] if cell else []
-    try:
-        return delta_m(scores, same[0]["scores"]) if same else None
-    except DataError:
-        return None
-
-
-def claims(grid: Grid) -> list[dict[str, Any]]:
-    """Every claim that the study names, tried on the seeds that both methods have."""
-    study = grid.study
-    tried = [contrast for contrast in study.claims if grid.seeds(contrast.first, contrast.second)]
-    seeds = [grid.seeds(contrast.first, contrast.second) for contrast in tried]
-    trials = try_claims(
-        [contrast.claim for contrast in tried],
-        [grid.values(c.first, c.task, s) for c, s in zip(tried, seeds, strict=True)],
-        [grid.values(c.second, c.task, s) for c, s in zip(tried, seeds, strict=True)],
-        [grid.paired(c.first, c.second, c.task, s) for c, s in zip(tried, seeds, strict=True)],
-        margin=study.margin,
-    )
-    return [_claim(contrast, trial, study) for contrast, trial in zip(tried, trials, strict=True)]
-
-
-def _claim(contrast: Contrast, trial: Trial, study: Study) -> dict[str, Any]:
-    test = trial.test
-    return {
-        "text": f"{contrast.sentence}: {trial.verdict}. {_reading(contrast, trial, study)}",
-        "claim": contrast.sentence,
-        "kind": contrast.claim,
-        "first": contrast.first,
-        "second": contrast.second,
-        "task": contrast.task,
-        "difference": test.difference,
-        "low": _or_none(test.low),
-        "high": _or_none(test.high),
-        "p": _or_none(test.p),
-        "p_holm": _or_none(trial.p_holm),
-        "bootstrap": [_or_none(bound) for bound in trial.bootstrap],
-        "one_sided": [_or_none(bound) for bound in trial.one_sided],
-        "detectable": _or_none(trial.detectable),
-        "margin": study.margin,
-        "n": test.n,
-        "verdict": trial.verdict,
-    }
-
-
-def _reading(contrast: Contrast, trial: Trial, study: Study) -> str:
-    """The numbers behind a verdict, as a sentence."""
-    test = trial.test
-    if test.n < 2:
-        return f"The difference is {test.difference:+.2f} points with one seed, which cannot tell chance from effect."
-    if not math.isfinite(trial.detectable):
-        return (
-            f"The difference is {test.difference:+.2f} points in each of {test.n} seeds, without any spread; "
-            "nothing is known of chance."
-        )
-    seen = (
-        f"The difference is {test.difference:+.2f} points (95 % over {test.n} seeds {test.low:+.2f} to "
-        f"{test.high:+.2f}"
-    )
-    if math.isfinite(trial.bootstrap[0]):
-        seen += f"; over seeds and test rows {trial.bootstrap[0]:+.2f} to {trial.bootstrap[1]:+.2f}"
-    if contrast.claim == "better":
-        found = f"this study finds {trial.detectable:.1f} or more"
-        return f"{seen}; p {test.p:.3g}, after Holm {trial.p_holm:.3g}); {found}."
-    loss = max(0.0, -trial.one_sided[0])
-    return f"{seen}); with 95 % confidence it loses less than {loss:.2f} (margin {study.margin:g})."
-
-
-def notes(study: Study, grid: Grid, rates: Mapping[str, float | None]) -> list[str]:
-    """What a reader must know about the numbers."""
-    found = [study.caveat] if study.caveat else []
-    seeds = max(len(cells) for cells in grid.cells.values())
-    if seeds < SCREENING:
-        found.append(
-            f"{seeds} seed{'s' if seeds > 1 else ''}: a screening. Intervals are wide and verdicts provisional; "
-            f"confirm with {SCREENING} or more."
-        )
-    if edge := at_the_edge(study, rates):
-        found.append(
-            f"The best learning rate of {', '.join(edge)} is at the edge of the grid; a better one may lie outside."
-        )
-    singles = {single for name in grid.cells if (single := study.single_of(name)) and single in grid.cells}
-    nothing = any(not all(cell["scores"].values()) for one in singles for cell in grid.cells[one].values())
-    if nothing and not _delta_rows(grid):
-        found.append(
-            f"No Δm%: {', '.join(sorted(singles))} scored 0 on a task, and nothing is relative to that."
-        )
-    cells = [cell for own in grid.cells.values() for cell in own.values()]
-    found += _metric_notes(grid, cells)
-    workers = max(cell.get("workers", 1) for cell in cells)
-    threads = sorted({cell.get("threads", 1) for cell in cells})
-    side = f", up to {workers} cells side by side on one machine" if workers > 1 else ", one cell at a time"
-    found.append(
-        f"Time is of training alone, memory the peak of a cell's process with its libraries; "
-        f"{' or '.join(map(str, threads))} thread{'s' if threads != [1] else ''} per cell{side}."
-    )
-    return found
-
-
-def _metric_notes(grid: Grid, cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tasks whose cells were scored by different metrics, as where a study of an earlier version was continued."""
-    mixed = []
-    for task in grid.tasks:
-        names = {cell.get("metrics", {}).get(task, "that of an earlier version") for cell in cells}
-        if len(names) > 1:
-            mixed.append(f"{task} ({', '.join(sorted(names))})")
-    return [f"Cells were scored by different metrics: {'; '.join(mixed)}. Run them again."] if mixed else []
+def _spread(row: Score | DeltaM) -> Spread:
+    return Spread(row.mean, row.half)

@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from manylora.errors import RunError
-from manylora.files import Record, build_config, read_record
+from manylora.files import build_config, read_record
 from manylora.files.settings import field_types, settings_of
 from manylora.studies.kinds import Job, Measured
 from manylora.studies.presets import PRESETS
@@ -28,20 +26,6 @@ if TYPE_CHECKING:
     from manylora.training import Prepared, RunFolder
 
 SETTINGS = frozenset(field_types(TrainCellSettings))
-
-
-class _Saved(Record):
-    """A `Measured` in measured.json."""
-
-    scores: dict[str, float]
-    metrics: dict[str, str] = Field(default_factory=dict)
-    examples: dict[str, list[float]]
-    parameters: int
-    seconds: float
-    cpu_seconds: float
-    evaluation_seconds: float
-    resumed: bool
-    extra: dict[str, Any]
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -145,6 +129,10 @@ def joined(parts: Sequence[Measured]) -> Measured:
         scores={task: score for part in parts for task, score in part.scores.items()},
         examples={task: scores for part in parts for task, scores in part.examples.items()},
         metrics={task: metric for part in parts for task, metric in part.metrics.items()},
+        others={
+            name: {task: value for part in parts for task, value in part.others.get(name, {}).items()}
+            for name in dict.fromkeys(name for part in parts for name in part.others)
+        },
         parameters=sum(part.parameters for part in parts),
         seconds=math.fsum(part.seconds for part in parts),
         cpu_seconds=math.fsum(part.cpu_seconds for part in parts),
@@ -208,8 +196,7 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         if (path / "measured.json").is_file():
             if (kept := path / "adapter" / "adapter_model.safetensors").is_file():
                 read_weights(kept)  # what an earlier version scored may not be finite
-            found = read_record(path / "measured.json", _Saved, remedy=f"remove {path} to run that again")
-            return Measured(**found.model_dump())
+            return read_record(path / "measured.json", Measured, remedy=f"remove {path} to run that again")
         test = rows_to_score(prepared, job)
         curve = Curve.wanted(prepared, job, folder, test)
         began, cpu = time.monotonic(), time.process_time()
@@ -222,6 +209,7 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         measured = Measured(
             scores=scores.by_task(),
             metrics={task.task: task.metric for task in scores.tasks},
+            others=scores.other_metrics(),
             examples=example_scores(scores),
             parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
             seconds=middle - began - spent,
@@ -230,7 +218,7 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
             resumed=resumed,
             extra={"curve": curve.points()} if curve else {},
         )
-        write_json(path / "measured.json", measured.to_dict())
+        write_json(path / "measured.json", measured.model_dump())
         seconds = {
             "training": round(measured.seconds, 1),
             "evaluation": round(measured.evaluation_seconds, 1),

@@ -150,11 +150,15 @@ def _adapted(job: Job, splits: Splits, task: str, shots: int, donor: Mapping[str
     measured = one_run(prepared, dataclasses.replace(job, settings={"test_limit": cell.test_limit}), path,
                        model=model)  # fmt: skip
     name = f"{task}@{shots}"
-    return dataclasses.replace(
-        measured,
-        scores={name: measured.scores[task]},
-        examples={name: measured.examples[task]},
-        metrics={name: measured.metrics[task]} if task in measured.metrics else {},
+    return measured.model_copy(
+        update={
+            "scores": {name: measured.scores[task]},
+            "examples": {name: measured.examples[task]},
+            "metrics": {name: measured.metrics[task]} if task in measured.metrics else {},
+            "others": {
+                other: {name: values[task]} for other, values in measured.others.items() if task in values
+            },
+        }
     )
 
 

@@ -1,10 +1,11 @@
-"""tasks.json: what a finished run notes of its tasks for those who use its adapter."""
+"""What a run notes for those who read it: tasks.json, for users of its adapter, and the lines of metrics.jsonl."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from manylora.files import Record, check_noted, read_record
 
@@ -42,3 +43,25 @@ def read_task_facts(adapter: Path) -> TaskFacts | None:
     if not path.is_file():
         return None
     return read_record(path, TaskFacts, remedy="put a copy of it back, or train again")
+
+
+class LogLine(Record):
+    """One line of a training's metrics.jsonl."""
+
+    step: float
+    loss: float | None = None
+    """Mean of the rows seen since the line before."""
+    eval_mean_task_loss: float | None = None
+    """Over tasks, on validation rows."""
+    eval_losses: dict[str, float] = Field(default_factory=dict)
+    """Task to its loss on validation rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_losses(cls, row: Any) -> Any:
+        """They stand as "eval_loss/TASK" in the line."""
+        if not isinstance(row, dict):
+            return row
+        start = "eval_loss/"
+        losses = {key.removeprefix(start): value for key, value in row.items() if key.startswith(start)}
+        return {**row, "eval_losses": losses}
