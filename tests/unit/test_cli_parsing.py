@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from manylora.cli.options import PredictOptions, TrainOptions
+from manylora.cli.options import TrainOptions
 from manylora.cli.parsing import parse
 from manylora.errors import ConfigError
+from manylora.jobs.predict import PredictConfig
 
 
 def train(*words: str) -> tuple[TrainOptions, set[str]]:
     return parse(TrainOptions, words, verb="train", description="")
 
 
-def predict(*words: str) -> PredictOptions:
+def predict(*words: str) -> PredictConfig:
     return parse(
-        PredictOptions,
+        PredictConfig,
         ["--adapter", "x", *words],
         verb="predict",
         description="",

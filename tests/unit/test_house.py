@@ -23,6 +23,7 @@ ORDER = [
     "evaluation",
     "analysis",
     "federated",
+    "jobs",
     "studies",
     "report",
     "cli",

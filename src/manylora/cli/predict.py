@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manylora.cli.options import PredictOptions
 from manylora.cli.parsing import parse
-from manylora.data import Example, Row, TaskPrompts, parse_row, question
+from manylora.cli.progress import ConsoleProgress
 from manylora.errors import DataError
+from manylora.jobs.predict import PredictConfig, Predictor
 
 if TYPE_CHECKING:
-    from manylora.cli.subjects import Subject
+    from manylora.data import Example
 
 DESCRIPTION = """\
 Answer prompts with a trained adapter; an answer is printed as it is generated.
@@ -33,43 +32,29 @@ field "prediction"."""
 
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
-    options, _ = parse(
-        PredictOptions,
+    config, _ = parse(
+        PredictConfig,
         arguments,
         verb="predict",
         description=DESCRIPTION,
         positional=("prompt",),
         texts=("prompt", "input"),
     )
-    text = None if options.file is not None else _text(options)
-    if options.file == "-" and sys.stdin is None:
+    text = None if config.file is not None else _text(config)
+    if config.file == "-" and sys.stdin is None:
         raise DataError("There is no standard input to read rows from; give a file.")
-    if options.file not in (None, "-") and not Path(options.file or "").is_file():
-        raise DataError(f"{options.file} is not a file; give a JSONL file of rows, or - for standard input.")
-    from manylora.cli.subjects import load_subject
-
-    subject = load_subject(options.adapter, model=options.model, dtype=options.dtype, device=options.device)
-    if options.task is not None:
-        subject.check_task(options.task)
+    if config.file not in (None, "-") and not Path(config.file or "").is_file():
+        raise DataError(f"{config.file} is not a file; give a JSONL file of rows, or - for standard input.")
+    predictor = Predictor(config, progress=ConsoleProgress())
     if text is not None:
-        _answer(subject, _question(subject, text, options), options)
-        return 0
-    cut = count = 0
-    for row, example in _rows(subject, options):
-        count += 1
-        told: list[int] = []
-        answer = "".join(_pieces(subject, example, options, on_cut=told.append))
-        print(json.dumps({**row, "prediction": answer}), flush=True)
-        cut += len(told)
-        if told and cut == 1:
-            _note(f"{example.origin}: {_cut_words(told[0])}")
-    if cut:
-        _note(f"{cut} of {count} prompts were cut ({100 * cut / count:.1f} %)")
+        _answer(predictor, predictor.question(text))
+    else:
+        _answer_rows(predictor, str(config.file))
     return 0
 
 
-def _text(options: PredictOptions) -> str:
-    text = options.prompt
+def _text(config: PredictConfig) -> str:
+    text = config.prompt
     if not text:
         if sys.stdin is not None and sys.stdin.isatty():
             print("prompt (end with Ctrl-D):", file=sys.stderr)
@@ -82,30 +67,27 @@ def _text(options: PredictOptions) -> str:
     return text
 
 
-def _question(subject: Subject, text: str, options: PredictOptions) -> Example:
-    """The text in the form that was asked for, else in that of the adapter's training.
-
-    Raises:
-        ConfigError: the adapter's tasks were asked in different forms, and none is named.
-    """
-    form = "prompt" if options.raw else options.form
-    known = subject.prompts.prompts_of(options.task) if subject.prompts and form == "auto" else None
-    if form != "auto":
-        known = TaskPrompts(form=form)
-    elif known is None:
-        _note(
-            f"{options.adapter} does not say which form its training prompts had; the Alpaca form is used (--form "
-            "chat, or --form prompt for the text as it stands)"
-        )
-    return question(
-        text, known or TaskPrompts(form="alpaca"), input_text=options.input, task=options.task or ""
-    )
-
-
-def _answer(subject: Subject, example: Example, options: PredictOptions) -> None:
-    for piece in _pieces(subject, example, options, on_cut=lambda left: _note(_cut_words(left))):
+def _answer(predictor: Predictor, example: Example) -> None:
+    for piece in predictor.stream(example, on_cut=lambda left: _note(_cut_words(left))):
         print(piece, end="", flush=True)
     print()
+
+
+def _answer_rows(predictor: Predictor, file: str) -> None:
+    cut = count = 0
+    with contextlib.ExitStack() as stack:
+        lines = sys.stdin.buffer if file == "-" else stack.enter_context(Path(file).open("rb"))
+        source = "standard input" if file == "-" else file
+        for row, example in predictor.read_rows(lines, source=source):
+            count += 1
+            left: list[int] = []
+            answer = "".join(predictor.stream(example, on_cut=left.append))
+            print(json.dumps({**row, "prediction": answer}), flush=True)
+            cut += len(left)
+            if left and cut == 1:
+                _note(f"{example.origin}: {_cut_words(left[0])}")
+    if cut:
+        _note(f"{cut} of {count} prompts were cut ({100 * cut / count:.1f} %)")
 
 
 def _cut_words(left: int) -> str:
@@ -115,48 +97,3 @@ def _cut_words(left: int) -> str:
 def _note(text: str) -> None:
     """A line beside the answers, on standard error."""
     print(f"note: {text}", file=sys.stderr, flush=True)
-
-
-def _pieces(
-    subject: Subject, example: Example, options: PredictOptions, *, on_cut: Callable[[int], None]
-) -> Iterator[str]:
-    from manylora.cli.scoring import DEFAULT_ANSWER_TOKENS
-    from manylora.evaluation import stream_answer
-
-    known = subject.answer_tokens
-    limit = known.get(example.task) or max(known.values(), default=DEFAULT_ANSWER_TOKENS)
-    return stream_answer(
-        subject.model,
-        subject.tokenizer,
-        example,
-        max_new_tokens=options.max_new_tokens or limit,
-        max_length=options.max_length or subject.max_length,
-        on_cut=on_cut,
-        expert_id=subject.expert(options.task or example.task or None),
-    )
-
-
-def _rows(subject: Subject, options: PredictOptions) -> Iterator[tuple[dict[str, object], Example]]:
-    """Rows one by one, so that answers flow while a pipe is still being written."""
-    name = "standard input" if options.file == "-" else str(options.file)
-    with contextlib.ExitStack() as open_files:
-        source = sys.stdin.buffer
-        if options.file != "-":
-            source = open_files.enter_context(Path(name).open("rb"))
-        for number, line in enumerate(source, start=1):
-            place = f"{name}:{number}"
-            try:
-                text = line.decode("utf-8-sig").strip()
-                row = json.loads(text) if text else None
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{place} is not valid JSON ({error}); write one object per line, in UTF-8."
-                ) from error
-            if not text:
-                continue
-            if not isinstance(row, dict):
-                raise DataError(f"{place} is no object but {text[:40]!r}; write one object per line.")
-            task = str(row.get("task") or options.task or "")
-            example = parse_row(Row(fields=row, place=place), task=task, require_output=False)
-            thinks = subject.prompts is not None and subject.prompts.thinks(task)
-            yield row, dataclasses.replace(example, thinks=thinks)

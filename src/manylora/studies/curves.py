@@ -50,7 +50,8 @@ class Curve(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score where this step is one of the wanted."""
-        from manylora.studies.train_cells import score
+        from manylora.jobs import Progress
+        from manylora.jobs.train import score
 
         if state.global_step not in self.steps or state.global_step in self._known():
             return
@@ -58,7 +59,7 @@ class Curve(TrainerCallback):
         was_training = model.training
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
-            scores = score(self.prepared, model, self.test).by_task()
+            scores = score(self.prepared, model, self.test, progress=Progress()).by_task()
         model.train(was_training)
         epoch = self.steps[state.global_step]
         append_line(self.path, json_text({"step": state.global_step, "epoch": epoch, "scores": scores}))

@@ -1,0 +1,174 @@
+"""One run: how it begins, is held by one process, goes on, and ends well or ill. Nobody else knows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from manylora.errors import RunError, explain
+from manylora.jobs.launch import Launch
+from manylora.jobs.progress import Progress
+from manylora.training.config import TrainConfig
+from manylora.training.processes import Processes
+from manylora.training.runs import RunFolder
+
+ALONE = Launch(Processes())
+"""One process, started by no launcher."""
+
+_BEFORE_THE_STATE = {".lock", "config.yaml", "environment.json"}
+"""What a run writes before its state.json: a folder with nothing else is of one that was killed while it began."""
+
+_GO_ON = {
+    "train": "continue with: manylora train --resume {run}",
+    "federate": "continue with: manylora federate --resume {run}",
+    "analyze": "the same command goes on from here",
+}
+"""What to say after Ctrl-C, by kind of run."""
+
+
+class Session:
+    """A run while it is worked on: `with Session.begin(…) as session: …; session.finish()`.
+
+    Leaving the block gives the run up. Where it is left by an error, the run notes why it failed; a run that was
+    stopped, killed or failed goes on with `resume`.
+
+    Args:
+        folder: of the run; locked by this process, or by the first one of several.
+        resumed: whether the run was begun before.
+        kind: the verb whose run it is.
+        progress: told where the run is, and after Ctrl-C how it goes on.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(
+        self, folder: RunFolder, *, resumed: bool, kind: str, progress: Progress, writes: bool = True
+    ) -> None:
+        self.folder, self.resumed = folder, resumed
+        self._kind, self._progress, self._writes = kind, progress, writes
+
+    @classmethod
+    def begin(
+        cls,
+        out: str | Path | None,
+        *,
+        config: Mapping[str, Any],
+        seed: int,
+        kind: str = "train",
+        or_resume: bool = False,
+        progress: Progress,
+        launch: Launch = ALONE,
+    ) -> Session:
+        """Make a run folder: `out`, or the next free `runs/KIND-NNN`.
+
+        Args:
+            out: the folder.
+            config: the settings that the run notes.
+            seed: of the run.
+            kind: the verb whose run it is.
+            or_resume: go on with the run in `out` where there is one; the caller has seen that it has these settings.
+            progress: see the class.
+            launch: the processes that work on it.
+
+        Raises:
+            RunError: `out` exists and is not an empty folder, or another process works on it.
+        """
+        if out is not None and or_resume:
+            path = Path(out)
+            if (path / "state.json").is_file():
+                return cls.resume(path, kind=kind, progress=progress, launch=launch)
+            if path.is_dir() and {found.name for found in path.iterdir()} <= _BEFORE_THE_STATE:
+                shutil.rmtree(path, ignore_errors=True)  # of a run that was killed while it began
+
+        def create() -> RunFolder:
+            return RunFolder.create(None if out is None else str(out), config=config, seed=seed, kind=kind)
+
+        return cls._shared(create, launch, resumed=False, kind=kind, progress=progress)
+
+    @classmethod
+    def resume(
+        cls, path: str | Path, *, kind: str = "train", progress: Progress, launch: Launch = ALONE
+    ) -> Session:
+        """Go on with a run.
+
+        Raises:
+            RunError: `path` is no run folder, or another process works on it.
+        """
+        folder = RunFolder.open(path)
+
+        def lock() -> RunFolder:
+            folder.lock()
+            return folder
+
+        return cls._shared(lock, launch, resumed=True, kind=kind, progress=progress)
+
+    @classmethod
+    def _shared(
+        cls, hold: Callable[[], RunFolder], launch: Launch, *, resumed: bool, kind: str, progress: Progress
+    ) -> Session:
+        """The run that the first process holds, in all of them."""
+        held: list[RunFolder] = []
+
+        def path() -> str:
+            held.append(hold())
+            return str(held[0].path)
+
+        place = launch.folder(path)
+        folder = held[0] if held else RunFolder(Path(place))
+        return cls(folder, resumed=resumed, kind=kind, progress=progress, writes=launch.processes.first)
+
+    @property
+    def path(self) -> Path:
+        """Of the run folder."""
+        return self.folder.path
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes and shows."""
+        return self._writes
+
+    def finish(self, **facts: Any) -> None:
+        """Note that the run is finished, with the checksums of its results and further facts."""
+        self.folder.set_state("finished", **facts)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is not None and self._writes:
+                self._fail(error)
+        finally:
+            self.folder.__exit__()
+
+    def _fail(self, error: BaseException) -> None:
+        stopped = isinstance(error, KeyboardInterrupt)
+        reason = "stopped by Ctrl-C" if stopped else explain(error) or repr(error)
+        with contextlib.suppress(OSError):  # a full disk cannot take this either; "running" resumes alike
+            self.folder.set_state("failed", error=reason)
+        if stopped:
+            self._progress.show_line(_GO_ON[self._kind].format(run=shlex.quote(str(self.path))))
+
+
+def check_same_settings(path: str | Path, config: TrainConfig) -> None:
+    """Refuse to go on, in `path`, with a training that was begun there with other settings.
+
+    Raises:
+        RunError: naming the folder.
+    """
+    if not (Path(path) / "state.json").is_file():
+        return
+    known = RunFolder.open(path).read_config()
+    if {**TrainConfig().to_dict(), **known} != config.to_dict():  # an earlier version had fewer settings
+        raise RunError(f"{path} was begun with other settings; choose another --out, or remove it.")
+
+
+def with_date_of(path: str | Path, config: TrainConfig) -> TrainConfig:
+    """The configuration with the date that the chat template was told where the run in `path` began."""
+    if config.date is not None or not (Path(path) / "state.json").is_file():
+        return config
+    return dataclasses.replace(config, date=RunFolder.open(path).read_config().get("date"))
