@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from manylora.cli.options import TrainOptions
+from manylora.cli.options import PredictOptions, TrainOptions
 from manylora.cli.parsing import parse
 from manylora.errors import ConfigError
-from manylora.jobs.predict import PredictConfig
 
 
 def train(*words: str) -> tuple[TrainOptions, set[str]]:
     return parse(TrainOptions, words, verb="train", description="")
 
 
-def predict(*words: str) -> PredictConfig:
+def predict(*words: str) -> PredictOptions:
     return parse(
-        PredictConfig,
+        PredictOptions,
         ["--adapter", "x", *words],
         verb="predict",
         description="",

@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from manylora.cli.options import CompareOptions
 from manylora.cli.parsing import parse
 from manylora.studies.compare import (
-    CompareConfig,
     Comparison,
     begin_study,
     compare,
@@ -36,7 +36,7 @@ What a study says: docs/compare.md."""
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
     config, _ = parse(
-        CompareConfig, arguments, verb="compare", description=DESCRIPTION, positional=("study",)
+        CompareOptions, arguments, verb="compare", description=DESCRIPTION, positional=("study",)
     )
     if config.from_cells is not None or config.tables:
         return _show(compare(config))
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
-def _run_cell(config: CompareConfig, cell_id: str) -> int:
+def _run_cell(config: CompareOptions, cell_id: str) -> int:
     from manylora.studies import run_cell
     from manylora.studies.runner import find_cell
 
@@ -71,7 +71,7 @@ def _run_cell(config: CompareConfig, cell_id: str) -> int:
     return 0
 
 
-def _print_plan(config: CompareConfig) -> int:
+def _print_plan(config: CompareOptions) -> int:
     from manylora.cli.studying import print_cells_plan
     from manylora.studies.config import check_tasks
 

@@ -18,20 +18,23 @@ def complain(line: str) -> None:
     print(f"manylora: {shown}", file=sys.stderr, flush=True)
 
 
-def draw_report(folder: Path) -> None:
-    """Write report.html into a folder whose result stands already, and print its path.
+def draw_report(folder: Path, *, show: bool = True) -> None:
+    """Write report.html into a folder whose result stands already, and print (`show`) its path.
 
     A page that cannot be drawn costs one line of warning, never the result.
     """
     try:
         from manylora.report import write_report
 
-        print(f"report: {write_report(folder)}")
+        page = write_report(folder)
+        if show:
+            print(f"report: {page}")
     except Exception as error:
         reason = " ".join((explain(error) or f"{type(error).__name__}: {error}").split())
-        complain(
-            f"no report was drawn ({reason}); the results are whole. Again: python -m manylora.report {folder}"
-        )
+        if show:
+            complain(
+                f"no report was drawn ({reason}); the results are whole. Again: python -m manylora.report {folder}"
+            )
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
+from manylora.jobs.predict import PredictConfig
+from manylora.studies.compare import CompareConfig
 from manylora.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -59,6 +61,40 @@ class FederateOptions(FederateConfig):
     dimensions: str | None = None
     """With --dry-run: count for these layers instead of a model's, as OxDxNUMBER ("4096x4096x64,1024x4096x32"), or
     for one of the published models, "llama2-7b" (q_proj, v_proj) and "qwen2-7b" (q_proj, o_proj)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(PredictConfig):
+    """What answers, and what is asked."""
+
+    prompt: str = ""
+    """What to ask; also without "--prompt". Default: standard input."""
+    file: str | None = None
+    """JSONL file of rows to answer; "-" reads rows from standard input."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.file is not None and self.prompt:
+            raise ConfigError("--file and a prompt were both given; give one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(CompareConfig):
+    """Which study, and what to do with it."""
+
+    dry_run: bool = False
+    """Print the cells and about how long they take, and stop."""
+    print_cells: bool = False
+    """Print one command for every cell that can run now, and stop."""
+    cell: str | None = None
+    """Run this cell alone, in this process."""
+
+    def __post_init__(self) -> None:
+        names = ("dry_run", "print_cells", "cell", "tables", "from_cells")
+        chosen = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one.")
+        super().__post_init__()
 
 
 def settings_of(options: DataclassInstance, kind: type[Config]) -> Config:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manylora.cli.options import PredictOptions
 from manylora.cli.parsing import parse
 from manylora.cli.progress import ConsoleProgress
 from manylora.errors import DataError
-from manylora.jobs.predict import PredictConfig, Predictor
+from manylora.jobs.predict import Predictor
 
 if TYPE_CHECKING:
     from manylora.data import Example
@@ -32,29 +33,29 @@ field "prediction"."""
 
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
-    config, _ = parse(
-        PredictConfig,
+    options, _ = parse(
+        PredictOptions,
         arguments,
         verb="predict",
         description=DESCRIPTION,
         positional=("prompt",),
         texts=("prompt", "input"),
     )
-    text = None if config.file is not None else _text(config)
-    if config.file == "-" and sys.stdin is None:
+    text = None if options.file is not None else _text(options)
+    if options.file == "-" and sys.stdin is None:
         raise DataError("There is no standard input to read rows from; give a file.")
-    if config.file not in (None, "-") and not Path(config.file or "").is_file():
-        raise DataError(f"{config.file} is not a file; give a JSONL file of rows, or - for standard input.")
-    predictor = Predictor(config, progress=ConsoleProgress())
+    if options.file not in (None, "-") and not Path(options.file or "").is_file():
+        raise DataError(f"{options.file} is not a file; give a JSONL file of rows, or - for standard input.")
+    predictor = Predictor(options, progress=ConsoleProgress())
     if text is not None:
         _answer(predictor, predictor.question(text))
     else:
-        _answer_rows(predictor, str(config.file))
+        _answer_rows(predictor, str(options.file))
     return 0
 
 
-def _text(config: PredictConfig) -> str:
-    text = config.prompt
+def _text(options: PredictOptions) -> str:
+    text = options.prompt
     if not text:
         if sys.stdin is not None and sys.stdin.isatty():
             print("prompt (end with Ctrl-D):", file=sys.stderr)

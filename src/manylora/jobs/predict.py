@@ -22,12 +22,8 @@ class PredictConfig:
 
     adapter: str | None = None
     """Run folder or PEFT adapter folder."""
-    prompt: str = ""
-    """What to ask; also without "--prompt". Default: standard input."""
     input: str = ""
     """Text that the instruction is about, where there is one."""
-    file: str | None = None
-    """JSONL file of rows to answer; "-" reads rows from standard input."""
     task: str | None = None
     """Task whose expert answers; needed by adapters with a task router, unless the rows name their task."""
     model: str | None = None
@@ -59,8 +55,6 @@ class PredictConfig:
             raise ConfigError(
                 f"--raw is --form prompt, but --form {self.form} was given; leave one of them out."
             )
-        if self.file is not None and self.prompt:
-            raise ConfigError("--file and a prompt were both given; give one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)

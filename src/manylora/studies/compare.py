@@ -31,12 +31,6 @@ class CompareConfig:
     """Cells side by side. Default: as many as cores and memory allow."""
     launcher: str | None = None
     """Command that starts a cell elsewhere, such as "srun -c 4 {command}"."""
-    dry_run: bool = False
-    """Print the cells and about how long they take, and stop."""
-    print_cells: bool = False
-    """Print one command for every cell that can run now, and stop."""
-    cell: str | None = None
-    """Run this cell alone, in this process."""
     tables: bool = False
     """Print and write the tables of what is done, and run nothing."""
     from_cells: str | None = None
@@ -46,13 +40,8 @@ class CompareConfig:
         check_values(self)
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; give 1 or more.")
-        chosen = [
-            f"--{name.replace('_', '-')}"
-            for name in ("dry_run", "print_cells", "cell", "tables", "from_cells")
-            if getattr(self, name)
-        ]
-        if len(chosen) > 1:
-            raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one.")
+        if self.tables and self.from_cells:
+            raise ConfigError("--tables and --from-cells exclude each other; give one.")
 
 
 @dataclass(frozen=True, kw_only=True)
