@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from manylora.data import EMBEDDED, TaskData, encode_prompt
 from manylora.errors import ConfigError, RoutingError
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ANSWER_TOKENS = 64
 """Longest answer where neither the run nor the user says otherwise."""
+
+Kind = TypeVar("Kind", bound="TaskKind")
 
 Baselines = dict[str, dict[str, float]]
 """What something simpler reaches: its name → task → score."""
@@ -49,30 +51,23 @@ class TaskKind(abc.ABC):
     def known_tasks(self) -> Collection[str]:
         """The tasks of the training; empty where nothing is known of them."""
 
-    @abc.abstractmethod
-    def with_settings(
-        self,
-        *,
-        batch_size: int,
-        max_length: int | None,
-        max_new_tokens: int | None,
-        rouge: Words | None,
-        tasks: Collection[str],
-        source: str,
-    ) -> TaskKind:
+    def with_settings(self: Kind, *, source: str, **settings: Any) -> Kind:
         """The same with other settings; None leaves one as it is.
 
         Args:
-            batch_size: rows per batch.
-            max_length: tokens a prompt may have.
-            max_new_tokens: longest answer, of all `tasks`.
-            rouge: what ROUGE-1 counts as words.
-            tasks: those that will be scored.
             source: the adapter, for the error.
+            settings: fields of a kind.
 
         Raises:
-            ConfigError: a setting is about what this kind does not do.
+            ConfigError: a setting is about writing, which this kind does not do.
         """
+        given = {name: value for name, value in settings.items() if value is not None}
+        known = {field.name for field in dataclasses.fields(self)}
+        if unknown := [name.replace("_", "-") for name in given if name not in known]:
+            raise ConfigError(
+                f"--{unknown[0]} is about written answers, but {source} classifies; leave it out."
+            )
+        return dataclasses.replace(self, **given)
 
     @abc.abstractmethod
     def check(self, test: TaskData, *, vocabulary: int | None) -> list[str]:
@@ -162,30 +157,19 @@ class Writing(TaskKind):
     """Task name to expert under the task router, else `None`."""
     rouge: Words = "all"
     """What ROUGE-1 counts as words."""
+    max_new_tokens: int | None = None
+    """Longest answer of every task, in place of `answer_tokens`."""
 
     @property
     def known_tasks(self) -> Collection[str]:
         """See `TaskKind.known_tasks`."""
         return self.answer_tokens.keys()
 
-    def with_settings(
-        self,
-        *,
-        batch_size: int,
-        max_length: int | None,
-        max_new_tokens: int | None,
-        rouge: Words | None,
-        tasks: Collection[str],
-        source: str,
-    ) -> Writing:
-        """See `TaskKind.with_settings`."""
-        return dataclasses.replace(
-            self,
-            batch_size=batch_size,
-            max_length=max_length or self.max_length,
-            answer_tokens=dict.fromkeys(tasks, max_new_tokens) if max_new_tokens else self.answer_tokens,
-            rouge=rouge or self.rouge,
-        )
+    def longest_answer(self, task: str) -> int:
+        """Tokens that an answer to a row of a task may have."""
+        known = self.answer_tokens
+        longest = max(known.values(), default=DEFAULT_ANSWER_TOKENS)
+        return self.max_new_tokens or known.get(task) or longest
 
     def check(self, test: TaskData, *, vocabulary: int | None) -> list[str]:
         """See `TaskKind.check`."""
@@ -221,7 +205,6 @@ class Writing(TaskKind):
         from manylora.evaluation.generation import generate_answers
 
         self._check_experts(test)
-        longest = max(self.answer_tokens.values(), default=DEFAULT_ANSWER_TOKENS)
         tasks = [task for task, rows in test.items() for _ in rows]
 
         def tell_cut(places: Sequence[int]) -> None:
@@ -235,7 +218,7 @@ class Writing(TaskKind):
                 [row for rows in test.values() for row in rows],
                 batch_size=self.batch_size,
                 max_length=self.max_length,
-                max_new_tokens=[self.answer_tokens.get(task, longest) for task in tasks],
+                max_new_tokens=[self.longest_answer(task) for task in tasks],
                 expert_ids=None if self.experts is None else [self.experts[task] for task in tasks],
                 on_progress=lambda done, _: on_progress(done),
                 on_cut=tell_cut,
@@ -286,24 +269,6 @@ class Choosing(TaskKind):
     def known_tasks(self) -> Collection[str]:
         """See `TaskKind.known_tasks`."""
         return self.labels.tasks.keys()
-
-    def with_settings(
-        self,
-        *,
-        batch_size: int,
-        max_length: int | None,
-        max_new_tokens: int | None,
-        rouge: Words | None,
-        tasks: Collection[str],
-        source: str,
-    ) -> Choosing:
-        """See `TaskKind.with_settings`."""
-        for name, value in (("max-new-tokens", max_new_tokens), ("rouge", rouge)):
-            if value is not None:
-                raise ConfigError(
-                    f"--{name} is about written answers, but {source} classifies; leave it out."
-                )
-        return dataclasses.replace(self, batch_size=batch_size, max_length=max_length or self.max_length)
 
     def check(self, test: TaskData, *, vocabulary: int | None) -> list[str]:
         """See `TaskKind.check`."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from manylora.errors import ConfigError, RunError
+from manylora.errors import ConfigError
 from manylora.files import check_values
 from manylora.training.config import TaskType
 
@@ -102,11 +100,11 @@ def analyze(config: AnalyzeConfig, *, progress: Progress) -> tuple[Analysis, Pat
     """
     from manylora.jobs.figures import draw_figures
     from manylora.jobs.measure import analyse, conclude
-    from manylora.jobs.session import Session
+    from manylora.jobs.session import Session, reserved_folder
 
     if config.figures:
         return draw_figures(config, progress=progress)
-    with _reserved(config.out):
+    with reserved_folder(config.out):
         found = analyse(_sources(config), config, progress=progress)
         settings = dataclasses.asdict(config)
         with Session.begin(
@@ -114,29 +112,6 @@ def analyze(config: AnalyzeConfig, *, progress: Progress) -> tuple[Analysis, Pat
         ) as session:
             conclude(found, session)
     return found, session.path
-
-
-@contextlib.contextmanager
-def _reserved(out: str | None) -> Iterator[None]:
-    """Make `out` at once, so that minutes of measuring are not lost to a bad name; after an error it is gone again.
-
-    Raises:
-        RunError: it exists and is not an empty folder.
-    """
-    folder = None if out is None else Path(out).expanduser()
-    made = False
-    if folder is not None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{out} exists already; choose another --out.")
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if folder is not None and made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only while it is empty
-        raise
 
 
 def _sources(config: AnalyzeConfig) -> list[Source]:

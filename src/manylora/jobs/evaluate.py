@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from manylora.errors import ConfigError, RunError
+from manylora.errors import ConfigError
 from manylora.files import check_values
 
 if TYPE_CHECKING:
@@ -70,19 +67,19 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
         RunError: `config.out` exists.
     """
     from manylora.evaluation import write_scores
+    from manylora.jobs.session import reserved_folder
     from manylora.jobs.subject import load_subject
 
-    with _reserved(config.out):
+    with reserved_folder(config.out) as folder:
         source, limit, test, notes = _rows(config)
         _show_notes(notes, progress)
         subject = load_subject(config.adapter, model=config.model, dtype=config.dtype, device=config.device)
         kind = subject.kind.with_settings(
-            batch_size=config.batch_size,
-            max_length=config.max_length,
-            max_new_tokens=config.max_new_tokens,
-            rouge=config.rouge,
-            tasks=test,
             source=str(config.adapter),
+            **{
+                name: getattr(config, name)
+                for name in ("batch_size", "max_length", "max_new_tokens", "rouge")
+            },
         )
         _show_notes([*_gaps(subject, config, test), *kind.remarks(test)], progress)
         count = sum(map(len, test.values()))
@@ -97,25 +94,9 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
             router = getattr(subject.model.active_peft_config, "router", None)
             beneath = kind.notes(scores, baselines, test, router=router)
         progress.show_scores(scores, baselines, beneath)
-        if config.out is not None:
-            write_scores(Path(config.out), scores, baselines, beneath)
+        if folder is not None:
+            write_scores(folder, scores, baselines, beneath)
     return scores
-
-
-@contextlib.contextmanager
-def _reserved(out: str | None) -> Iterator[None]:
-    """Make `out` at once, so that hours of answers are not lost to a bad name; after an error it is gone again."""
-    if out is not None:
-        if Path(out).exists():
-            raise RunError(f"{out} exists already; choose another --out.")
-        Path(out).mkdir(parents=True)
-    try:
-        yield
-    except BaseException:
-        if out is not None:
-            with contextlib.suppress(OSError):
-                Path(out).rmdir()  # only while it is empty
-        raise
 
 
 def _show_notes(notes: list[str], progress: Progress) -> None:

@@ -84,8 +84,8 @@ def predict(config: PredictConfig, prompts: Sequence[str], *, progress: Progress
         predictor.writer.model,
         predictor.writer.tokenizer,
         questions,
-        max_length=predictor.max_length,
-        max_new_tokens=[predictor.answer_tokens(question) for question in questions],
+        max_length=predictor.kind.max_length,
+        max_new_tokens=[predictor.kind.longest_answer(question.task) for question in questions],
         expert_ids=None if predictor.writer.kind.experts is None else [int(one or 0) for one in experts],
         on_cut=lambda places: progress.show_warning(
             f"note: {len(places)} of {len(prompts)} prompts were cut"
@@ -113,7 +113,9 @@ class Predictor:
         self.writer = load_writer(
             config.adapter, model=config.model, dtype=config.dtype, device=config.device
         )
-        self.max_length = config.max_length or self.writer.kind.max_length
+        self.kind = self.writer.kind.with_settings(
+            source=str(config.adapter), max_length=config.max_length, max_new_tokens=config.max_new_tokens
+        )
         if config.task is not None:
             self.writer.check_task(config.task)
 
@@ -169,14 +171,6 @@ class Predictor:
         """The expert that answers a row; see `Writer.expert`."""
         return self.writer.expert(self.config.task or example.task or None)
 
-    def answer_tokens(self, example: Example) -> int:
-        """Tokens that the answer to a row may have."""
-        from manylora.evaluation import DEFAULT_ANSWER_TOKENS
-
-        known = self.writer.kind.answer_tokens
-        limit = known.get(example.task) or max(known.values(), default=DEFAULT_ANSWER_TOKENS)
-        return self.config.max_new_tokens or limit
-
     def stream(self, example: Example, *, on_cut: Callable[[int], None]) -> Iterator[str]:
         """The answer as it is generated, piece by piece.
 
@@ -190,8 +184,8 @@ class Predictor:
             self.writer.model,
             self.writer.tokenizer,
             example,
-            max_new_tokens=self.answer_tokens(example),
-            max_length=self.max_length,
+            max_new_tokens=self.kind.longest_answer(example.task),
+            max_length=self.kind.max_length,
             on_cut=on_cut,
             expert_id=self.expert(example),
         )

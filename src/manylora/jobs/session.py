@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,28 @@ class Session:
             self.folder.set_state("failed", error=reason)
         if stopped:
             self._progress.show_line(_GO_ON[self._kind].format(run=shlex.quote(str(self.path))))
+
+
+@contextlib.contextmanager
+def reserved_folder(out: str | None) -> Iterator[Path | None]:
+    """Make `out` at once, so that hours of work are not lost to a bad name; after an error it is gone again.
+
+    Raises:
+        RunError: it exists and is not an empty folder.
+    """
+    folder = None if out is None else Path(out).expanduser()
+    made = folder is not None and not folder.exists()
+    if folder is not None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{out} exists already; choose another --out.")
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        if folder is not None and made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only while it is empty
+        raise
 
 
 def check_same_settings(path: str | Path, config: TrainConfig) -> None:
