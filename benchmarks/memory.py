@@ -125,7 +125,8 @@ def write_rows(path: Path, rows: int) -> None:
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Plan, then train; for a process that does nothing else."""
     from benchmarks.step import peak_bytes
-    from manylora.jobs import Progress, Session
+    from manylora.jobs.progress import Progress
+    from manylora.jobs.session import Session
     from manylora.training import TrainConfig, finetune, prepare
 
     config = TrainConfig(

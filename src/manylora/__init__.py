@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from manylora.analysis import Analysis
     from manylora.evaluation import Scores
     from manylora.federated import FederateConfig
-    from manylora.jobs import FederatedRun, Progress, Run, open_run
     from manylora.jobs.export import Exported
     from manylora.jobs.predict import Answer
+    from manylora.jobs.progress import Progress
+    from manylora.jobs.run import FederatedRun, Run, open_run
     from manylora.studies.compare import Comparison
     from manylora.training import TrainConfig
 
@@ -44,7 +45,7 @@ _LAZY = {
     "FederateConfig": "manylora.federated",
     "ManyLoraConfig": "manylora.adapters",
     "TrainConfig": "manylora.training",
-    "open_run": "manylora.jobs",
+    "open_run": "manylora.jobs.run",
 }
 
 __all__ = [
@@ -96,8 +97,8 @@ def train(
     Raises:
         ManyLoraError: bad input, by its type (`manylora.errors`).
     """
-    from manylora.jobs import launched
     from manylora.jobs import train as job
+    from manylora.jobs.launch import launched
     from manylora.training import TrainConfig
 
     show = _display(progress)
@@ -304,7 +305,7 @@ def _refuse_beside_resume(config: object, out: object, settings: Mapping[str, An
 
 def _display(progress: bool | Progress) -> Progress:
     from manylora.cli.progress import ConsoleProgress
-    from manylora.jobs import Progress
+    from manylora.jobs.progress import Progress
 
     if isinstance(progress, Progress):
         return progress

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from manylora.cli import main
 from manylora.errors import DataError, RunError
 from manylora.evaluation import Scores
-from manylora.jobs import Progress
+from manylora.jobs.progress import Progress
 from manylora.jobs.train import train
 from manylora.training import TrainConfig, build_model, prepare
 from processes import cli_process

@@ -16,7 +16,7 @@ from manylora.adapters import ManyLoraLinear, read_lora
 from manylora.cli import main
 from manylora.data import Example, encode, load_examples
 from manylora.evaluation import collapse_router, generate_answers
-from manylora.jobs import load_subject
+from manylora.jobs.subject import load_subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

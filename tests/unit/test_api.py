@@ -11,7 +11,7 @@ import pytest
 import manylora
 from manylora.cli import main
 from manylora.errors import ConfigError, RunError
-from manylora.jobs import FederatedRun, Run
+from manylora.jobs.run import FederatedRun, Run
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 
 from manylora.cli import main
 from manylora.files import remove
-from manylora.jobs import Progress, Session
+from manylora.jobs.progress import Progress
+from manylora.jobs.session import Session
 from manylora.jobs.train import train_prepared
 from manylora.training import TrainConfig, finetune, prepare
 

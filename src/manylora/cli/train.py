@@ -14,7 +14,7 @@ from manylora.jobs.launch import Launch, launched
 from manylora.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from manylora.jobs import Run
+    from manylora.jobs.run import Run
 
 DESCRIPTION = """\
 Fine-tune one model on many tasks, then score it on every task's test rows.

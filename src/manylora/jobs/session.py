@@ -13,7 +13,7 @@ from typing import Any
 from manylora.errors import RunError, explain
 from manylora.jobs.launch import Launch
 from manylora.jobs.progress import Progress
-from manylora.training.config import TrainConfig
+from manylora.training.config import TrainConfig, filled
 from manylora.training.processes import Processes
 from manylora.training.runs import RunFolder
 
@@ -78,7 +78,7 @@ class Session:
             RunError: `out` exists and is not an empty folder, or another process works on it.
         """
         if out is not None and or_resume:
-            path = Path(out)
+            path = Path(out).expanduser()
             if (path / "state.json").is_file():
                 return cls.resume(path, kind=kind, progress=progress, launch=launch)
             if path.is_dir() and {found.name for found in path.iterdir()} <= _BEFORE_THE_STATE:
@@ -185,7 +185,7 @@ def check_same_settings(path: str | Path, config: TrainConfig) -> None:
     if not (Path(path) / "state.json").is_file():
         return
     known = RunFolder.open(path).read_config()
-    if {**TrainConfig().to_dict(), **known} != config.to_dict():  # an earlier version had fewer settings
+    if filled(known) != config.to_dict():
         raise RunError(f"{path} was begun with other settings; choose another --out, or remove it.")
 
 

@@ -72,12 +72,13 @@ def train(
         RunError: `out` exists; with `or_resume`: it holds a run with other settings.
     """
     if or_resume and out is not None:
+        out = Path(out).expanduser()
         config = with_date_of(out, config)
     prepared = plan(config, progress=progress)
-    if or_resume and out is not None:
+    if or_resume and isinstance(out, Path):
         check_same_settings(out, prepared.config)
         if is_whole(out):
-            return Run(Path(out))
+            return Run(out)
     if not isinstance(prepared.plan.memory, str):
         check_memory(prepared.plan.memory, device=pick_device(config.device))
     settings = prepared.config.to_dict()

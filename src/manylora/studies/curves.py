@@ -50,7 +50,7 @@ class Curve(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score where this step is one of the wanted."""
-        from manylora.jobs import Progress
+        from manylora.jobs.progress import Progress
         from manylora.jobs.train import score
 
         if state.global_step not in self.steps or state.global_step in self._known():

@@ -70,8 +70,9 @@ def work(settings: Mapping[str, Any]) -> tuple[int, int]:
 def run(job: Job) -> Measured:
     """Run all rounds and score every personal model; goes on after the last saved round."""
     from manylora.federated import LocalClients, Rounds, Workbench
-    from manylora.jobs import Progress, Session
     from manylora.jobs.federate import write_client_scores
+    from manylora.jobs.progress import Progress
+    from manylora.jobs.session import Session
 
     more: dict[str, Any] = {"seed": job.seed, "reference": "none"}
     if job.learning_rate is not None:

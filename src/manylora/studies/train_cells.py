@@ -217,7 +217,8 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
     from manylora.adapters import read_weights
     from manylora.evaluation import write_scores
     from manylora.files import write_json
-    from manylora.jobs import Progress, Session
+    from manylora.jobs.progress import Progress
+    from manylora.jobs.session import Session
     from manylora.jobs.train import train_and_score
     from manylora.studies.curves import Curve
 
