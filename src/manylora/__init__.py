@@ -10,8 +10,8 @@ What the command line prints, Python returns:
     manylora.predict(run, ["Add punctuation: hello world"])
 
 Every function takes the settings of its verb, as `manylora VERB --help` names them (with underscores), or a
-configuration of them; shows its progress as the command line does, unless `progress` is False; and raises the errors
-of `manylora.errors`.
+configuration of them; shows its progress as the command line does, unless `progress` is False (or shows it elsewhere,
+where `progress` is a `manylora.jobs.progress.Progress`); and raises, for bad input, a `manylora.errors.ManyLoraError`.
 """
 
 from __future__ import annotations
@@ -91,11 +91,7 @@ def train(
         resume: a run folder: go on with that run, which has all settings; True: go on with the run in `out` where
             there is one with these settings. A finished run is only read.
         report: whether to draw report.html.
-        progress: whether to show it, or who does.
         settings: fields of `TrainConfig`, in place of those of `config`.
-
-    Raises:
-        ManyLoraError: bad input, by its type (`manylora.errors`).
     """
     from manylora.jobs import train as job
     from manylora.jobs.launch import launched
@@ -134,11 +130,7 @@ def federate(
         from_round: with `resume`: go back to this round.
         reset_client: with `resume`: clients that begin anew.
         report: whether to draw report.html.
-        progress: whether to show it, or who does.
         settings: fields of `FederateConfig`, in place of those of `config`.
-
-    Raises:
-        ManyLoraError: bad input, by its type (`manylora.errors`).
     """
     from manylora.federated import FederateConfig
     from manylora.jobs import federate as job
@@ -159,11 +151,7 @@ def evaluate(adapter: Adapter | None = None, *, progress: bool | Progress = True
 
     Args:
         adapter: a run, its folder, or an adapter's. Default: none, the bare model is scored.
-        progress: whether to show it, or who does.
         settings: fields of `manylora.jobs.evaluate.EvaluateConfig`, such as `data`, `tasks`, `limit`, `out`.
-
-    Raises:
-        ManyLoraError: bad input, by its type (`manylora.errors`).
     """
     from manylora.jobs.evaluate import EvaluateConfig, evaluate
 
@@ -179,14 +167,10 @@ def predict(
     Args:
         adapter: a run, its folder, or an adapter's.
         prompts: what to ask; put into the form of the adapter's training.
-        progress: whether to show what is cut or guessed, or who does.
         settings: fields of `manylora.jobs.predict.PredictConfig`, such as `task`, `form`, `max_new_tokens`.
 
     Returns:
         An answer for every prompt, in order.
-
-    Raises:
-        ManyLoraError: bad input, by its type (`manylora.errors`).
     """
     from manylora.jobs.predict import PredictConfig, predict
 
@@ -206,11 +190,7 @@ def export(
     Args:
         adapter: a run, its folder, or an adapter's.
         to: folder to write; must not exist.
-        progress: whether to show it, or who does.
         settings: fields of `manylora.jobs.export.ExportConfig`, such as `merge`, `tasks`, `from_loras`.
-
-    Raises:
-        ManyLoraError: bad input, by its type (`manylora.errors`).
     """
     from manylora.jobs.export import ExportConfig, export
 
@@ -230,11 +210,7 @@ def analyze(
     Args:
         adapters: runs, their folders, or adapters'.
         report: whether to draw report.html beside analysis.json.
-        progress: whether to show it, or who does.
         settings: fields of `manylora.jobs.analyze.AnalyzeConfig`, such as `measure`, `data`, `figures`, `out`.
-
-    Raises:
-        ManyLoraError: bad input, by its type (`manylora.errors`).
     """
     from manylora.jobs.analyze import AnalyzeConfig, analyze
 
@@ -255,11 +231,7 @@ def compare(
     Args:
         study: YAML file of the study. Default: a small study of the embedded suite.
         report: whether to draw report.html into the study's folder.
-        progress: whether to show it.
         settings: fields of `manylora.studies.compare.CompareConfig`, such as `out`, `workers`, `tables`.
-
-    Raises:
-        ManyLoraError: bad input, by its type (`manylora.errors`).
     """
     from manylora.cli.studying import CellProgress
     from manylora.studies.compare import CompareConfig, compare

@@ -50,7 +50,7 @@ class ConsoleProgress(Progress):
 
     def show_count(self, what: str, done: int, total: int) -> None:
         """One live line."""
-        if (what, total) != (self._count.what, self._count.total) or done < self._count.done:
+        if (what, total) != (self._count.what, self._count.total) or done <= self._count.done:
             self._count = CountProgress(what, total)
         self._count(done)
 

@@ -20,6 +20,7 @@ from manylora.data import EMBEDDED
 from manylora.errors import ConfigError, RunError
 from manylora.federated.home import folder_name
 from manylora.jobs.measure import analyse, conclude
+from manylora.jobs.progress import Progress
 from manylora.jobs.session import Session, check_same_settings
 from manylora.jobs.train import train_prepared
 from manylora.training import RunFolder, TrainConfig, prepare
@@ -28,7 +29,6 @@ from manylora.training.config import as_list
 if TYPE_CHECKING:
     from manylora.analysis import Analysis
     from manylora.jobs.analyze import AnalyzeConfig
-    from manylora.jobs.progress import Progress
     from manylora.training import Prepared
 
 TASKS = ("praised_thing", "register_entry")
@@ -145,8 +145,9 @@ def _train(run: FigureRun, prepared: Prepared, progress: Progress) -> None:
     check_same_settings(run.folder, prepared.config)
     settings = prepared.config.to_dict()
     with (
+        # Told nothing: after Ctrl-C it is the command for the figures that goes on, not one for this run.
         Session.begin(
-            run.folder, config=settings, seed=run.seed, or_resume=True, progress=progress
+            run.folder, config=settings, seed=run.seed, or_resume=True, progress=Progress()
         ) as session,
         contextlib.redirect_stdout(sys.stderr),
     ):
