@@ -143,7 +143,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     memory = prepared.plan.memory
     planned_at = peak_bytes()
     settings = prepared.config.to_dict()
-    with Session.begin(folder / "run", config=settings, seed=config.seed, progress=Progress()) as session:
+    with Session.begin(folder / "run", config=settings, progress=Progress()) as session:
         finetune(prepared, session.folder)
     return {
         "estimate": memory.total,

@@ -159,7 +159,7 @@ def runs(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPathFac
     for name in ("finished", "killed"):
         prepared = prepare(config)
         settings = prepared.config.to_dict()
-        with Session.begin(folder / name, config=settings, seed=0, progress=Progress()) as session:
+        with Session.begin(folder / name, config=settings, progress=Progress()) as session:
             if name == "killed":
                 with contextlib.suppress(KeyboardInterrupt):
                     finetune(prepared, session.folder, callbacks=[Kill()])

@@ -107,9 +107,7 @@ def analyze(config: AnalyzeConfig, *, progress: Progress) -> tuple[Analysis, Pat
     with reserved_folder(config.out):
         found = analyse(_sources(config), config, progress=progress)
         settings = dataclasses.asdict(config)
-        with Session.begin(
-            config.out, config=settings, seed=config.seed, kind="analyze", progress=progress
-        ) as session:
+        with Session.begin(config.out, config=settings, kind="analyze", progress=progress) as session:
             conclude(found, session)
     return found, session.path
 

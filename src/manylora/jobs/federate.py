@@ -39,9 +39,7 @@ def federate(config: FederateConfig, *, out: str | Path | None = None, progress:
     config = config.resolved()
     data = _data(config, progress)
     _check_test(config, data, progress)
-    with Session.begin(
-        out, config=config.to_dict(), seed=config.seed, kind="federate", progress=progress
-    ) as session:
+    with Session.begin(out, config=config.to_dict(), kind="federate", progress=progress) as session:
         _work(config, data, session, progress=progress)
     return FederatedRun(session.path)
 

@@ -93,9 +93,7 @@ def draw_figures(config: AnalyzeConfig, *, progress: Progress) -> tuple[Analysis
     date = _begun(runs)
     prepared = {run: prepare(training_config(run, config, date=date)) for run in runs if not run.finished}
     _check_settings(path, settings)
-    with Session.begin(
-        path, config=settings, seed=config.seed, kind="analyze", or_resume=True, progress=progress
-    ) as session:
+    with Session.begin(path, config=settings, kind="analyze", or_resume=True, progress=progress) as session:
         session.folder.set_state("running")
         for number, run in enumerate(runs, 1):
             done = "" if run in prepared else " (finished before)"
@@ -146,9 +144,7 @@ def _train(run: FigureRun, prepared: Prepared, progress: Progress) -> None:
     settings = prepared.config.to_dict()
     with (
         # Told nothing: after Ctrl-C it is the command for the figures that goes on, not one for this run.
-        Session.begin(
-            run.folder, config=settings, seed=run.seed, or_resume=True, progress=Progress()
-        ) as session,
+        Session.begin(run.folder, config=settings, or_resume=True, progress=Progress()) as session,
         contextlib.redirect_stdout(sys.stderr),
     ):
         train_prepared(prepared, session, progress=progress)

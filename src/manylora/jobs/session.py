@@ -42,14 +42,14 @@ class Session:
         resumed: whether the run was begun before.
         kind: the verb whose run it is.
         progress: told where the run is, and after Ctrl-C how it goes on.
-        writes: whether this process is the one that writes.
+        writes: whether this process is the one that writes and shows.
     """
 
     def __init__(
         self, folder: RunFolder, *, resumed: bool, kind: str, progress: Progress, writes: bool = True
     ) -> None:
         self.folder, self.resumed = folder, resumed
-        self._kind, self._progress, self._writes = kind, progress, writes
+        self.writes, self._kind, self._progress = writes, kind, progress
 
     @classmethod
     def begin(
@@ -57,7 +57,6 @@ class Session:
         out: str | Path | None,
         *,
         config: Mapping[str, Any],
-        seed: int,
         kind: str = "train",
         or_resume: bool = False,
         progress: Progress,
@@ -67,8 +66,7 @@ class Session:
 
         Args:
             out: the folder.
-            config: the settings that the run notes.
-            seed: of the run.
+            config: the settings that the run notes, its "seed" among them.
             kind: the verb whose run it is.
             or_resume: go on with the run in `out` where there is one; the caller has seen that it has these settings.
             progress: see the class.
@@ -81,11 +79,16 @@ class Session:
             path = Path(out).expanduser()
             if (path / "state.json").is_file():
                 return cls.resume(path, kind=kind, progress=progress, launch=launch)
-            if path.is_dir() and {found.name for found in path.iterdir()} <= _BEFORE_THE_STATE:
+            names = (
+                {found.name.removesuffix(".partial") for found in path.iterdir()} if path.is_dir() else {""}
+            )
+            if names <= _BEFORE_THE_STATE:
                 shutil.rmtree(path, ignore_errors=True)  # of a run that was killed while it began
 
         def create() -> RunFolder:
-            return RunFolder.create(None if out is None else str(out), config=config, seed=seed, kind=kind)
+            return RunFolder.create(
+                None if out is None else str(out), config=config, seed=config["seed"], kind=kind
+            )
 
         return cls._shared(create, launch, resumed=False, kind=kind, progress=progress)
 
@@ -126,11 +129,6 @@ class Session:
         """Of the run folder."""
         return self.folder.path
 
-    @property
-    def writes(self) -> bool:
-        """Whether this process is the one that writes and shows."""
-        return self._writes
-
     def finish(self, **facts: Any) -> None:
         """Note that the run is finished, with the checksums of its results and further facts."""
         self.folder.set_state("finished", **facts)
@@ -140,7 +138,7 @@ class Session:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            if error is not None and self._writes:
+            if error is not None and self.writes:
                 self._fail(error)
         finally:
             self.folder.__exit__()

@@ -83,7 +83,7 @@ def train(
         check_memory(prepared.plan.memory, device=pick_device(config.device))
     settings = prepared.config.to_dict()
     with Session.begin(
-        out, config=settings, seed=config.seed, or_resume=or_resume, progress=progress, launch=launch
+        out, config=settings, or_resume=or_resume, progress=progress, launch=launch
     ) as session:
         train_prepared(prepared, session, progress=progress)
     return Run(session.path)

@@ -82,7 +82,7 @@ def run(job: Job) -> Measured:
     path = job.folder / "run"
     settings = config.to_dict()
     with Session.begin(
-        path, config=settings, seed=job.seed, kind="federate", or_resume=True, progress=Progress()
+        path, config=settings, kind="federate", or_resume=True, progress=Progress()
     ) as session:
         bench = Workbench(config)
         rounds = Rounds(config, LocalClients(data, home=path / "clients", bench=bench), path)

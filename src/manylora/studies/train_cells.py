@@ -223,7 +223,7 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
     from manylora.studies.curves import Curve
 
     settings, progress = prepared.config.to_dict(), Progress()
-    with Session.begin(path, config=settings, seed=job.seed, or_resume=True, progress=progress) as session:
+    with Session.begin(path, config=settings, or_resume=True, progress=progress) as session:
         if (path / "measured.json").is_file():
             if (kept := path / "adapter" / "adapter_model.safetensors").is_file():
                 read_weights(kept)  # what an earlier version scored may not be finite
