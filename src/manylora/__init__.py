@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from manylora.studies.compare import Comparison
     from manylora.training import TrainConfig
 
-    Adapter: TypeAlias = str | PathLike[str]
+    Place: TypeAlias = str | PathLike[str]
     _Config = TypeVar("_Config", bound=DataclassInstance)
 
 _LAZY = {
@@ -77,8 +77,8 @@ def __getattr__(name: str) -> Any:
 def train(
     config: TrainConfig | None = None,
     *,
-    out: Adapter | None = None,
-    resume: Adapter | bool = False,
+    out: Place | None = None,
+    resume: Place | bool = False,
     report: bool = True,
     progress: bool | Progress = True,
     **settings: Any,
@@ -113,8 +113,8 @@ def train(
 def federate(
     config: FederateConfig | None = None,
     *,
-    out: Adapter | None = None,
-    resume: Adapter | None = None,
+    out: Place | None = None,
+    resume: Place | None = None,
     from_round: int | None = None,
     reset_client: Sequence[str] = (),
     report: bool = True,
@@ -146,7 +146,7 @@ def federate(
     return run
 
 
-def evaluate(adapter: Adapter | None = None, *, progress: bool | Progress = True, **settings: Any) -> Scores:
+def evaluate(adapter: Place | None = None, *, progress: bool | Progress = True, **settings: Any) -> Scores:
     """Score an adapter, or a bare model, on test rows; see `manylora evaluate --help`.
 
     Args:
@@ -160,7 +160,7 @@ def evaluate(adapter: Adapter | None = None, *, progress: bool | Progress = True
 
 
 def predict(
-    adapter: Adapter, prompts: str | Sequence[str], *, progress: bool | Progress = True, **settings: Any
+    adapter: Place, prompts: str | Sequence[str], *, progress: bool | Progress = True, **settings: Any
 ) -> list[Answer]:
     """Answer prompts with a trained adapter; see `manylora predict --help`.
 
@@ -179,9 +179,9 @@ def predict(
 
 
 def export(
-    adapter: Adapter | None = None,
+    adapter: Place | None = None,
     *,
-    to: Adapter,
+    to: Place,
     progress: bool | Progress = True,
     **settings: Any,
 ) -> Exported:
@@ -199,7 +199,7 @@ def export(
 
 
 def analyze(
-    adapters: Adapter | Sequence[Adapter] = (),
+    adapters: Place | Sequence[Place] = (),
     *,
     report: bool = True,
     progress: bool | Progress = True,
@@ -224,7 +224,7 @@ def analyze(
 
 
 def compare(
-    study: Adapter | None = None, *, report: bool = True, progress: bool = True, **settings: Any
+    study: Place | None = None, *, report: bool = True, progress: bool = True, **settings: Any
 ) -> Comparison:
     """Run a study, methods × seeds × tasks, and try its claims with statistics; see `manylora compare --help`.
 
@@ -260,7 +260,7 @@ def _config(kind: type[_Config], config: _Config | None, settings: Mapping[str, 
     )
 
 
-def _path(place: Adapter | None) -> Any:
+def _path(place: Place | None) -> Any:
     """A path as text; None stays."""
     return None if place is None else fspath(place)
 
@@ -284,7 +284,7 @@ def _display(progress: bool | Progress) -> Progress:
     return ConsoleProgress() if progress else Progress()
 
 
-def _draw_report(folder: Adapter, progress: bool | Progress) -> None:
+def _draw_report(folder: Place, progress: bool | Progress) -> None:
     """Draw the page of a run; a page that cannot be drawn costs a line, never the result."""
     from pathlib import Path
 
