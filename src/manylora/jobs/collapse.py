@@ -12,7 +12,7 @@ from manylora.data import DataNotes, TaskData, available_splits, load_examples, 
 from manylora.errors import ConfigError, NotMergeableError
 from manylora.evaluation import Loss, Scores, collapse_router, paired_loss
 from manylora.files import write_json
-from manylora.jobs.subject import Writer, load_writer, rows_of_run, run_settings
+from manylora.jobs.subject import Writer, load_writer, rows_of_run, run_settings, score_rows
 from manylora.training.config import as_list
 
 if TYPE_CHECKING:
@@ -119,16 +119,11 @@ def _compare(
     config: ExportConfig, writer: Writer, loras: Mapping[str, PlainLora], scored: TaskData, progress: Progress
 ) -> tuple[Scores, Scores]:
     """Scores of the adapter and of the LoRAs, which stand beside it as the experts of a second adapter."""
-    model, count = writer.model, sum(map(len, scored.values()))
+    model = writer.model
 
     def scores(experts: Mapping[str, int] | None) -> Scores:
         kind = dataclasses.replace(writer.kind, batch_size=config.batch_size, experts=experts)
-        return kind.score(
-            model,
-            scored,
-            on_progress=lambda done: progress.show_count("answers", done, count),
-            on_cut=progress.show_warning,
-        )
+        return score_rows(kind, model, scored, progress=progress)
 
     before = scores(None)
     collapsed, weights = import_loras(loras)

@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
     """
     from manylora.evaluation import write_scores
     from manylora.jobs.session import reserved_folder
-    from manylora.jobs.subject import load_subject
+    from manylora.jobs.subject import load_subject, score_rows
 
     with reserved_folder(config.out) as folder:
         source, limit, test, notes = _rows(config)
@@ -82,13 +82,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
             },
         )
         _show_notes([*_gaps(subject, config, test), *kind.remarks(test)], progress)
-        count = sum(map(len, test.values()))
-        scores = kind.score(
-            subject.model,
-            test,
-            on_progress=lambda done: progress.show_count("answers", done, count),
-            on_cut=progress.show_warning,
-        )
+        scores = score_rows(kind, subject.model, test, progress=progress)
         baselines, beneath = kind.baselines(test, source=source, limit=limit), list[str]()
         if config.adapter is not None:  # of a bare model nobody expects that it has learnt
             router = getattr(subject.model.active_peft_config, "router", None)

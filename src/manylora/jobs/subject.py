@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from manylora.data import Splits
+    from manylora.data import Splits, TaskData
+    from manylora.evaluation import Scores
+    from manylora.jobs.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,3 +196,16 @@ def _load_classifier(adapter: str, *, model: str | None, dtype: str, device: str
         tokenizer=tokenizer, max_length=facts.max_length, labels=labels, context=context_of(adapted.config)
     )
     return Subject(model=adapted, kind=kind)
+
+
+def score_rows(
+    kind: TaskKind, model: PeftModel | PreTrainedModel, rows: TaskData, *, progress: Progress
+) -> Scores:
+    """A model's answers to rows, scored; see `TaskKind.score`."""
+    count = sum(map(len, rows.values()))
+    return kind.score(
+        model,
+        rows,
+        on_progress=lambda done: progress.show_count("answers", done, count),
+        on_cut=progress.show_warning,
+    )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from manylora.evaluation import Scores, kind_of, write_scores
 from manylora.jobs.run import Run
 from manylora.jobs.session import ALONE, Session, check_same_settings, with_date_of
+from manylora.jobs.subject import score_rows
 from manylora.training import RunFolder, TrainConfig, finetune, load_config, prepare, token_rows
 from manylora.training.memory import check_memory
 from manylora.training.models import pick_device
@@ -154,24 +155,13 @@ def train_and_score(
     began, cpu = time.monotonic(), time.process_time()
     model = finetune(prepared, session.folder, report=progress.show_step, model=model, callbacks=callbacks)
     trained, cpu = time.monotonic(), time.process_time() - cpu
-    scores = score(prepared, model, test, progress=progress) if test else None
+    scores = score_rows(kind_of(prepared), model, test, progress=progress) if test else None
     return Trained(
         model=model,
         scores=scores,
         seconds=trained - began,
         cpu_seconds=cpu,
         evaluation_seconds=time.monotonic() - trained,
-    )
-
-
-def score(prepared: Prepared, model: PeftModel, test: TaskData, *, progress: Progress) -> Scores:
-    """The model's answers to rows of the run's tasks, scored."""
-    count = sum(map(len, test.values()))
-    return kind_of(prepared).score(
-        model,
-        test,
-        on_progress=lambda done: progress.show_count("answers", done, count),
-        on_cut=progress.show_warning,
     )
 
 
