@@ -12,8 +12,9 @@ from manylora.data import DataNotes, TaskData, available_splits, load_examples, 
 from manylora.errors import ConfigError, NotMergeableError
 from manylora.evaluation import Loss, Scores, collapse_router, paired_loss
 from manylora.files import write_json
-from manylora.jobs.subject import Writer, load_writer, rows_of_run, run_settings, score_rows
+from manylora.jobs.subject import Writer, config_of_run, load_writer, score_rows
 from manylora.training.config import as_list
+from manylora.training.prepared import all_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,12 +93,13 @@ def _rows(config: ExportConfig, source: Path, progress: Progress) -> tuple[TaskD
             progress.show_line(f"note: {note}")
         origin = f"{'the validation rows of ' if 'validation' in splits else ''}{config.data}"
         return measured, {task: scored[task] for task in measured if task in scored}, origin
-    if not (source.parent / "config.yaml").is_file():
+    run = config_of_run(str(source))
+    if run is None:
         raise ConfigError(
             f"{config.adapter} has a token router, which no LoRA equals; give rows of its tasks with --data to "
             "measure an approximation on."
         )
-    splits_of_run = rows_of_run(run_settings(str(source)))
+    splits_of_run = all_rows(run)
     train, held_out = splits_of_run.train, splits_of_run.validation
     if unknown := [task for task in tasks or () if task not in train]:
         raise ConfigError(f"The run has no task {unknown[0]!r}; its tasks: {', '.join(train)}.")

@@ -122,22 +122,22 @@ def _rows(config: EvaluateConfig) -> tuple[str, int | None, TaskData, list[str]]
         ConfigError: the run has no test rows.
     """
     from manylora.data import EMBEDDED, DataNotes, available_splits, load_examples
-    from manylora.jobs.subject import run_settings
+    from manylora.jobs.subject import config_of_run
     from manylora.training.config import as_list
 
-    run = {} if config.data is not None else run_settings(config.adapter)
-    data = str(config.data or run.get("test") or run.get("data") or EMBEDDED)
-    if run and not run.get("test") and "test" not in available_splits(data):
+    run = None if config.data is not None else config_of_run(config.adapter)
+    data = config.data or (run and (run.test or run.data)) or EMBEDDED
+    if run and not run.test and "test" not in available_splits(data):
         raise ConfigError(f"The run of {config.adapter} has no test rows; give rows to score with --data.")
     tasks = as_list(config.tasks)
-    limit, notes = config.limit or run.get("limit"), DataNotes()
+    limit, notes = config.limit or (run.limit if run else None), DataNotes()
     test = load_examples(
         data,
-        task_column=config.task_column or run.get("task_column"),
+        task_column=config.task_column or (run.task_column if run else None),
         tasks=tasks,
         split="test",
         limit=limit,
         notes=notes,
     )
-    order = tasks or run.get("tasks") or list(test)
+    order = tasks or as_list(run.tasks if run else None) or list(test)
     return data, limit, {task: test[task] for task in order if task in test}, notes.lines()

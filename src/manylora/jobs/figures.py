@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from manylora.federated.home import folder_name
 from manylora.jobs.measure import analyse, conclude
 from manylora.jobs.progress import Progress
 from manylora.jobs.session import Session, check_same_settings
-from manylora.jobs.train import train_prepared
+from manylora.jobs.train import is_whole, train_prepared
 from manylora.training import RunFolder, TrainConfig, prepare
 from manylora.training.config import as_list
 
@@ -55,22 +54,6 @@ _TRAINING = (
 """Options that the runs depend on."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FigureRun:
-    """One LoRA: for one task, from one seed."""
-
-    task: str
-    seed: int
-    folder: Path
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to train."""
-        return (self.folder / "state.json").is_file() and RunFolder(self.folder).state.get(
-            "state"
-        ) == "finished"
-
-
 def draw_figures(config: AnalyzeConfig, *, progress: Progress) -> tuple[Analysis, Path]:
     """Train what is missing, then analyse all runs.
 
@@ -84,49 +67,51 @@ def draw_figures(config: AnalyzeConfig, *, progress: Progress) -> tuple[Analysis
     tasks, seeds = _tasks(config), _seeds(config)
     path = Path(config.out or FOLDER).expanduser()
     settings = {**dataclasses.asdict(config), "tasks": tasks, "seeds": seeds, "out": str(path)}
-    runs = [
-        FigureRun(task=task, seed=seed, folder=path / "runs" / f"{folder_name(task)}-seed-{seed}")
-        for task in tasks
-        for seed in seeds
-    ]
+    folders = {
+        (task, seed): path / "runs" / f"{folder_name(task)}-seed-{seed}" for task in tasks for seed in seeds
+    }
+    date = _date_of(folders.values())
     # before anything is written, so that bad input leaves nothing behind
-    date = _begun(runs)
-    prepared = {run: prepare(training_config(run, config, date=date)) for run in runs if not run.finished}
+    prepared = {
+        (task, seed): prepare(training_config(task, seed, config, date=date))
+        for (task, seed), folder in folders.items()
+        if not is_whole(folder)
+    }
     _check_settings(path, settings)
     with Session.begin(path, config=settings, kind="analyze", or_resume=True, progress=progress) as session:
         session.folder.set_state("running")
-        for number, run in enumerate(runs, 1):
+        for number, (run, folder) in enumerate(folders.items(), 1):
             done = "" if run in prepared else " (finished before)"
-            progress.show_warning(f"run {number}/{len(runs)}: {run.task}, seed {run.seed}{done}")
+            progress.show_warning(f"run {number}/{len(folders)}: {run[0]}, seed {run[1]}{done}")
             if run in prepared:
-                _train(run, prepared[run], progress)
-        sources = [load_source(run.folder) for run in runs]
+                _train(prepared[run], folder, progress)
+        sources = list(map(load_source, folders.values()))
         # every run has one task, so there is no conflict and no router to measure
         found = analyse(sources, dataclasses.replace(config, measure="none"), progress=progress)
         conclude(found, session)
     return found, path
 
 
-def _begun(runs: Sequence[FigureRun]) -> str | None:
+def _date_of(folders: Iterable[Path]) -> str | None:
     """The date that the runs' chat templates are told, if one of them has begun."""
-    there = (run.folder for run in runs if (run.folder / "config.yaml").is_file())
-    return next((date for folder in there if (date := RunFolder(folder).read_config().get("date"))), None)
+    begun = (RunFolder(folder).read_config() for folder in folders if (folder / "config.yaml").is_file())
+    return next((date for settings in begun if (date := settings.get("date"))), None)
 
 
-def training_config(run: FigureRun, config: AnalyzeConfig, *, date: str | None = None) -> TrainConfig:
+def training_config(task: str, seed: int, config: AnalyzeConfig, *, date: str | None = None) -> TrainConfig:
     """What one run trains: a LoRA on a language model or an encoder, by the recipe of `manylora train`."""
     return TrainConfig(
         task_type=config.task_type,
         model=config.model or EMBEDDED,
         data=config.data or EMBEDDED,
-        tasks=[run.task],
+        tasks=[task],
         task_column=config.task_column,
         method="lora",
         r=config.r,
         lora_alpha=2.0 * config.r,  # the published runs' ratio: one scaling at every rank
         epochs=config.epochs,
         learning_rate=config.learning_rate,
-        seed=run.seed,
+        seed=seed,
         keep_adapters=KEPT,
         date=date,
         dtype=config.dtype,
@@ -134,17 +119,17 @@ def training_config(run: FigureRun, config: AnalyzeConfig, *, date: str | None =
     )
 
 
-def _train(run: FigureRun, prepared: Prepared, progress: Progress) -> None:
-    """Train one run into its folder, from the start or from where it broke off, and score it on its test rows.
+def _train(prepared: Prepared, folder: Path, progress: Progress) -> None:
+    """Train one run, from the start or from where it broke off, and score it on its test rows.
 
     Raises:
         RunError: the folder holds a run with other settings.
     """
-    check_same_settings(run.folder, prepared.config)
+    check_same_settings(folder, prepared.config)
     settings = prepared.config.to_dict()
     with (
         # Told nothing: after Ctrl-C it is the command for the figures that goes on, not one for this run.
-        Session.begin(run.folder, config=settings, or_resume=True, progress=Progress()) as session,
+        Session.begin(folder, config=settings, or_resume=True, progress=Progress()) as session,
         contextlib.redirect_stdout(sys.stderr),
     ):
         train_prepared(prepared, session, progress=progress)

@@ -34,9 +34,10 @@ from manylora.errors import ConfigError, ManyLoraError
 from manylora.evaluation import Choosing, Writing
 from manylora.evaluation.generation import NO_LIMIT
 from manylora.files import write_json
-from manylora.jobs.subject import load_subject, rows_of_run, run_settings
+from manylora.jobs.subject import config_of_run, load_subject
 from manylora.training import adapter_base_name, context_of, encode_labelled
 from manylora.training.config import as_list
+from manylora.training.prepared import all_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -203,9 +204,8 @@ def _rows(source: Source, config: AnalyzeConfig, notes: DataNotes) -> TaskData:
             limit=limit,
             notes=notes,
         )
-    run = run_settings(str(source.folder))
-    if run.get("data"):
-        train = rows_of_run(run).train
+    if (run := config_of_run(str(source.folder))) is not None:
+        train = all_rows(run).train
         if unknown := [task for task in tasks or () if task not in train]:
             raise ConfigError(f"The run has no task {unknown[0]!r}; its tasks: {', '.join(train)}.")
         return {task: sample_rows(train[task], limit, task=task) for task in tasks or train}

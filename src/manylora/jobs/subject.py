@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from manylora.data import EMBEDDED, PromptRecord, find_prompts, load_splits
+from manylora.data import EMBEDDED, PromptRecord, find_prompts
 from manylora.errors import ConfigError, ModelError
 from manylora.evaluation import Choosing, TaskKind, Writing, read_labels
 from manylora.files import check_noted
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from manylora.data import Splits, TaskData
+    from manylora.data import TaskData
     from manylora.evaluation import Scores
     from manylora.jobs.progress import Progress
 
@@ -80,25 +79,17 @@ class Writer(Subject):
         return self.model.active_peft_config.expert_of(task)
 
 
-def run_settings(adapter: str | None) -> dict[str, Any]:
-    """The settings of the run that an adapter comes from; empty where there is no run to ask.
+def config_of_run(adapter: str | None) -> TrainConfig | None:
+    """The configuration of the run that an adapter comes from; None where there is no run to ask.
 
     Raises:
-        RunError, ConfigError: they are damaged.
+        RunError, ConfigError: it is damaged.
     """
     if adapter is None:
-        return {}
+        return None
     folder = adapter_folder(adapter).parent
     check_noted(folder / "config.yaml")
-    if not (folder / "config.yaml").is_file():
-        return {}
-    return RunFolder(folder).config(TrainConfig, verb="train").to_dict()
-
-
-def rows_of_run(settings: Mapping[str, Any]) -> Splits:
-    """The rows that a run of these settings read."""
-    names = ("data", "test", "validation", "tasks", "task_column", "seed", "validation_fraction", "limit")
-    return load_splits(**{name: settings[name] for name in names if name in settings})
+    return RunFolder(folder).config(TrainConfig, verb="train") if (folder / "config.yaml").is_file() else None
 
 
 def load_subject(adapter: str | None, *, model: str | None, dtype: str, device: str) -> Subject:
@@ -138,12 +129,13 @@ def load_writer(adapter: str | None, *, model: str | None, dtype: str, device: s
     answer_tokens, max_length = _answer_tokens(folder), prompts.max_length if prompts else None
     if (facts := read_task_facts(folder)) is not None:
         max_length = facts.max_length
+    run = config_of_run(adapter)
     kind = Writing(
         tokenizer=tokenizer,
         max_length=max_length,
         answer_tokens=answer_tokens,
         experts=_experts(adapted, folder),
-        rouge=run_settings(adapter).get("rouge", "all"),
+        rouge=run.rouge if run else "all",
     )
     return Writer(model=adapted, kind=kind, prompts=prompts)
 
