@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 
+from manylora.cli.console import complain, draw_report
 from manylora.cli.options import CompareOptions
 from manylora.cli.parsing import parse
 from manylora.studies.compare import (
@@ -83,16 +83,17 @@ def _print_plan(config: CompareOptions) -> int:
 
 def _show(found: Comparison, *, study: str = "") -> int:
     """Print the tables, and which cells failed."""
-    from manylora.cli.console import draw_report
     from manylora.cli.studying import print_study
 
+    if found.remark:
+        complain(found.remark)
     if found.summary is not None:
         print_study(found.summary)
         if found.path is not None:
             draw_report(found.path)
     for cell, log in found.failed.items():
-        print(f"manylora: the cell {cell} failed; its log is {log}", file=sys.stderr)
+        complain(f"the cell {cell} failed; its log is {log}")
     if found.failed:
         again = shlex.join(["manylora", "compare", *([study] if study else []), "--out", str(found.path)])
-        print(f"manylora: {len(found.failed)} cells failed; try them again with: {again}", file=sys.stderr)
+        complain(f"{len(found.failed)} cells failed; try them again with: {again}")
     return 2 if found.failed else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,8 @@ class Comparison:
     """Tables, costs, curves and claims, as study.json holds them; None where no cell is done."""
     failed: Mapping[str, Path] = field(default_factory=dict)
     """Cells that failed, to their logs."""
+    remark: str = ""
+    """What to know before the claims are read."""
 
     def __repr__(self) -> str:
         cells = f", {len(self.failed)} cells failed" if self.failed else ""
@@ -192,10 +194,10 @@ def rebuild(config: CompareConfig) -> Comparison:
     out = Path(config.out).expanduser() if config.out else None
     if out is not None and out.exists() and not out.is_dir():
         raise RunError(f"{out} is no folder; choose another --out.")
+    remark = ""
     if config.study and study.source != head["study"]:
-        print(f"manylora: {config.study} is not the study as it was run; its claims may come after the fact.",
-              file=sys.stderr)  # fmt: skip
-    return _summary(study, head, rows, out, failed={})
+        remark = f"{config.study} is not the study as it was run; its claims may come after the fact."
+    return dataclasses.replace(_summary(study, head, rows, out, failed={}), remark=remark)
 
 
 def _summary(
