@@ -21,7 +21,7 @@ ALONE = Launch(Processes())
 """One process, started by no launcher."""
 
 _BEFORE_THE_STATE = {".lock", "config.yaml", "environment.json"}
-"""What a run writes before its state.json: a folder with nothing else is of one that was killed while it began."""
+"""What a run writes before its state.json."""
 
 _GO_ON = {
     "train": "continue with: manylora train --resume {run}",
@@ -41,7 +41,7 @@ class Session:
         folder: of the run; locked by this process, or by the first one of several.
         resumed: whether the run was begun before.
         kind: the verb whose run it is.
-        progress: told where the run is, and after Ctrl-C how it goes on.
+        progress: told, after Ctrl-C, how the run goes on.
         writes: whether this process is the one that writes and shows.
     """
 
@@ -75,22 +75,18 @@ class Session:
         Raises:
             RunError: `out` exists and is not an empty folder, or another process works on it.
         """
-        if out is not None and or_resume:
-            path = Path(out).expanduser()
-            if (path / "state.json").is_file():
-                return cls.resume(path, kind=kind, progress=progress, launch=launch)
-            names = (
-                {found.name.removesuffix(".partial") for found in path.iterdir()} if path.is_dir() else {""}
-            )
-            if names <= _BEFORE_THE_STATE:
-                shutil.rmtree(path, ignore_errors=True)  # of a run that was killed while it began
 
-        def create() -> RunFolder:
-            return RunFolder.create(
-                None if out is None else str(out), config=config, seed=config["seed"], kind=kind
-            )
+        def hold() -> tuple[RunFolder, bool]:
+            path = None if out is None else Path(out).expanduser()
+            if path is not None and or_resume:
+                if (path / "state.json").is_file():
+                    return _locked(RunFolder.open(path)), True
+                if path.is_dir() and _was_killed_early(path):
+                    shutil.rmtree(path, ignore_errors=True)
+            place = None if path is None else str(path)
+            return RunFolder.create(place, config=config, seed=config["seed"], kind=kind), False
 
-        return cls._shared(create, launch, resumed=False, kind=kind, progress=progress)
+        return cls._held(hold, launch, kind=kind, progress=progress)
 
     @classmethod
     def resume(
@@ -102,26 +98,21 @@ class Session:
             RunError: `path` is no run folder, or another process works on it.
         """
         folder = RunFolder.open(path)
-
-        def lock() -> RunFolder:
-            folder.lock()
-            return folder
-
-        return cls._shared(lock, launch, resumed=True, kind=kind, progress=progress)
+        return cls._held(lambda: (_locked(folder), True), launch, kind=kind, progress=progress)
 
     @classmethod
-    def _shared(
-        cls, hold: Callable[[], RunFolder], launch: Launch, *, resumed: bool, kind: str, progress: Progress
+    def _held(
+        cls, hold: Callable[[], tuple[RunFolder, bool]], launch: Launch, *, kind: str, progress: Progress
     ) -> Session:
-        """The run that the first process holds, in all of them."""
-        held: list[RunFolder] = []
+        """The run that the first process holds, in all of them; the others leave the disk alone."""
+        held: list[tuple[RunFolder, bool]] = []
 
         def path() -> str:
             held.append(hold())
-            return str(held[0].path)
+            return str(held[0][0].path)
 
         place = launch.folder(path)
-        folder = held[0] if held else RunFolder(Path(place))
+        folder, resumed = held[0] if held else (RunFolder(Path(place)), False)
         return cls(folder, resumed=resumed, kind=kind, progress=progress, writes=launch.processes.first)
 
     @property
@@ -150,6 +141,16 @@ class Session:
             self.folder.set_state("failed", error=reason)
         if stopped:
             self._progress.show_line(_GO_ON[self._kind].format(run=shlex.quote(str(self.path))))
+
+
+def _locked(folder: RunFolder) -> RunFolder:
+    folder.lock()
+    return folder
+
+
+def _was_killed_early(path: Path) -> bool:
+    """Whether a run was killed in this folder while it began, before it had done anything."""
+    return {found.name.removesuffix(".partial") for found in path.iterdir()} <= _BEFORE_THE_STATE
 
 
 @contextlib.contextmanager
