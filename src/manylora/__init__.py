@@ -134,7 +134,9 @@ def federate(
     """
     from manylora.federated import FederateConfig
     from manylora.jobs import federate as job
+    from manylora.jobs.launch import refuse_launcher
 
+    refuse_launcher("federate")
     show = _display(progress)
     if resume is None:
         run = job.federate(_config(FederateConfig, config, settings), out=_path(out), progress=show)

@@ -143,7 +143,7 @@ def _several(complain: Callable[[str], None] | None) -> Iterator[Launch]:
                 distributed.destroy_process_group()
 
 
-def refuse_launcher(verb: str, complain: Callable[[str], None]) -> None:
+def refuse_launcher(verb: str, complain: Callable[[str], None] | None = None) -> None:
     """For verbs of one process: several would each do all of it, and write over each other.
 
     Raises:
