@@ -128,6 +128,13 @@ class Scores:
 
     tasks: tuple[TaskScore, ...]
 
+    def __getitem__(self, task: str) -> TaskScore:
+        """The score of a task."""
+        for found in self.tasks:
+            if found.task == task:
+                return found
+        raise KeyError(f"{task!r} was not scored; the tasks are {', '.join(self.by_task())}")
+
     @property
     def mean(self) -> float:
         """Mean over tasks of their main scores; every task counts alike."""
