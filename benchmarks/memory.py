@@ -125,7 +125,9 @@ def write_rows(path: Path, rows: int) -> None:
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Plan, then train; for a process that does nothing else."""
     from benchmarks.step import peak_bytes
-    from manylora.training import RunFolder, TrainConfig, finetune, prepare
+    from manylora.jobs.progress import Progress
+    from manylora.jobs.session import Session
+    from manylora.training import TrainConfig, finetune, prepare
 
     config = TrainConfig(
         model=str(folder / "base"),
@@ -140,8 +142,9 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     prepared = prepare(config)
     memory = prepared.plan.memory
     planned_at = peak_bytes()
-    with RunFolder.create(str(folder / "run"), config=prepared.config.to_dict(), seed=config.seed) as run:
-        finetune(prepared, run)
+    settings = prepared.config.to_dict()
+    with Session.begin(folder / "run", config=settings, progress=Progress()) as session:
+        finetune(prepared, session.folder)
     return {
         "estimate": memory.total,
         "measured": peak_bytes(),

@@ -129,9 +129,9 @@ def own_answers(
     adapters: dict[str, Path], small_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Rows whose reference answers are the token-routed adapter's own, so that it scores 100 on them."""
-    from manylora.cli.subjects import load_subject
     from manylora.data import load_examples
     from manylora.evaluation import generate_answers
+    from manylora.jobs.subject import load_subject
 
     subject = load_subject(str(adapters["token"]), model=None, dtype="float32", device="cpu")
     folder = tmp_path_factory.mktemp("own")

@@ -6,6 +6,8 @@ keeps its traceback. A message names the offending value and then the remedy.
 
 from __future__ import annotations
 
+import errno
+
 
 class ManyLoraError(Exception):
     """Base of every error that bad input can cause."""
@@ -49,3 +51,44 @@ class WireError(ManyLoraError, ValueError):
 
 class AnswerError(ManyLoraError, ValueError):
     """A client's answer must not count: it does not fit what was asked, or its numbers cannot be."""
+
+
+def explain(error: BaseException) -> str | None:
+    """The one line that a user needs, or `None` where the error is a bug of ours."""
+    if isinstance(error, ManyLoraError):
+        return str(error)
+    if is_disk_full(error):
+        return (
+            f"the disk is full ({error}). What was written before is whole: free some space, then continue "
+            "with --resume."
+        )
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename or error}; choose a folder you may write to with --out."
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}."
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "the GPU is out of memory; try a smaller --micro-batch-size, --gradient-checkpointing or "
+            "a shorter --max-length."
+        )
+    return None
+
+
+_DISK_FULL = (
+    "No space left on device",
+    "os error 28",
+    "iostream error",
+    "enforce fail at inline_container.cc",
+)
+"""How the system, safetensors (Rust) and torch.save (C++) word a write that failed."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error means a full disk or quota, also in the words of safetensors and torch."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(phrase in str(error) for phrase in _DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from exports import TASKS, only_line
 from manylora.adapters import ManyLoraLinear, read_lora
 from manylora.cli import main
-from manylora.cli.subjects import load_subject
 from manylora.data import Example, encode, load_examples
 from manylora.evaluation import collapse_router, generate_answers
+from manylora.jobs.subject import load_subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from exports import LOGITS, TASKS, logits, logits_of, make_adapter
 from manylora.adapters import read_lora
 from manylora.cli import main
-from manylora.cli.subjects import load_subject
+from manylora.jobs.subject import load_writer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -142,8 +142,8 @@ def test_loras_become_one_adapter_and_come_out_again(
     card = Path("one/README.md").read_text()
     assert "import manylora" in card
     assert "| 2 | swap |" in card
-    subject = load_subject("one", model=None, dtype="float32", device="cpu")
-    assert subject.experts == {task: index for index, task in enumerate(TASKS)}
+    subject = load_writer("one", model=None, dtype="float32", device="cpu")
+    assert subject.kind.experts == {task: index for index, task in enumerate(TASKS)}
     wanted = logits_of(adapters["task"], tiny_base, expert_ids=torch.tensor([2, 0]))
     found = logits(subject.model, expert_ids=torch.tensor([2, 0]))
     torch.testing.assert_close(found, wanted, rtol=0, atol=LOGITS)

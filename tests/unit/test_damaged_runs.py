@@ -22,9 +22,11 @@ import yaml
 from transformers import TrainerCallback
 
 from manylora.cli import main
-from manylora.cli.scoring import score_run
 from manylora.files import remove
-from manylora.training import RunFolder, TrainConfig, finetune, prepare
+from manylora.jobs.progress import Progress
+from manylora.jobs.session import Session
+from manylora.jobs.train import train_prepared
+from manylora.training import TrainConfig, finetune, prepare
 
 VERBS = ("resume", "evaluate", "predict", "export")
 FILES = [
@@ -157,14 +159,14 @@ def runs(tiny_base: Path, small_data: Path, tmp_path_factory: pytest.TempPathFac
     )
     for name in ("finished", "killed"):
         prepared = prepare(config)
-        with RunFolder.create(str(folder / name), config=prepared.config.to_dict(), seed=0) as run:
+        settings = prepared.config.to_dict()
+        with Session.begin(folder / name, config=settings, progress=Progress()) as session:
             if name == "killed":
                 with contextlib.suppress(KeyboardInterrupt):
-                    finetune(prepared, run, callbacks=[Kill()])
-                run.set_state("failed", error="killed")
+                    finetune(prepared, session.folder, callbacks=[Kill()])
+                session.folder.set_state("failed", error="killed")
             else:
-                score_run(prepared, run, finetune(prepared, run))
-                run.set_state("finished")
+                train_prepared(prepared, session, progress=Progress())
         shutil.copytree(folder / name, folder / f"old {name}")
         for path in (folder / f"old {name}").rglob("*.json"):
             if path.name in ("state.json", "complete.json"):

@@ -24,6 +24,7 @@ ORDER = [
     "evaluation",
     "analysis",
     "federated",
+    "jobs",
     "studies",
     "report",
     "cli",
@@ -73,7 +74,20 @@ def test_every_room_says_what_it_is_and_lists_its_names(room: str) -> None:
 
 
 def test_public_names_are_a_reviewed_list() -> None:
-    assert manylora.__all__ == ["ManyLoraConfig", "__version__"]
+    assert manylora.__all__ == [
+        "FederateConfig",
+        "ManyLoraConfig",
+        "TrainConfig",
+        "__version__",
+        "analyze",
+        "compare",
+        "evaluate",
+        "export",
+        "federate",
+        "open_run",
+        "predict",
+        "train",
+    ]
     assert importlib.import_module("manylora.cli").VERBS.keys() == {
         "train",
         "evaluate",

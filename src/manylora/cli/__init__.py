@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Sequence
 
 from manylora._version import __version__
-from manylora.cli.console import complain, explain
+from manylora.cli.console import complain
+from manylora.errors import explain
 
 __all__ = ["VERBS", "main"]
 

@@ -20,7 +20,7 @@ _NAMED = 8
 class CellProgress:
     """One line for each cell that ends, on standard error."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int | None = None) -> None:
         self._workers, self._done, self._total = workers, 0, 0
 
     def as_hooks(self) -> Progress:
@@ -33,7 +33,8 @@ class CellProgress:
         if number == 1:
             self._done, self._total = 0, total
             rows = "validation rows, to choose the learning rate" if cell.stage == "screen" else "test rows"
-            self._print(f"{total} cells, {self._workers} side by side, scored on {rows}")
+            beside = f"{self._workers} side by side, " if self._workers else ""
+            self._print(f"{total} cells, {beside}scored on {rows}")
 
     def _ended(self, cell: Cell, seconds: float, left: float) -> None:
         self._done += 1

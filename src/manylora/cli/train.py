@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import shlex
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manylora.cli.launch import Launch, launched
-from manylora.cli.options import TrainOptions
+from manylora.cli.console import complain, draw_report
+from manylora.cli.options import TrainOptions, refuse_beside_resume
 from manylora.cli.parsing import parse
-from manylora.errors import ConfigError
+from manylora.cli.progress import ConsoleProgress
+from manylora.files.settings import settings_of
+from manylora.jobs.launch import Launch, launched
 from manylora.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from manylora.training import Prepared
+    from manylora.jobs.run import Run
 
 DESCRIPTION = """\
 Fine-tune one model on many tasks, then score it on every task's test rows.
@@ -35,105 +33,47 @@ Without options this is the main job: ALoRA (3 experts, one shared B, rank 8) on
 
 def run(arguments: Sequence[str]) -> int:
     """Run the verb; see `DESCRIPTION`."""
-    with launched() as launch:
-        return _run(arguments, launch)
+    with launched(complain) as launch:
+        options, given = parse(TrainOptions, arguments, verb="train", description=DESCRIPTION)
+        if options.resume is not None:
+            refuse_beside_resume(given, {"resume"})
+            return _resume(options.resume, launch)
+        config = settings_of(options, TrainConfig)
+        from manylora.jobs.train import plan, train
 
-
-def _run(arguments: Sequence[str], launch: Launch) -> int:
-    options, given = parse(TrainOptions, arguments, verb="train", description=DESCRIPTION)
-    if options.resume is not None:
-        if given - {"resume"}:
-            extra = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - {"resume"}))
-            raise ConfigError(f"--resume takes all settings from the run folder; leave out {extra}.")
-        return _resume(options.resume, launch)
-    config = _settings(options)
-    from manylora.cli.scoring import check_test
-    from manylora.cli.tables import print_plan
-    from manylora.training import RunFolder, prepare
-    from manylora.training.memory import check_memory
-    from manylora.training.models import pick_device
-
-    prepared = prepare(config)
-    print_plan(prepared.plan, prepared.config)
-    check_test(prepared)
-    if options.dry_run:
-        return 0
-    if not isinstance(prepared.plan.memory, str):
-        check_memory(prepared.plan.memory, device=pick_device(config.device))
-    with contextlib.ExitStack() as stack:
-
-        def create() -> str:
-            settings = prepared.config.to_dict()
-            folder = RunFolder.create(options.out, config=settings, seed=config.seed)
-            stack.enter_context(folder)
-            return str(folder.path)
-
-        return _work(prepared, launch.folder(create), launch)
-
-
-def _settings(options: TrainOptions) -> TrainConfig:
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**{name: getattr(options, name) for name in names})
+        if options.dry_run:
+            plan(config, progress=ConsoleProgress())
+            return 0
+        return _conclude(train(config, out=options.out, progress=ConsoleProgress(), launch=launch), launch)
 
 
 def _resume(path: str, launch: Launch) -> int:
-    from manylora.cli.console import draw_report
-    from manylora.cli.tables import print_saved_scores
-    from manylora.training import RunFolder, prepare
+    from manylora.jobs.train import is_whole, resume
 
-    folder = RunFolder.open(path)
-    config = folder.config(TrainConfig, verb="train")
-    missing = folder.missing_result() if folder.state["state"] == "finished" else None
-    if missing:
-        print(f"{path} was finished, but its {missing} is gone; it is made again.")
-    elif folder.state["state"] == "finished":
+    if is_whole(path):
+        run = resume(path, progress=ConsoleProgress())
         print(f"{path} is finished already.")
-        print_saved_scores(folder)
-        draw_report(folder.path)
+        if run.has_scores:
+            ConsoleProgress().show_scores(run.scores, run.baselines, run.notes)
+        draw_report(run.path)
         return 0
-    with folder:
-
-        def lock() -> str:
-            folder.lock()
-            return str(folder.path)
-
-        place = launch.folder(lock)
-        return _work(prepare(config), place, launch)
+    return _conclude(resume(path, progress=ConsoleProgress(), launch=launch), launch)
 
 
-def _work(prepared: Prepared, place: str, launch: Launch) -> int:
-    from manylora.cli.console import TrainingProgress, draw_report, explain
-    from manylora.cli.scoring import score_run
-    from manylora.training import RunFolder, finetune
-
-    folder = RunFolder(Path(place))
+def _conclude(run: Run, launch: Launch) -> int:
+    """Say where the result is, and what comes next."""
     if not launch.processes.first:
-        finetune(prepared, folder)
         return 0
-    print(f"run folder: {folder.path}")
-    began = time.monotonic()
-    try:
-        model = finetune(prepared, folder, report=TrainingProgress())
-        trained = time.monotonic()
-        score_run(prepared, folder, model)
-        seconds = {"training": round(trained - began, 1), "evaluation": round(time.monotonic() - trained, 1)}
-        folder.set_state("finished", seconds=seconds)
-    except BaseException as error:
-        reason = (
-            "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else explain(error) or repr(error)
-        )
-        with contextlib.suppress(OSError):  # a full disk cannot take this either; "running" resumes alike
-            folder.set_state("failed", error=reason)
-        if isinstance(error, KeyboardInterrupt):
-            print(f"continue with: manylora train --resume {shlex.quote(str(folder.path))}")
-        raise
+    if not run.has_scores:
+        print(f"no test rows (give them with --test); the adapter is in {run.adapter}")
+    seconds = run.state["seconds"]
     print(f"training {seconds['training']:.0f} s, evaluation {seconds['evaluation']:.0f} s")
-    draw_report(folder.path)
-    name = shlex.quote(str(folder.path))
-    if prepared.labels is None:
-        experts = model.peft_config["default"].task_names  # only a task router has them here
-        task = f" --task {shlex.quote(experts[0])}" if experts else ""
-        print(f"next: manylora predict --adapter {name}{task} 'your prompt'")
-    else:
+    draw_report(run.path)
+    name = shlex.quote(str(run.path))
+    if run.config.task_type == "SEQ_CLS":
         print(f"next: manylora evaluate --adapter {name} --data FILE")
+        return 0
+    routed = run.config.router == "task" and run.config.num_experts != 1
+    task = f" --task {shlex.quote(next(iter(run.facts.tasks)))}" if routed else ""
+    print(f"next: manylora predict --adapter {name}{task} 'your prompt'")
     return 0

@@ -1,4 +1,4 @@
-"""The evaluation room: answers from a model, and what they are worth.
+"""The evaluation room: answers from a model, and what they are worth (`kinds` says which models answer how).
 
 Generation is greedy and independent of the batch size; answer rules are those of LLM-Adapters, and
 every score comes with its n and standard error. Importing the room loads neither torch nor transformers: the
@@ -6,20 +6,14 @@ functions that generate import them.
 """
 
 from manylora.evaluation.chance import CONSTANT, chance_notes, constant_scores
-from manylora.evaluation.classes import (
-    check_classes,
-    classify,
-    majority_scores,
-    read_labels,
-    score_classifier,
-    score_labels,
-)
+from manylora.evaluation.classes import majority_scores, read_labels, score_labels
 from manylora.evaluation.collapse import Loss, collapse_router, paired_loss
 from manylora.evaluation.generation import (
     generate_answers,
     stop_token_ids,
     stream_answer,
 )
+from manylora.evaluation.kinds import DEFAULT_ANSWER_TOKENS, Baselines, Choosing, TaskKind, Writing, kind_of
 from manylora.evaluation.metrics import (
     METRICS,
     Metric,
@@ -49,10 +43,13 @@ from manylora.evaluation.table import loss_table, scores_table
 
 __all__ = [
     "CONSTANT",
+    "DEFAULT_ANSWER_TOKENS",
     "METRICS",
     "RULES",
     "TASK_RULES",
     "AnswerRule",
+    "Baselines",
+    "Choosing",
     "ClientScores",
     "Estimate",
     "Loss",
@@ -60,16 +57,17 @@ __all__ = [
     "SavedScores",
     "ScoredExample",
     "Scores",
+    "TaskKind",
     "TaskScore",
+    "Writing",
     "chance_notes",
-    "check_classes",
     "chosen_option",
-    "classify",
     "collapse_router",
     "constant_scores",
     "delta_m",
     "exact_match",
     "generate_answers",
+    "kind_of",
     "loss_table",
     "majority_scores",
     "normalise",
@@ -81,7 +79,6 @@ __all__ = [
     "rouge1",
     "rules_for",
     "score_all",
-    "score_classifier",
     "score_labels",
     "score_task",
     "scores_table",

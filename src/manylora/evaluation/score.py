@@ -88,6 +88,13 @@ class Scores(Record):
 
     tasks: Several[TaskScore] = Field(min_length=1)
 
+    def __getitem__(self, task: str) -> TaskScore:
+        """The score of a task."""
+        for found in self.tasks:
+            if found.task == task:
+                return found
+        raise KeyError(f"{task!r} was not scored; the tasks are {', '.join(self.by_task())}")
+
     @property
     def mean(self) -> float:
         """Mean over tasks of their main scores; every task counts alike."""
@@ -115,10 +122,6 @@ class Scores(Record):
     def by_task(self) -> dict[str, float]:
         """Task to its main score."""
         return {task.task: task.score for task in self.tasks}
-
-    def __getitem__(self, task: str) -> TaskScore:
-        """One task's score."""
-        return next(one for one in self.tasks if one.task == task)
 
     def other_metrics(self) -> dict[str, dict[str, float]]:
         """Each metric that is not the main one of all tasks: task to its mean, where it was measured."""

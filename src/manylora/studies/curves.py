@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from manylora.errors import RunError
+from manylora.evaluation import kind_of
 from manylora.files import append_line, check_record, json_text, parse_json
 from manylora.studies.results import CurvePoint
 
@@ -49,15 +50,13 @@ class Curve(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Score where this step is one of the wanted."""
-        from manylora.studies.train_cells import score
-
         if state.global_step not in self.steps or state.global_step in self._known():
             return
         began, cpu = time.monotonic(), time.process_time()
         was_training = model.training
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
-            scores = score(self.prepared, model, self.test).by_task()
+            scores = kind_of(self.prepared).score(model, self.test).by_task()
         model.train(was_training)
         epoch = self.steps[state.global_step]
         append_line(self.path, json_text({"step": state.global_step, "epoch": epoch, "scores": scores}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,8 +65,9 @@ def work(settings: Mapping[str, Any]) -> tuple[int, int]:
 def run(job: Job) -> Measured:
     """Run all rounds and score every personal model; goes on after the last saved round."""
     from manylora.federated import LocalClients, Rounds, Workbench
-    from manylora.files import write_json
-    from manylora.training import RunFolder
+    from manylora.jobs.federate import write_client_scores
+    from manylora.jobs.progress import Progress
+    from manylora.jobs.session import Session
 
     more: dict[str, Any] = {"seed": job.seed, "reference": "none"}
     if job.learning_rate is not None:
@@ -75,13 +75,10 @@ def run(job: Job) -> Measured:
     config = _config(job.settings, **more).resolved()
     data = _for_split(config, job)
     path = job.folder / "run"
-    resumed = (path / "state.json").is_file()
-    if resumed:
-        folder = RunFolder.open(path)
-    else:
-        shutil.rmtree(path, ignore_errors=True)  # killed before its state was written
-        folder = RunFolder.create(str(path), config=config.to_dict(), seed=job.seed, kind="federate")
-    with folder:
+    settings = config.to_dict()
+    with Session.begin(
+        path, config=settings, kind="federate", or_resume=True, progress=Progress()
+    ) as session:
         bench = Workbench(config)
         rounds = Rounds(config, LocalClients(data, home=path / "clients", bench=bench), path)
         began, cpu = time.monotonic(), time.process_time()
@@ -91,11 +88,8 @@ def run(job: Job) -> Measured:
         ended = time.monotonic()
         if missing := sorted(set(data) - set(scores)):
             raise RunError(f"the clients {', '.join(missing)} could not score their models.")
-        write_json(
-            path / "scores.json",
-            {"clients": {name: own.to_dict() for name, own in scores.items()}, "reference": {}},
-        )
-        folder.set_state("finished", seconds=round(middle - began, 1))
+        write_client_scores(path, scores, {})
+        session.finish(seconds=round(middle - began, 1))
     return Measured(
         scores=by_task(scores),
         metrics={task.task: task.metric for own in scores.values() for task in own.tasks},
@@ -105,7 +99,7 @@ def run(job: Job) -> Measured:
         seconds=middle - began,
         cpu_seconds=cpu,
         evaluation_seconds=ended - middle,
-        resumed=resumed,
+        resumed=session.resumed,
         extra=_traffic(path / "metrics.jsonl"),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from manylora.data import Example, Splits, TaskData
-    from manylora.evaluation import Scores
-    from manylora.training import Prepared, RunFolder
+    from manylora.training import Prepared
 
 SETTINGS = frozenset(field_types(TrainCellSettings))
 
@@ -181,41 +179,40 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         model: the model to train. Default: the base with a fresh adapter.
     """
     from manylora.adapters import read_weights
+    from manylora.evaluation import write_scores
     from manylora.files import write_json
+    from manylora.jobs.progress import Progress
+    from manylora.jobs.session import Session
+    from manylora.jobs.train import train_and_score
     from manylora.studies.curves import Curve
-    from manylora.training import RunFolder, finetune
 
-    resumed = (path / "state.json").is_file()
-    if resumed:
-        folder = RunFolder.open(path)
-        folder.lock()
-    else:
-        shutil.rmtree(path, ignore_errors=True)  # killed before its state was written
-        folder = RunFolder.create(str(path), config=prepared.config.to_dict(), seed=job.seed)
-    with folder:
+    settings, progress = prepared.config.to_dict(), Progress()
+    with Session.begin(path, config=settings, or_resume=True, progress=progress) as session:
         if (path / "measured.json").is_file():
             if (kept := path / "adapter" / "adapter_model.safetensors").is_file():
                 read_weights(kept)  # what an earlier version scored may not be finite
             return read_record(path / "measured.json", Measured, remedy=f"remove {path} to run that again")
         test = rows_to_score(prepared, job)
-        curve = Curve.wanted(prepared, job, folder, test)
-        began, cpu = time.monotonic(), time.process_time()
-        trained = finetune(prepared, folder, model=model, callbacks=[curve] if curve else [])
-        middle, cpu = time.monotonic(), time.process_time() - cpu
-        scores = score(prepared, trained, test)
-        write_predictions(folder, scores)
-        ended = time.monotonic()
-        spent = curve.seconds if curve else 0.0
+        curve = Curve.wanted(prepared, job, session.folder, test)
+        callbacks = [curve] if curve else []
+        trained = train_and_score(
+            prepared, session, test, model=model, callbacks=callbacks, progress=progress
+        )
+        scores, spent = trained.scores, curve.seconds if curve else 0.0
+        assert scores is not None  # `rows_to_score` refuses a cell without rows
+        write_scores(path, scores, {})
         measured = Measured(
             scores=scores.by_task(),
             metrics={task.task: task.metric for task in scores.tasks},
             others=scores.other_metrics(),
-            examples=example_scores(scores),
-            parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
-            seconds=middle - began - spent,
-            cpu_seconds=cpu - (curve.cpu_seconds if curve else 0.0),
-            evaluation_seconds=ended - middle + spent,
-            resumed=resumed,
+            examples={
+                task.task: [row.metrics[task.metric] for row in task.examples] for task in scores.tasks
+            },
+            parameters=sum(p.numel() for p in trained.model.parameters() if p.requires_grad),
+            seconds=trained.seconds - spent,
+            cpu_seconds=trained.cpu_seconds - (curve.cpu_seconds if curve else 0.0),
+            evaluation_seconds=trained.evaluation_seconds + spent,
+            resumed=session.resumed,
             extra={"curve": curve.points()} if curve else {},
         )
         write_json(path / "measured.json", measured.model_dump())
@@ -223,8 +220,8 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
             "training": round(measured.seconds, 1),
             "evaluation": round(measured.evaluation_seconds, 1),
         }
-        folder.set_state("finished", seconds=seconds)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # of hundreds of cells they would fill a disk
+        session.finish(seconds=seconds)
+        shutil.rmtree(session.folder.checkpoints, ignore_errors=True)  # of hundreds of cells they fill a disk
         return measured
 
 
@@ -244,55 +241,3 @@ def rows_to_score(prepared: Prepared, job: Job) -> TaskData:
 
     limit = job.settings.get("test_limit")
     return {task: sample_rows(rows[task], limit, task=task) for task in prepared.task_names}
-
-
-def score(prepared: Prepared, model: PeftModel, test: TaskData) -> Scores:
-    """Greedy answers to all rows, or a classifier's labels, scored."""
-    from itertools import islice
-
-    from manylora.evaluation import generate_answers, score_all, score_labels
-
-    if prepared.labels is not None:
-        from manylora.training import predict_labels
-
-        labels = predict_labels(
-            model,
-            prepared.tokenizer,
-            test,
-            prepared.labels,
-            max_length=prepared.config.max_length,
-            batch_size=prepared.config.eval_batch_size,
-        )
-        return score_labels(test, labels)
-    adapter = model.active_peft_config
-    routed = getattr(adapter, "router", None) == "task" and adapter.num_experts > 1
-    experts = {name: index for index, name in enumerate(prepared.task_names)}
-    tasks = [task for task, rows in test.items() for _ in rows]
-    answers = iter(
-        generate_answers(
-            model,
-            prepared.tokenizer,
-            [row for rows in test.values() for row in rows],
-            batch_size=prepared.config.eval_batch_size,
-            max_length=prepared.config.max_length,
-            max_new_tokens=[prepared.answer_tokens[task] for task in tasks],
-            expert_ids=[experts[task] for task in tasks] if routed else None,
-            on_cut=lambda places: print(
-                f"{len(places)} of {len(tasks)} prompts are too long and cut", flush=True
-            ),
-        )
-    )
-    by_task = {task: list(islice(answers, len(rows))) for task, rows in test.items()}
-    return score_all(test, by_task, tokenizer=prepared.tokenizer, rouge=prepared.config.rouge)
-
-
-def example_scores(scores: Scores) -> dict[str, list[float]]:
-    """Each task's main metric by row."""
-    return {task.task: [row.metrics[task.metric] for row in task.examples] for task in scores.tasks}
-
-
-def write_predictions(folder: RunFolder, scores: Scores) -> None:
-    """predictions.jsonl and scores.json, as `manylora train` writes them."""
-    from manylora.evaluation import write_scores
-
-    write_scores(folder.path, scores, {})

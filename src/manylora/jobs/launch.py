@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from manylora.cli.console import complain, explain
-from manylora.errors import ConfigError
+from manylora.errors import ConfigError, explain
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -32,11 +31,18 @@ class Launch:
     Args:
         processes: how many, and which one this is.
         store: shared by all; None where there is one.
+        complain: prints an error's one line; None: an error keeps its traceback.
     """
 
-    def __init__(self, processes: Processes, store: Store | None = None):
+    def __init__(
+        self,
+        processes: Processes,
+        store: Store | None = None,
+        complain: Callable[[str], None] | None = None,
+    ):
         self.processes = processes
         self._store = store
+        self._complain = complain
 
     def folder(self, make: Callable[[], str]) -> str:
         """The run folder that the first process makes, in all of them."""
@@ -71,9 +77,9 @@ class Launch:
             self._wait(lambda store: store.add(_LEFT, 1) > 0)
             raise SystemExit(2) from None
         line = explain(error)
-        if line is None:
-            return  # a bug of ours: its traceback is on its way
-        complain(line)
+        if line is None or self._complain is None:
+            return  # a bug of ours, or the caller's to catch: its traceback is on its way
+        self._complain(line)
         self._wait(lambda store: store.add(_SAID, 1) > 0)
         # A launcher ends the others as soon as one is gone; they should get to their own exit.
         self._wait(lambda store: store.add(_LEFT, 0) >= self.processes.count - 1)
@@ -90,19 +96,23 @@ class Launch:
 
 
 @contextlib.contextmanager
-def launched() -> Iterator[Launch]:
-    """The processes that share what is done inside the block; one where there was no launcher."""
+def launched(complain: Callable[[str], None] | None = None) -> Iterator[Launch]:
+    """The processes that share what is done inside the block; one where there was no launcher.
+
+    Args:
+        complain: prints the line of the error that the first process to fail has met. Default: it is raised.
+    """
     if os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):  # without torch, which takes seconds to import
         from manylora.training.processes import Processes
 
         yield Launch(Processes())
         return
-    with _several() as launch:
+    with _several(complain) as launch:
         yield launch
 
 
 @contextlib.contextmanager
-def _several() -> Iterator[Launch]:
+def _several(complain: Callable[[str], None] | None) -> Iterator[Launch]:
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
@@ -112,7 +122,7 @@ def _several() -> Iterator[Launch]:
 
     processes = Processes.here()
     store, _, _ = next(rendezvous("env://"))
-    launch = Launch(processes, PrefixStore("manylora", store))
+    launch = Launch(processes, PrefixStore("manylora", store), complain)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with contextlib.ExitStack() as stack:
@@ -133,7 +143,7 @@ def _several() -> Iterator[Launch]:
                 distributed.destroy_process_group()
 
 
-def refuse_launcher(verb: str) -> None:
+def refuse_launcher(verb: str, complain: Callable[[str], None] | None = None) -> None:
     """For verbs of one process: several would each do all of it, and write over each other.
 
     Raises:
@@ -141,7 +151,7 @@ def refuse_launcher(verb: str) -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") in ("", "0", "1") or "RANK" not in os.environ:
         return
-    with launched():
+    with launched(complain):
         raise ConfigError(
             f"manylora {verb} runs in one process, but a launcher started {os.environ['WORLD_SIZE']}; start it "
             "without torchrun or accelerate launch."

@@ -1,15 +1,13 @@
-"""The engine flower as the command line uses it: this run's clients, or this machine as one."""
+"""The clients of a run with the engine flower: at its SuperLink, as long as the run is worked on."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from manylora.errors import ConfigError, RunError
-from manylora.federated.allowed import Allowed
 from manylora.federated.config import FederateConfig
 from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import FlowerLink
@@ -20,13 +18,16 @@ _PATIENCE = 600.0
 
 
 @contextlib.contextmanager
-def flower_clients(config: FederateConfig, folder: Path, *, inside: str = "") -> Iterator[FlowerClients]:
+def flower_clients(
+    config: FederateConfig, folder: Path, *, inside: str = "", say: Callable[[str], None]
+) -> Iterator[FlowerClients]:
     """The clients of a run at its SuperLink, as long as the block lasts.
 
     Args:
         config: resolved, with engine flower.
         folder: of the run; keeps the id by which clients know the run, also when it is resumed.
         inside: the run's reference, whose private state the clients keep apart.
+        say: told what the run waits for.
     """
     from manylora.files import write_json
 
@@ -48,30 +49,18 @@ def flower_clients(config: FederateConfig, folder: Path, *, inside: str = "") ->
     failed = "the server ended"
     try:
         known = None if keys is None else link.register(keys)
-        _say(f"waiting for clients at {config.superlink}")
+        say(f"waiting for clients at {config.superlink}")
         yield FlowerClients(
             link,
             run=f"{run}-{inside}" if inside else run,
             expected=expected,
             keys=known,
             patience=config.deadline or _PATIENCE,
-            say=_say,
+            say=say,
         )
         failed = ""
     finally:
         link.close(failed=failed)
-
-
-def run_node(supernode: str, given: set[str], *, allowed: Allowed) -> int:
-    """Work for a SuperNode until Ctrl-C."""
-    if extra := sorted(given - {"node", "engine", "allow_strategy", "allow_parts"}):
-        raise ConfigError(
-            f"--{extra[0].replace('_', '-')} beside --node: a client's settings stand in its SuperNode's --node-config."
-        )
-    from manylora.federated.engines.flower_node import work
-
-    work(supernode, say=_say, allowed=allowed)
-    return 0
 
 
 def _keys(folder: Path) -> dict[str, bytes]:
@@ -84,7 +73,3 @@ def _keys(folder: Path) -> dict[str, bytes]:
             f"node_keys {folder} has no NAME.pub; put each client's public key there (see --recipe)."
         )
     return keys
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,152 @@
+"""The Python interface: real runs on the tiny base, and what it returns is what the command line writes and prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import manylora
+from manylora.cli import main
+from manylora.errors import ConfigError, RunError
+from manylora.jobs.run import FederatedRun, Run
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_base: Path, small_data: Path) -> dict[str, Any]:
+    return {
+        "model": str(tiny_base),
+        "data": str(small_data / "train"),
+        "test": str(small_data / "test"),
+        "router": "task",
+        "epochs": 1,
+        "learning_rate": 0.01,
+        "max_new_tokens": 4,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture(scope="module")
+def run(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return manylora.train(**settings, out=tmp_path_factory.mktemp("api") / "run", progress=False)
+
+
+def test_a_run_tells_what_its_folder_holds(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = json.loads((run.path / "scores.json").read_text(encoding="utf-8"))
+    assert run.finished
+    assert run.scores.mean == saved["mean"]
+    assert {task["task"]: task["score"] for task in saved["tasks"]} == run.scores.by_task()
+    assert run.scores["swap"].score == run.scores.by_task()["swap"]
+    with pytest.raises(KeyError, match="was not scored"):
+        run.scores["unknown"]
+    assert (run.adapter / "adapter_config.json").is_file()
+    assert run.report is not None
+    assert run.report.is_file()
+    assert run.config.router == "task"
+    assert repr(run) == f"Run({str(run.path)!r}, finished, mean {run.scores.mean:.1f})"
+    assert "swap" in run._repr_html_()
+    again = manylora.open_run(run.path)
+    assert isinstance(again, Run)
+    assert again.scores == run.scores
+    assert again.config == run.config
+    assert main(["train", "--resume", str(run.path)]) == 0
+    printed = capsys.readouterr().out
+    for task in run.scores.tasks:
+        assert f"{task.score:.2f}" in next(line for line in printed.splitlines() if task.task in line)
+
+
+def test_the_command_line_trains_the_same(run: Run, settings: dict[str, Any], tmp_path: Path) -> None:
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    for name in ("adapter/adapter_model.safetensors", "scores.json", "predictions.jsonl", "tasks.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (run.path / name).read_bytes(), name
+
+
+def test_a_run_goes_on_or_is_read(run: Run, settings: dict[str, Any], tmp_path: Path) -> None:
+    before = (run.path / "state.json").read_bytes()
+    assert manylora.train(**settings, out=run.path, resume=True, progress=False).scores == run.scores
+    assert manylora.train(resume=run, progress=False, report=False).scores == run.scores
+    assert (run.path / "state.json").read_bytes() == before
+    with pytest.raises(RunError, match="other settings"):
+        manylora.train(**{**settings, "r": 4}, out=run.path, resume=True, progress=False)
+    with pytest.raises(RunError, match="exists already"):
+        manylora.train(**settings, out=run.path, progress=False)
+    with pytest.raises(ConfigError, match="leave out data, r"):
+        manylora.train(resume=run, r=4, data="embedded", progress=False)
+    with pytest.raises(RunError, match="not a run folder"):
+        manylora.open_run(tmp_path)
+
+
+def test_evaluate_predict_and_export_equal_the_command_line(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = manylora.evaluate(run, out=tmp_path / "python", progress=False, device="cpu")
+    assert scores.by_task() == run.scores.by_task()
+    assert main(["evaluate", "--adapter", str(run), "--out", str(tmp_path / "cli"), "--device", "cpu"]) == 0
+    for name in ("scores.json", "predictions.jsonl"):
+        assert (tmp_path / "python" / name).read_bytes() == (tmp_path / "cli" / name).read_bytes()
+
+    capsys.readouterr()
+    prompts = ["First of: red cat", "Last of: dog up down"]
+    answers = manylora.predict(run, prompts, task="swap", device="cpu", progress=False)
+    assert [answer.expert for answer in answers] == [run.scores.tasks.index(run.scores["swap"])] * 2
+    assert capsys.readouterr() == ("", "")
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert main(["predict", "--adapter", str(run), "--task", "swap", "--device", "cpu", prompt]) == 0
+        assert capsys.readouterr().out.rstrip("\n") == str(answer)
+
+    exported = manylora.export(run, to=tmp_path / "loras", progress=False)
+    assert set(exported.folders) == set(run.scores.by_task())
+    assert main(["export", str(run), "--to", str(tmp_path / "again")]) == 0
+    for task, folder in exported.folders.items():
+        name = "adapter_model.safetensors"
+        assert (folder / name).read_bytes() == (tmp_path / "again" / task / name).read_bytes()
+    with pytest.raises(ConfigError, match="leave out --limit"):
+        manylora.export(run, to=tmp_path / "none", limit=3, progress=False)
+
+
+def test_analyze_and_federate(
+    run: Run, settings: dict[str, Any], in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = manylora.analyze([run], measure="none", out="looked", progress=False)
+    assert found.to_dict() == json.loads(Path("looked/analysis.json").read_text(encoding="utf-8"))
+    shared = {name: settings[name] for name in ("model", "data", "test", "learning_rate", "device")}
+    federated = manylora.federate(
+        **shared, rounds=1, local_epochs=1, reference="none", out="f", progress=False, report=False
+    )
+    assert capsys.readouterr() == ("", "")
+    again = manylora.open_run("f")
+    assert isinstance(again, FederatedRun)
+    assert again.scores.keys() == federated.scores.keys() == {"first_word", "last_word", "swap"}
+    assert repr(again) == f"FederatedRun('f', finished, 3 clients, mean {again.mean:.1f})"
+    assert manylora.federate(resume="f", progress=False).scores == again.scores
+
+
+def test_nothing_is_shown_where_no_progress_is_wanted(
+    settings: dict[str, Any], in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manylora.train(**settings, tasks=["swap"], progress=False)
+    assert capsys.readouterr() == ("", "")
+    manylora.train(**settings, tasks=["swap"])
+    assert "run folder: runs/train-002" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"learning_rat": 1.0}, "no setting 'learning_rat'; did you mean learning_rate"),
+        ({"r": 0}, "r is 0; give a value above 0"),
+        ({"r": "many"}, "r is 'many', not a whole number"),
+    ],
+)
+def test_a_bad_setting_is_a_typed_error(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        manylora.train(**bad)
+
+
+def test_a_configuration_and_settings_go_together(settings: dict[str, Any]) -> None:
+    config = manylora.TrainConfig(**settings)
+    with pytest.raises(ConfigError, match="learning_rate is -1"):
+        manylora.train(config, learning_rate=-1.0)

@@ -1,0 +1,112 @@
+"""One run session: begun, held, stopped, failed, gone on with, finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from manylora.errors import DataError, RunError
+from manylora.jobs.progress import Progress
+from manylora.jobs.session import Session, check_same_settings, reserved_folder, with_date_of
+from manylora.training.config import TrainConfig
+
+CONFIG = TrainConfig(date="2026-01-31").to_dict()
+
+
+class Lines(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def show_line(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def state(path: Path) -> tuple[str, str | None]:
+    found = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return found["state"], found.get("error")
+
+
+def test_a_run_begins_is_held_and_finishes(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with Session.begin(path, config=CONFIG, progress=Progress()) as session:
+        assert (session.path, session.resumed, session.writes) == (path, False, True)
+        assert state(path) == ("running", None)
+        with pytest.raises(RunError, match="in use by another process"):
+            Session.resume(path, progress=Progress())
+        session.finish(seconds=1.5)
+    assert json.loads((path / "state.json").read_text(encoding="utf-8"))["seconds"] == 1.5
+    with pytest.raises(RunError, match="exists already"):
+        Session.begin(path, config=CONFIG, progress=Progress())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "lines"),
+    [
+        (DataError("rows are gone"), "rows are gone", []),
+        (ZeroDivisionError("a bug"), "ZeroDivisionError('a bug')", []),
+        (
+            KeyboardInterrupt(),
+            "stopped by Ctrl-C",
+            ["continue with: manylora train --resume {}"],
+        ),
+    ],
+)
+def test_a_run_notes_why_it_failed_and_goes_on(
+    error: BaseException, reason: str, lines: list[str], tmp_path: Path
+) -> None:
+    path, progress = tmp_path / "run", Lines()
+    with (
+        pytest.raises(type(error)),
+        Session.begin(path, config=CONFIG, progress=progress),
+    ):
+        raise error
+    assert state(path) == ("failed", reason)
+    assert progress.lines == [line.format(path) for line in lines]
+    with Session.begin(path, config=CONFIG, or_resume=True, progress=progress) as session:
+        assert session.resumed
+        session.finish()
+    assert state(path) == ("finished", None)
+
+
+def test_what_a_kill_left_before_the_state_gives_way_and_other_files_do_not(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    for name in ("config.yaml", "environment.json.partial", ".lock"):
+        (begun / name).write_text("{}", encoding="utf-8")
+    with Session.begin(begun, config=CONFIG, or_resume=True, progress=Progress()) as session:
+        assert not session.resumed
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("important", encoding="utf-8")
+    with pytest.raises(RunError, match="exists already"):
+        Session.begin(mine, config=CONFIG, or_resume=True, progress=Progress())
+    assert (mine / "thesis.tex").read_text(encoding="utf-8") == "important"
+
+
+def test_settings_and_date_of_a_run_that_was_begun(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    check_same_settings(path, TrainConfig(r=4))  # nothing is there
+    with Session.begin(path, config=CONFIG, progress=Progress()):
+        pass
+    assert with_date_of(path, TrainConfig()).date == "2026-01-31"
+    check_same_settings(path, with_date_of(path, TrainConfig()))
+    with pytest.raises(RunError, match="other settings"):
+        check_same_settings(path, TrainConfig(r=4))
+
+
+def test_a_folder_is_reserved_and_given_back_after_an_error(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError), reserved_folder(str(out)):
+        (out / "nothing").unlink()
+    assert not out.exists()
+    with reserved_folder(str(out)) as folder:
+        assert folder == out
+        (out / "scores.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RunError, match="exists already"), reserved_folder(str(out)):
+        pass
+    with reserved_folder(None) as folder:
+        assert folder is None
