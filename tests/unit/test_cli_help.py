@@ -9,11 +9,19 @@ import pytest
 
 from manylora.cli import options
 from manylora.cli.help import field_notes, help_page
+from manylora.jobs.analyze import AnalyzeConfig
+from manylora.jobs.evaluate import EvaluateConfig
+from manylora.jobs.export import ExportConfig
 
 KINDS = {
-    name.removesuffix("Options").lower(): kind
-    for name, kind in vars(options).items()
-    if name.endswith("Options") and name != "RunOptions"
+    "analyze": AnalyzeConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    **{
+        name.removesuffix("Options").lower(): kind
+        for name, kind in vars(options).items()
+        if name.endswith("Options") and name != "RunOptions"
+    },
 }
 
 

@@ -8,20 +8,19 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from manylora.cli.options import PredictOptions
-from manylora.cli.predict import _rows
+from manylora.cli.predict import _named_lines
 from manylora.errors import DataError
+from manylora.jobs.predict import parse_rows
 
 ROW = json.dumps({"instruction": "why?"}).encode() + b"\n"
 
 
 def read(file: Path | str) -> list[str]:
-    subject: Any = SimpleNamespace(prompts=None)
-    return [example.instruction for _, example in _rows(subject, PredictOptions(adapter="x", file=str(file)))]
+    source, lines = _named_lines(str(file))
+    return [example.instruction for _, example in parse_rows(lines, source=source)]
 
 
 def test_zipped_rows_are_read_as_those_of_data_are(tmp_path: Path) -> None:
@@ -69,7 +68,7 @@ def test_a_line_that_is_not_bounded_is_one_line(line: bytes, tmp_path: Path) -> 
 
 
 def test_a_line_without_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manylora.cli.predict.MOST_BYTES", 1000)
+    monkeypatch.setattr("manylora.jobs.predict.MOST_BYTES", 1000)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b" " * 10**6))
     with pytest.raises(DataError, match="a line of more than 1,000 bytes"):
         read(tmp_path / "rows.jsonl.gz")

@@ -58,7 +58,7 @@ class FederateOptions(FederateConfig, RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(PredictConfig):
-    """What answers, and what is asked."""
+    """What is asked."""
 
     prompt: str = ""
     """What to ask; also without "--prompt". Default: standard input."""

@@ -15,7 +15,7 @@ from manylora.files import MOST_BYTES, parse_json, reason
 from manylora.training.settings import AdapterAnswerSettings, ModelSettings
 
 if TYPE_CHECKING:
-    from manylora.data import Example
+    from manylora.data import Example, PromptRecord
     from manylora.jobs.progress import Progress
 
 
@@ -134,35 +134,8 @@ class Predictor:
         )
 
     def read_rows(self, lines: Iterable[bytes], *, source: str) -> Iterator[tuple[dict[str, Any], Example]]:
-        """Rows of a JSONL file one by one, so that answers flow while a pipe is still being written.
-
-        Raises:
-            DataError: a line is no row.
-        """
-        from manylora.data import Row, parse_row
-
-        for number, line in enumerate(lines, start=1):
-            place = f"{source}:{number}"
-            try:
-                text = line.decode("utf-8-sig").strip()
-                row = parse_json(text, finite=False) if text else None
-            except ValueError as error:
-                zipped = (
-                    " It is gzip: name the file so that it ends in .gz, or unzip it."
-                    if line[:2] == _GZIP
-                    else ""
-                )
-                raise DataError(
-                    f"{place} is not valid JSON ({reason(error)}); write one object per line, in UTF-8.{zipped}"
-                ) from error
-            if not text:
-                continue
-            if not isinstance(row, dict):
-                raise DataError(f"{place} is no object but {text[:40]!r}; write one object per line.")
-            task = str(row.get("task") or self.config.task or "")
-            example = parse_row(Row(fields=row, place=place), task=task, require_output=False)
-            thinks = self.writer.prompts is not None and self.writer.prompts.thinks(task)
-            yield row, dataclasses.replace(example, thinks=thinks)
+        """Rows of a JSONL file one by one; see `parse_rows`."""
+        return parse_rows(lines, source=source, asked=self.config.task, prompts=self.writer.prompts)
 
     def expert(self, example: Example) -> int | None:
         """The expert that answers a row; see `Writer.expert`."""
@@ -186,6 +159,44 @@ class Predictor:
             on_cut=on_cut,
             expert_id=self.expert(example),
         )
+
+
+def parse_rows(
+    lines: Iterable[bytes], *, source: str, asked: str | None = None, prompts: PromptRecord | None = None
+) -> Iterator[tuple[dict[str, Any], Example]]:
+    """Rows of a JSONL file one by one, so that answers flow while a pipe is still being written.
+
+    Args:
+        lines: of the file.
+        source: its name, for errors.
+        asked: task of the rows that name none.
+        prompts: how the prompts of the training were made.
+
+    Raises:
+        DataError: a line is no row.
+    """
+    from manylora.data import Row, parse_row
+
+    for number, line in enumerate(lines, start=1):
+        place = f"{source}:{number}"
+        try:
+            text = line.decode("utf-8-sig").strip()
+            row = parse_json(text, finite=False) if text else None
+        except ValueError as error:
+            zipped = (
+                " It is gzip: name the file so that it ends in .gz, or unzip it." if line[:2] == _GZIP else ""
+            )
+            raise DataError(
+                f"{place} is not valid JSON ({reason(error)}); write one object per line, in UTF-8.{zipped}"
+            ) from error
+        if not text:
+            continue
+        if not isinstance(row, dict):
+            raise DataError(f"{place} is no object but {text[:40]!r}; write one object per line.")
+        task = str(row.get("task") or asked or "")
+        example = parse_row(Row(fields=row, place=place), task=task, require_output=False)
+        thinks = prompts is not None and prompts.thinks(task)
+        yield row, dataclasses.replace(example, thinks=thinks)
 
 
 def read_lines(name: str, *, stream: IO[bytes] | None = None) -> Iterator[bytes]:
