@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from manylora.data import Example, Message
-from manylora.errors import DataError
-from manylora.evaluation import Estimate, Scores, score_all, score_task, scores_table, wordless
+from manylora.errors import DataError, RunError
+from manylora.evaluation import Estimate, Scores, read_scores, score_all, score_task, scores_table, wordless
 
 CHOICE = "Is it?\n\nOPTIONS:\n- yes\n- no"
 
@@ -228,3 +229,14 @@ def test_an_answer_in_turn_fields_needs_the_tokenizer_that_words_it() -> None:
         DataError, match=r"Row 0 of task 't' has an answer with tool_calls.*Give the tokenizer"
     ):
         score_task("t", [example], ["f"])
+
+
+@pytest.mark.parametrize("name", ["standard_error", "metrics"])
+def test_scores_that_lost_a_field_are_damaged(name: str, tmp_path: Path) -> None:
+    row = score_task("t", rows("a b", "c"), ["a b", "d"]).model_dump()
+    (tmp_path / "scores.json").write_text(json.dumps({"tasks": [row]}), encoding="utf-8")
+    assert read_scores(tmp_path).tasks[0].score == 50.0
+    del row[name]
+    (tmp_path / "scores.json").write_text(json.dumps({"tasks": [row]}), encoding="utf-8")
+    with pytest.raises(RunError, match=rf"scores\.json is damaged \(tasks\.0: .*{name} is missing\)"):
+        read_scores(tmp_path)

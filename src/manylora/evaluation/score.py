@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from manylora.data import Example, TaskData, answer_text, options_of, prompt_text
 from manylora.errors import DataError
@@ -24,7 +24,18 @@ _FIELDS = ("task", "index", "origin", "prompt", "prediction", "reference", "answ
 """What a line of predictions.jsonl has beside its metrics."""
 
 
-class Estimate(Record):
+class _Estimated(Record):
+    """What a page may draw with less, but nothing else: a standard error that is gone is no standard error of NaN."""
+
+    @model_validator(mode="after")
+    def _refuse_missing(self, info: ValidationInfo) -> _Estimated:
+        own = {"standard_error", "metrics"} & type(self).model_fields.keys()
+        if info.context is None and (missing := sorted(own - self.model_fields_set)):
+            raise ValueError(f"{missing[0]} is missing")
+        return self
+
+
+class Estimate(_Estimated):
     """A mean over examples."""
 
     mean: float
@@ -63,7 +74,7 @@ class ScoredExample(Record):
         return {**own, "metrics": {name: value for name, value in row.items() if name not in own}}
 
 
-class TaskScore(Record):
+class TaskScore(_Estimated):
     """One task's score: the mean of its main metric over its examples, 0 to 100."""
 
     task: str

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 SETTINGS = frozenset(field_types(TrainCellSettings))
 
 
+class _Saved(Measured):
+    """A measured.json, which is used only if it says all that was written into it."""
+
+    cpu_seconds: float
+    evaluation_seconds: float
+    resumed: bool
+    extra: dict[str, Any]
+
+
 def check(settings: Mapping[str, Any]) -> None:
     """Refuse values that cannot be.
 
@@ -191,7 +200,7 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         if (path / "measured.json").is_file():
             if (kept := path / "adapter" / "adapter_model.safetensors").is_file():
                 read_weights(kept)  # what an earlier version scored may not be finite
-            return read_record(path / "measured.json", Measured, remedy=f"remove {path} to run that again")
+            return read_record(path / "measured.json", _Saved, remedy=f"remove {path} to run that again")
         test = rows_to_score(prepared, job)
         curve = Curve.wanted(prepared, job, session.folder, test)
         callbacks = [curve] if curve else []
