@@ -5,8 +5,8 @@
 `faults` and `check` are what stands between two machines; `client` answers, `home` is its disk, `private` what it keeps
 there, `workbench` its model, `personal` its result, `allowed` what its site lets leave; `rounds` is the server, with
 `joining` before it and `server_state` on its disk, which tells `progress` and works over the interface in `clients`
-that `engines/` implement (a second floor, as each engine brings its own dependency). `accounting` counts without
-running.
+that `engines/` implement (a second floor, as each engine brings its own dependency). `kept` says what a state on either
+disk must hold. `accounting` counts without running.
 
 Its names are imported on first use, because torch and transformers take seconds and `--help` needs neither.
 """
