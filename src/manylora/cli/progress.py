@@ -13,8 +13,7 @@ from manylora.jobs.progress import Progress
 
 if TYPE_CHECKING:
     from manylora.evaluation import Baselines, Loss, Scores
-    from manylora.federated import ClientData, FederateConfig
-    from manylora.federated import Progress as RoundsProgress
+    from manylora.federated import ClientData, FederateConfig, RoundsDisplay
     from manylora.training import Plan, TrainConfig
 
 
@@ -72,7 +71,7 @@ class ConsoleProgress(Progress):
 
         print_clients(config, data)
 
-    def follow_rounds(self) -> RoundsProgress:
+    def follow_rounds(self) -> RoundsDisplay:
         """A line per round."""
         from manylora.cli.traffic import RoundsProgress
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from manylora.evaluation import Baselines, Loss, Scores
-    from manylora.federated import ClientData, FederateConfig
-    from manylora.federated import Progress as RoundsProgress
+    from manylora.federated import ClientData, FederateConfig, RoundsDisplay
     from manylora.training import Plan, TrainConfig
 
 
@@ -43,8 +42,8 @@ class Progress:
     def show_clients(self, config: FederateConfig, data: Mapping[str, ClientData]) -> None:
         """Who takes part in a federated run with what."""
 
-    def follow_rounds(self) -> RoundsProgress:
+    def follow_rounds(self) -> RoundsDisplay:
         """A new display of federated rounds."""
-        from manylora.federated import Quiet
+        from manylora.federated import RoundsDisplay
 
-        return Quiet()
+        return RoundsDisplay()
