@@ -74,7 +74,7 @@ studies: $(VENV)/installed  ## The tables and verdicts of the committed studies 
 $(DOCS)/installed: constraints-docs.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-docs.txt \
-	  mkdocs-material mkdocstrings-python
+	  mkdocs-material mkdocstrings-python ruff
 	touch $@
 
 docs: $(DOCS)/installed  ## The site, into build/site; a broken link stops it.
