@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 FLOWER := .venv-flower
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := src tests recipes benchmarks
 
-.PHONY: demo test browser flower lint types studies base clean
+.PHONY: demo test browser flower lint types studies docs base clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -69,8 +70,18 @@ studies: $(VENV)/installed  ## The tables and verdicts of the committed studies 
 	  $(BIN)/manylora compare --from-cells $$cells || exit $$?; \
 	done
 
+# The site needs neither torch nor the package: the reference is read from the sources.
+$(DOCS)/installed: constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-docs.txt \
+	  mkdocs-material mkdocstrings-python ruff
+	touch $@
+
+docs: $(DOCS)/installed  ## The site, into build/site; a broken link stops it.
+	$(DOCS)/bin/mkdocs build --strict
+
 base: $(VENV)/installed  ## Pretrain the embedded base model anew (see recipes/base).
 	$(BIN)/python -m recipes.base.pretrain --out build/base
 
 clean:
-	rm -rf $(VENV) $(FLOWER) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOWER) $(DOCS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
