@@ -200,7 +200,8 @@ def one_run(prepared: Prepared, job: Job, path: Path, *, model: PeftModel | None
         if (path / "measured.json").is_file():
             if (kept := path / "adapter" / "adapter_model.safetensors").is_file():
                 read_weights(kept)  # what an earlier version scored may not be finite
-            return read_record(path / "measured.json", _Saved, remedy=f"remove {path} to run that again")
+            found = read_record(path / "measured.json", _Saved, remedy=f"remove {path} to run that again")
+            return Measured(**found.model_dump())
         test = rows_to_score(prepared, job)
         curve = Curve.wanted(prepared, job, session.folder, test)
         callbacks = [curve] if curve else []
