@@ -4,7 +4,7 @@ VENV := .venv
 FLOWER := .venv-flower
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CHECKED := src tests recipes benchmarks
+CHECKED := src tests recipes benchmarks examples
 
 .PHONY: demo test browser flower lint types studies base clean
 .DEFAULT_GOAL := demo
