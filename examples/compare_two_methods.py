@@ -36,7 +36,7 @@ def main(rows: int = 100, seeds: int = 2) -> None:
         spread = "" if score.low is None else f", 95 % interval {score.low:.1f} to {score.high:.1f}"
         print(f"  {score.method} on {score.task}: {score.mean:.1f}{spread}")
     for claim in found.summary.claims:
-        print(f"{claim.verdict}: {claim.text}")
+        print(claim.text)
     for note in found.summary.notes:
         print(f"note: {note}")
     print(f"the study's folder: {found.path}")

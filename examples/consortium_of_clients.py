@@ -13,7 +13,7 @@ import manylora
 TASKS = ["former_owner", "current_holder", "story_sum"]
 
 
-def main(rows: int = 300, rounds: int = 5) -> None:
+def main(rows: int | None = None, rounds: int = 5) -> None:
     """Train together and alone, and print what that did for each client."""
     run = manylora.federate(data="embedded", tasks=TASKS, limit=rows, strategy="fed-alora", rounds=rounds)
 

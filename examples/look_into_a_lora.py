@@ -28,10 +28,11 @@ def main(*folders: str) -> None:
     """Print what stands in the folders, how alike they are, and what rows say of them."""
     if folders:
         found = manylora.analyze(folders, progress=False)
-    else:  # of LoRAs that come from nowhere, the tasks must be said
+    else:  # of LoRAs that come from no run, tasks and rows must be said
         loras = make_loras()
         labels = [f"{lora}={task},0" for lora, task in zip(loras, TASKS, strict=True)]
-        found = manylora.analyze(loras, label=labels, tasks=TASKS, limit=8, progress=False)
+        rows = {"data": "embedded", "tasks": TASKS, "limit": 8}
+        found = manylora.analyze(loras, label=labels, **rows, progress=False)
 
     for source in found.sources:
         print(f"{source.name}: {source.modules} modules, trained on {', '.join(source.tasks) or '?'}")

@@ -14,7 +14,7 @@ from manylora.data import load_examples
 TASKS = ["praised_thing", "blamed_thing", "former_owner"]
 
 
-def main(rows: int = 300) -> None:
+def main(rows: int | None = None) -> None:
     """Train, ask two experts about one review, and write each expert as a LoRA."""
     run = manylora.train(data="embedded", tasks=TASKS, limit=rows, router="task")
     print(f"\nmean score {run.scores.mean:.1f}")

@@ -39,7 +39,7 @@ def main(epochs: int = 30) -> None:
     run = manylora.train(data=train, test=test, method="lora", epochs=epochs)
 
     score = run.scores["shop"]
-    print(f"\n{score.metric}: {score.score:.1f} on {score.n} test rows")
+    print(f"\n{run.scores.metric_label}: {score.score:.1f} on {score.n} test rows")
     questions = ["Where is the tea?", "Which aisle has soap?"]
     # The adapter remembers that it was trained on chats, so plain text is put into the chat template.
     for question, answer in zip(questions, manylora.predict(run, questions, progress=False), strict=True):

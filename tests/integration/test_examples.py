@@ -19,7 +19,7 @@ CASES: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
     "one_expert_per_task": (
         ["8"],
-        [r"mean score \d", r"expert 0, praised_thing: '", r"expert 1, blamed_thing: '"],
+        [r"mean score \d", r"expert \d, praised_thing: .+", r"expert \d, blamed_thing: .+"],
         [f"runs/train-001/loras/{task}/adapter_config.json" for task in ("praised_thing", "former_owner")],
     ),
     "consortium_of_clients": (
@@ -29,7 +29,7 @@ CASES: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
     "own_chat_data": (
         ["2"],
-        [r"rouge1\w*: \d+\.\d on 6 test rows", r"Where is the tea\? → ", r"Which aisle has soap\? → "],
+        [r"ROUGE-1: \d+\.\d on 6 test rows", r"Where is the tea\? → ", r"Which aisle has soap\? → "],
         ["chats/train.jsonl", "runs/train-001/predictions.jsonl"],
     ),
     "with_trl": (
@@ -42,7 +42,11 @@ CASES: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
     "compare_two_methods": (
         ["8", "1"],
-        [r"alora on mean: \d", r"hydralora on former_owner: \d", "undecided: Sharing B scores higher"],
+        [
+            r"alora on mean: \d",
+            r"hydralora on former_owner: \d",
+            "Sharing B scores higher than sharing A: undecided",
+        ],
         ["two-methods.yaml", "runs/compare-two-methods/study.json"],
     ),
     "look_into_a_lora": (
