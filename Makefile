@@ -5,7 +5,7 @@ FLOWER := .venv-flower
 DOCS := .venv-docs
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CHECKED := src tests recipes benchmarks
+CHECKED := src tests recipes benchmarks examples
 
 .PHONY: demo test browser flower lint types studies docs base clean
 .DEFAULT_GOAL := demo
