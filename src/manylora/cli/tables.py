@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table as Grid
 
-from manylora.evaluation import Loss, Scores, loss_table, read_scores, scores_table
+from manylora.evaluation import Loss, Scores, loss_table, scores_table
 from manylora.table import Column, Table
 
 if TYPE_CHECKING:
-    from manylora.training import Plan, RunFolder, TrainConfig
+    from manylora.training import Plan, TrainConfig
 
 _LEAST_WIDTH = 120
 """Columns of a table that goes to a file or pipe, which has no width of its own."""
@@ -77,10 +77,3 @@ def print_scores(
 def print_loss(before: Scores, after: Scores, loss: Loss, *, title: str) -> None:
     """Scores of an adapter and of its LoRAs, and the points lost."""
     console().print(loss_table(before, after, loss, title=title))
-
-
-def print_saved_scores(folder: RunFolder) -> None:
-    """The table of a finished run, from its scores.json; nothing where the run had no test rows."""
-    if (folder.path / "scores.json").is_file():
-        saved = read_scores(folder.path)
-        print_scores(saved, saved.baselines, saved.notes)

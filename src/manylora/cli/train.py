@@ -73,7 +73,6 @@ def _conclude(run: Run, launch: Launch) -> int:
     if run.config.task_type == "SEQ_CLS":
         print(f"next: manylora evaluate --adapter {name} --data FILE")
         return 0
-    routed = run.config.router == "task" and run.config.num_experts != 1
-    task = f" --task {shlex.quote(next(iter(run.facts.tasks)))}" if routed else ""
+    task = f" --task {shlex.quote(next(iter(run.facts.tasks)))}" if run.config.routes_by_task else ""
     print(f"next: manylora predict --adapter {name}{task} 'your prompt'")
     return 0

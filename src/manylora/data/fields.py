@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from manylora.data.readers import Row, short
@@ -140,6 +140,20 @@ def parsed_json(value: object, *, field: str, place: str) -> Any:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{place}: field {field!r} is {short(value)}, not JSON. Mend it.") from error
+
+
+def listed_field(row: Row, field: str) -> Sequence[Any] | None:
+    """The list in a field, which tables hold as JSON; empty where it is blank, None where it is no list.
+
+    Raises:
+        DataError: it is a text that is no JSON.
+    """
+    value = row.fields.get(field)
+    if is_blank(value):
+        return ()
+    if isinstance(value, str):
+        value = parsed_json(value, field=field, place=row.place)
+    return value if isinstance(value, (list, tuple)) else None
 
 
 def kind_name(value: object) -> str:

@@ -14,7 +14,7 @@ from manylora.data.fields import (
     checked_text,
     is_blank,
     kind_name,
-    parsed_json,
+    listed_field,
     refuse_empty,
     seen_fields,
     text_field,
@@ -161,17 +161,11 @@ def _form(row: Row) -> Form:
 
 def _history(row: Row) -> tuple[tuple[str, str], ...]:
     """The earlier turns of an Alpaca row: a list of [instruction, response]."""
-    value = row.fields.get("history")
-    if is_blank(value):
-        return ()
-    if isinstance(value, str):
-        value = parsed_json(value, field="history", place=row.place)
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in value
-    ):
+    value = listed_field(row, "history")
+    if value is None or not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in value):
         raise DataError(
-            f"{row.place}: field 'history' is {short(value)}. Write a list of [instruction, response], or the row as "
-            "messages."
+            f"{row.place}: field 'history' is {short(row.fields['history'])}. Write a list of [instruction, response], "
+            "or the row as messages."
         )
     turns = []
     for turn in value:

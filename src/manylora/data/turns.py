@@ -14,6 +14,7 @@ from manylora.data.fields import (
     checked_text,
     is_blank,
     kind_name,
+    listed_field,
     parsed_json,
     refuse_empty,
     text_field,
@@ -181,14 +182,11 @@ def _calls(value: object, place: str) -> list[dict[str, Any]]:
 
 def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
     """The row's tools; a column of tables holds them as JSON."""
-    value = row.fields.get("tools")
-    if is_blank(value):
-        return ()
-    if isinstance(value, str):
-        value = parsed_json(value, field="tools", place=row.place)
-    if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
+    value = listed_field(row, "tools")
+    if value is None or not all(isinstance(tool, Mapping) for tool in value):
+        found = row.fields["tools"]
         raise DataError(
-            f"{row.place}: field 'tools' is {short(value)} ({kind_name(value)}). Write a list of JSON schemas, "
+            f"{row.place}: field 'tools' is {short(found)} ({kind_name(found)}). Write a list of JSON schemas, "
             "{type: function, function: {name, description, parameters}}."
         )
     return tuple(value)

@@ -318,13 +318,14 @@ def kind_of(prepared: Prepared) -> TaskKind:
             batch_size=config.eval_batch_size,
             labels=prepared.labels,
         )
-    routed = config.router == "task" and config.num_experts != 1
     return Writing(
         tokenizer=prepared.tokenizer,
         max_length=config.max_length,
         batch_size=config.eval_batch_size,
         answer_tokens=prepared.answer_tokens,
-        experts={name: index for index, name in enumerate(prepared.task_names)} if routed else None,
+        experts={name: index for index, name in enumerate(prepared.task_names)}
+        if config.routes_by_task
+        else None,
         rouge=config.rouge,
     )
 

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from manylora.evaluation import Scores
     from manylora.federated.workbench import Workbench
 
-_ANSWER_MARGIN = 8
-"""Tokens that an answer may be longer than the longest training answer, as in `manylora train`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClientData:
@@ -56,9 +53,9 @@ def score_personal(
     Returns:
         The scores; None where there are no test rows.
     """
-    config, most = bench.config, (bench.context or 2**20) // 2
+    config = bench.config
     limits = {
-        task.name: config.max_new_tokens or min(task.longest_answer + _ANSWER_MARGIN, most)
+        task.name: task.answer_limit(fixed=config.max_new_tokens, context=bench.context)
         for task in bench.encode(data.train)
     }
     prompts = PromptRecord.of(data.train, bench.tokenizer, date=config.date, max_length=config.max_length)

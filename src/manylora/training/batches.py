@@ -93,6 +93,10 @@ class Collator:
         }
 
 
+_ANSWER_MARGIN = 8
+"""Tokens that an answer may be longer than the longest training answer of its task."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodedTask:
     """One task's encoded rows and what a plan wants to know of them."""
@@ -119,6 +123,16 @@ class EncodedTask:
     def longest_answer(self) -> int:
         """Tokens of the longest answer, its end token included."""
         return max((len(row.input_ids) - row.prompt_length for row in self.rows), default=0)
+
+    def answer_limit(self, *, fixed: int | None, context: int | None) -> int:
+        """Tokens that a generated answer to a row of this task may have.
+
+        Args:
+            fixed: what the user says, for all tasks.
+            context: tokens that the model reads; None where nothing says.
+        """
+        # Half of the context: one long training answer must not take the prompts' room.
+        return fixed or min(self.longest_answer + _ANSWER_MARGIN, (context or 2**20) // 2)
 
 
 def encode_tasks(

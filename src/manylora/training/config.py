@@ -155,6 +155,12 @@ class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSe
         assert self.batch_size is not None
         return self.batch_size
 
+    @property
+    def routes_by_task(self) -> bool:
+        """Whether a row's task chooses its expert, as `ManyLoraConfig.routes_by_task`; each task has one where
+        `num_experts` is not given yet."""
+        return self.router == "task" and self.num_experts != 1
+
     def resolved(self) -> TrainConfig:
         """Fill every value that method and recipe govern; idempotent.
 

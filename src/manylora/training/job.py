@@ -210,7 +210,7 @@ def _trainer(
     arguments.ddp_find_unused_parameters = any(hasattr(text, name) for name in _EXPERTS_OF_THE_BASE)
     return kind(
         task_names=prepared.task_names,
-        route_by_task=config.router == "task" and config.num_experts != 1,
+        route_by_task=config.routes_by_task,
         model=model,
         args=arguments,
         train_dataset=EncodedRows.of(

@@ -74,7 +74,6 @@ def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLor
     """The PEFT configuration that a resolved `config` stands for."""
     if config.share is None or config.num_experts is None:
         raise ConfigError("share and num_experts are not set; call config.resolved() and give num_experts.")
-    by_task = config.router == "task" and config.num_experts > 1
     adapter = ManyLoraConfig(
         task_type=config.task_type,
         r=config.r,
@@ -87,7 +86,7 @@ def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLor
         router_top_k=config.router_top_k,
         router_temperature=config.router_temperature,
         load_balance_weight=config.load_balance_weight,
-        task_names=list(task_names) if by_task else None,
+        task_names=list(task_names) if config.routes_by_task else None,
         target_modules=config.target_modules,
     )
     leave_out(

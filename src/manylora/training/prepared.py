@@ -60,8 +60,8 @@ class Prepared:
     order: Sequence[int]
     """Rows of `train`, concatenated, in the order of the whole run."""
     steps_per_epoch: int
-    most_answer_tokens: int
-    """Half of the model's context: one long training answer must not take the prompts' room."""
+    context: int | None
+    """Tokens that the model reads; None where nothing says."""
     plan: Plan
     labels: LabelSets | None = None
     """With task type SEQ_CLS, each task's labels."""
@@ -75,9 +75,7 @@ class Prepared:
     def answer_tokens(self) -> dict[str, int]:
         """Per task the tokens a generated answer may have."""
         fixed = self.config.max_new_tokens
-        return {
-            task.name: fixed or min(task.longest_answer + 8, self.most_answer_tokens) for task in self.train
-        }
+        return {task.name: task.answer_limit(fixed=fixed, context=self.context) for task in self.train}
 
 
 def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
@@ -135,7 +133,7 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
         validation=validation,
         order=order,
         steps_per_epoch=steps_per_epoch,
-        most_answer_tokens=(context or 2**20) // 2,
+        context=context,
         plan=_plan(
             config,
             splits,

@@ -313,12 +313,6 @@ class RunFolder:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             return f"{COMPLETE}: {reason(error)}"
 
-    def is_summed(self, checkpoint: Path) -> bool:
-        """Whether the checkpoint's marker holds checksums; those of earlier versions do not."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return NOTES in read_json(checkpoint / COMPLETE)
-        return False
-
     def mark_complete(self, step: int, *, keep: Iterable[int] = ()) -> None:
         """Declare a checkpoint whole, with its files' checksums, then remove the older ones except those in `keep`."""
         folder = self.checkpoint(step)
