@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+if find_spec("hypothesis"):  # not where only the tests over Flower run
+    from hypothesis import settings
+
+    # The same examples every time: a test fails for a change, not by the day.
+    # `--hypothesis-profile default --hypothesis-seed N` looks further.
+    settings.register_profile("same", derandomize=True)
+    settings.load_profile("same")
 
 WORDS = (
     "red",

@@ -116,7 +116,7 @@ def federate(
     out: Place | None = None,
     resume: Place | None = None,
     from_round: int | None = None,
-    reset_client: Sequence[str] = (),
+    reset_client: str | Sequence[str] = (),
     report: bool = True,
     progress: bool | Progress = True,
     **settings: Any,
@@ -132,6 +132,7 @@ def federate(
         report: whether to draw report.html.
         settings: fields of `FederateConfig`, in place of those of `config`.
     """
+    from manylora.errors import ConfigError
     from manylora.federated import FederateConfig
     from manylora.jobs import federate as job
     from manylora.jobs.launch import refuse_launcher
@@ -139,10 +140,15 @@ def federate(
     refuse_launcher("federate")
     show = _display(progress)
     if resume is None:
+        if from_round is not None or reset_client:
+            raise ConfigError(
+                "from_round and reset_client are about a run that there is; name it with resume."
+            )
         run = job.federate(_config(FederateConfig, config, settings), out=_path(out), progress=show)
     else:
         _refuse_beside_resume(config, out, settings)
-        run = job.resume(_path(resume), from_round=from_round, reset=reset_client, progress=show)
+        reset = [reset_client] if isinstance(reset_client, str) else reset_client
+        run = job.resume(_path(resume), from_round=from_round, reset=reset, progress=show)
     if report:
         _draw_report(run, progress)
     return run
@@ -174,10 +180,20 @@ def predict(
     Returns:
         An answer for every prompt, in order.
     """
+    from manylora.errors import ConfigError
+    from manylora.files import lone_surrogate
+    from manylora.files.settings import check_type
     from manylora.jobs.predict import PredictConfig, predict
 
+    asked = (
+        [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Sequence) else prompts
+    )
+    check_type("prompts", asked, list[str], remedy="give a text or a list of texts")
+    for prompt in asked:
+        if lone := lone_surrogate(prompt):
+            raise ConfigError(f"a prompt holds {lone}, no character of UTF-8; write it in UTF-8.")
     config = _config(PredictConfig, None, {**settings, "adapter": _path(adapter)})
-    return predict(config, [prompts] if isinstance(prompts, str) else prompts, progress=_display(progress))
+    return predict(config, asked, progress=_display(progress))
 
 
 def export(
@@ -239,7 +255,7 @@ def compare(
     from manylora.studies.compare import CompareConfig, compare
 
     config = _config(CompareConfig, None, {**settings, "study": _path(study) or ""})
-    found = compare(config, progress=CellProgress().as_hooks() if progress else None)
+    found = compare(config, progress=CellProgress().as_hooks() if progress is True else None)
     if report and found.path is not None and found.summary is not None:
         _draw_report(found.path, progress)
     return found
@@ -247,8 +263,13 @@ def compare(
 
 def _config(kind: type[_Config], config: _Config | None, settings: Mapping[str, Any]) -> _Config:
     """A configuration with settings in place of its own, checked as those of a file are."""
+    from manylora.errors import ConfigError
     from manylora.files import build_config
 
+    if config is not None and not isinstance(config, kind):
+        raise ConfigError(
+            f"config is {config!r:.60}, not a {kind.__name__}; give one, or the settings by name."
+        )
     known = {} if config is None else {field.name: getattr(config, field.name) for field in fields(config)}
     plain = {
         name: fspath(value) if isinstance(value, PathLike) else value for name, value in settings.items()

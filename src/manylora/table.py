@@ -34,6 +34,7 @@ _LATEX = {
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "Δ": r"$\Delta$", "±": r"$\pm$", "×": r"$\times$", "−": r"$-$",
     "≥": r"$\geq$", "≤": r"$\leq$", "²": r"$^2$", "σ": r"$\sigma$", "→": r"$\to$", "–": "--", "…": r"\dots{}",
     "\n": " ", "\t": " ",
+    "[": "{[}", "*": "{*}",  # at the beginning of a row they would be arguments of the rule or line end above it
 }  # fmt: skip
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes a cell that begins so for a formula."""
@@ -335,7 +336,7 @@ def _csv_cell(cell: str | float | None) -> str:
     if not isinstance(cell, str):
         return "" if cell is None or math.isnan(cell) else str(cell)
     words = " ".join(clean(cell).splitlines())
-    return "'" + words if words.startswith(_FORMULA) else words
+    return "'" + words if words.lstrip().startswith(_FORMULA) else words
 
 
 def _latex_row(words: Sequence[str]) -> str:

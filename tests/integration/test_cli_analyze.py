@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from manylora.cli import main
-from processes import cli_process
+from processes import cli_process, killed_process
 from tiny_models import llama
 
 PAIR = {
@@ -196,15 +194,8 @@ def test_figures_go_on_after_a_kill(
         "analyze", "--figures", "--model", str(tiny_base), "--data", str(small_data), "--tasks", "swap,last_word",
         "--epochs", "2", "--learning-rate", "0.01", "--r", "4", "--device", "cpu", "--out", "figures",
     ]  # fmt: skip
-    process = cli_process(words, in_empty_folder)
     first, second = (in_empty_folder / "figures" / "runs" / f"swap-seed-{seed}" for seed in (0, 1))
-    deadline = time.monotonic() + 240
-    while not second.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    killed_process(words, in_empty_folder, before="swap-seed-1/config.yaml")
     weights = (first / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     assert main(words) == 0
     assert "run 1/4: swap, seed 0 (finished before)" in capsys.readouterr().err

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import shlex
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from manylora.cli import main
-from processes import cli_process
+from processes import cli_process, killed_process
 
 
 def federate(base: Path, data: Path, *more: object) -> list[str]:
@@ -156,28 +152,16 @@ def test_the_recipe_quotes_a_host_for_the_shell(capsys: pytest.CaptureFixture[st
     assert "/CN=a b$(id);c" in words
 
 
-def kill_at(process: subprocess.Popen[str], ready: Path, *, pause: float) -> None:
-    """Kill -9 once a path is there, after a pause."""
-    deadline = time.monotonic() + 400
-    while not ready.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    time.sleep(pause)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()  # also closes its pipes
-
-
 def test_a_killed_run_resumes_to_the_same_bytes(
     finished: Path, tiny_base: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """Killed twice: somewhere after its second round, and somewhere in its reference."""
+    """Killed twice: in its third round, and in the second of its reference."""
     run = tmp_path / "broken"
-    process = cli_process([*federate(tiny_base, small_data), "--out", run], tmp_path)
-    kill_at(process, run / "rounds" / "round-0002.safetensors", pause=random.random() * 0.4)
+    begin = [*federate(tiny_base, small_data), "--out", run]
+    killed_process(begin, tmp_path, before=run / "rounds" / "round-0003.safetensors")
     assert json.loads((run / "state.json").read_text(encoding="utf-8"))["state"] == "running"
-    process = cli_process(["federate", "--resume", run], tmp_path)
-    kill_at(process, run / "reference" / "rounds" / "round-0001.safetensors", pause=random.random() * 0.4)
+    reference = run / "reference" / "rounds" / "round-0002.safetensors"
+    killed_process(["federate", "--resume", run], tmp_path, before=reference)
     resumed = cli_process(["federate", "--resume", run], tmp_path)
     _, err = resumed.communicate(timeout=500)
     assert resumed.returncode == 0, err

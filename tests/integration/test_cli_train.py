@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
 import time
@@ -14,7 +13,7 @@ import pytest
 import yaml
 
 from manylora.cli import main
-from processes import cli_process
+from processes import cli_process, killed_process
 
 
 def train(base: Path, data: Path, *more: object) -> list[str]:
@@ -167,13 +166,21 @@ def test_evaluate_reads_the_test_rows_of_a_run_as_the_run_did(tiny_base: Path, i
     assert [task["n"] for task in again["tasks"]] == [3, 3]
 
 
-@pytest.mark.parametrize("moment", ["early", "late", "in_a_save"])
+MOMENTS = {
+    "early": "checkpoint-6",
+    "in_a_save": "checkpoint-6/complete.json",
+    "between_log_and_checkpoint": "checkpoint-12",
+    "at_the_end": "broken/adapter",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_resumes_to_the_same_weights(
     moment: str, finished: Path, tiny_base: Path, small_data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "broken"
-    process = cli_process([*train(tiny_base, small_data), "--save-steps", 3, "--out", run], tmp_path)
-    kill_at(process, run, moment)
+    begin = [*train(tiny_base, small_data), "--save-steps", 3, "--out", run]
+    killed_process(begin, tmp_path, before=MOMENTS[moment])
     assert json.loads((run / "state.json").read_text(encoding="utf-8"))["state"] == "running"
     assert not (run / "adapter").exists()
     if moment == "in_a_save":  # what a kill between two files of a checkpoint leaves
@@ -195,23 +202,6 @@ def test_a_killed_run_resumes_to_the_same_weights(
         json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert steps == sorted(steps)
-
-
-def kill_at(process: object, run: Path, moment: str) -> None:
-    """Kill -9 once the run has a complete checkpoint: at once, after a while, or as the next one appears."""
-    deadline = time.monotonic() + 280
-    while not list(run.glob("checkpoints/*/complete.json")):
-        assert process.poll() is None, process.communicate()  # type: ignore[attr-defined]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    if moment == "late":
-        time.sleep(random.random() * 0.3)
-    elif moment == "in_a_save":
-        before = set(run.glob("checkpoints/checkpoint-*"))
-        while not set(run.glob("checkpoints/checkpoint-*")) - before and time.monotonic() < deadline:
-            time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)  # type: ignore[attr-defined]
-    process.communicate()  # type: ignore[attr-defined]  # also closes its pipes
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_continue(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from scipy import stats
@@ -137,6 +137,7 @@ def test_a_product_is_a_change_of_b0_as_it_is() -> None:
     honest=st.lists(st.floats(-1, 1), min_size=5, max_size=9),
     hostile=st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=2),
 )
+@example(honest=[0.0] * 5, hostile=[7.0])
 def test_what_a_minority_sends_cannot_carry_the_sum_off(honest: list[float], hostile: list[float]) -> None:
     """Two of seven or more: median and trimmed mean stay within the honest values, clipping within the bound."""
     changes = [{"l.B": torch.tensor([[v]], dtype=torch.float64)} for v in (*honest, *hostile)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,25 @@ def test_a_configuration_and_settings_go_together(settings: dict[str, Any]) -> N
     config = manylora.TrainConfig(**settings)
     with pytest.raises(ConfigError, match="learning_rate is -1"):
         manylora.train(config, learning_rate=-1.0)
+
+
+def test_a_configuration_checks_its_types() -> None:
+    with pytest.raises(ConfigError, match="r is '8', not a whole number"):
+        manylora.TrainConfig(r="8")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="robust is 'x', not one of"):
+        manylora.FederateConfig(robust="x")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="learning_rate is nan; give a finite number"):
+        manylora.TrainConfig(learning_rate=math.nan)
+
+
+def test_what_does_not_go_together_is_refused(run: Run) -> None:
+    with pytest.raises(ConfigError, match="not a FederateConfig"):
+        manylora.federate(manylora.TrainConfig(), progress=False)  # type: ignore[arg-type]
+    for about_a_run in ({"from_round": 1}, {"reset_client": "a"}):
+        with pytest.raises(ConfigError, match="name it with resume"):
+            manylora.federate(**about_a_run, progress=False)  # type: ignore[arg-type]
+    for prompts in (None, [1], {"a": "b"}):
+        with pytest.raises(ConfigError, match="prompts is"):
+            manylora.predict(run, prompts, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"a prompt holds.*udc80"):
+        manylora.predict(run, "x\udc80", progress=False)

@@ -44,6 +44,7 @@ def test_dashes_flags_and_given() -> None:
         (["-hello"], "-hello", False),
         (["-"], "-", False),
         (["--", "hello"], "hello", False),
+        (["--", "--raw"], "--raw", False),
     ],
 )
 def test_a_flag_takes_no_word_that_is_not_true_or_false(words: list[str], prompt: str, raw: bool) -> None:
@@ -73,6 +74,13 @@ def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
         assert predict(text, "--task", "t").prompt == text
 
 
+def test_words_keep_their_order() -> None:
+    with pytest.raises(ConfigError, match="unknown option second"):
+        predict("first", "--raw", "second")
+    assert predict("first", "--raw").prompt == "first"
+    assert train("--seed", "08", "--limit=007")[0].limit == 7
+
+
 def test_a_negative_number_is_a_value_and_then_refused() -> None:
     with pytest.raises(ConfigError, match=r"learning_rate is -0\.001"):
         train("--learning-rate", "-1e-3")
@@ -85,6 +93,9 @@ def test_a_negative_number_is_a_value_and_then_refused() -> None:
         (["--share", "C"], "--share C: expected one of 'A', 'B', 'none'"),
         (["--r", "eight"], r"--r eight: expected int\.$"),
         (["--limit", "some"], r"--limit some: expected int\.$"),
+        (["--limit="], r"--limit: expected int\.$"),
+        (["--limit", " "], r"--limit  : expected int\.$"),
+        (["--dry-run=no"], r"--dry-run no: expected true or false\.$"),
         (["stray"], "stray"),
     ],
 )

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from manylora.errors import DataError, RunError
+from manylora.files import dump_yaml
 from manylora.jobs.progress import Progress
 from manylora.jobs.session import Session, check_same_settings, reserved_folder, with_date_of
 from manylora.training.config import TrainConfig
+from manylora.training.runs import RunFolder
 
 CONFIG = TrainConfig(date="2026-01-31").to_dict()
 
@@ -72,19 +74,53 @@ def test_a_run_notes_why_it_failed_and_goes_on(
     assert state(path) == ("finished", None)
 
 
-def test_what_a_kill_left_before_the_state_gives_way_and_other_files_do_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "left",
+    [
+        {".lock": ""},
+        {".lock": "", "config.yaml.partial": "mod"},
+        {".lock": "", "config.yaml": dump_yaml({**CONFIG, "date": "2025-12-31"})},
+        {".lock": "", "config.yaml": dump_yaml(CONFIG), "environment.json.partial": "{"},
+        {".lock": "", "config.yaml": dump_yaml(CONFIG), "environment.json": "{}", "state.json.partial": ""},
+    ],
+)
+def test_what_a_kill_left_before_the_state_gives_way(left: dict[str, str], tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
-    for name in ("config.yaml", "environment.json.partial", ".lock"):
-        (begun / name).write_text("{}", encoding="utf-8")
+    for name, text in left.items():
+        (begun / name).write_text(text, encoding="utf-8")
     with Session.begin(begun, config=CONFIG, or_resume=True, progress=Progress()) as session:
         assert not session.resumed
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.tex").write_text("important", encoding="utf-8")
+        assert state(begun) == ("running", None)
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        {"thesis.tex": "important"},
+        {"config.yaml": "title: thesis"},
+        {"config.yaml": dump_yaml({**CONFIG, "r": 4})},
+        {"config.yaml": dump_yaml(CONFIG), "notes.txt": "important"},
+        {"config.yaml": "- [", "environment.json": "{}"},
+        {"environment.json": "{}"},
+    ],
+)
+def test_a_folder_of_somebody_s_own_stays_as_it_is(mine: dict[str, str], tmp_path: Path) -> None:
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(RunError, match="exists already"):
-        Session.begin(mine, config=CONFIG, or_resume=True, progress=Progress())
-    assert (mine / "thesis.tex").read_text(encoding="utf-8") == "important"
+        Session.begin(tmp_path, config=CONFIG, or_resume=True, progress=Progress())
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == mine
+
+
+def test_a_run_that_is_just_beginning_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    other = RunFolder(tmp_path / "run")
+    other.path.mkdir()
+    with other:
+        other.lock()
+        with pytest.raises(RunError, match="in use by another process"):
+            Session.begin(other.path, config=CONFIG, or_resume=True, progress=Progress())
+        assert (other.path / ".lock").exists()
 
 
 def test_settings_and_date_of_a_run_that_was_begun(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_latex_has_no_command_of_a_stranger(words: str) -> None:
     rest = shown
     for known in (r"\textbackslash{}", r"\textasciitilde{}", r"\textasciicircum{}", r"\textless{}", r"\textgreater{}",
                   r"\textbar{}", r"\textquotedbl{}", r"\dots{}", r"$\Delta$", r"$\pm$", r"$\times$", r"$\geq$",
-                  r"$\leq$", "$-$", "$^2$", r"\&", r"\%", r"\$", r"\#", r"\_", r"\{", r"\}"):  # fmt: skip
+                  r"$\leq$", "$-$", "$^2$", r"\&", r"\%", r"\$", r"\#", r"\_", r"\{", r"\}", "{[}", "{*}"):  # fmt: skip
         rest = rest.replace(known, "")
     assert not set(rest) & set("\\{}$^~")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import math
 
@@ -57,6 +58,18 @@ def test_csv_keeps_numbers_in_full_and_spreads_apart() -> None:
         "[red],,,,,-1.0,",
         "mean,-0.5,2,,,,",
     ]
+
+
+def test_a_cell_is_neither_a_formula_nor_a_command() -> None:
+    table = Table.of(
+        "t", "", [{"task": text} for text in ("=1+1", " =cmd|' /C calc'!A0", "\t@x", "[1ex]", "*")]
+    )
+    assert [row[0] for row in csv.reader(to_csv(table).splitlines())][1:] == [
+        "'=1+1", "' =cmd|' /C calc'!A0", "'\t@x", "[1ex]", "*",
+    ]  # fmt: skip
+    latex = to_latex(table)
+    assert "{[}1ex]" in latex
+    assert "{*}" in latex
 
 
 def test_a_notebook_shows_the_caption_and_needs_no_stylesheet() -> None:

@@ -6,9 +6,11 @@ click cuts the words into options and their values; what a value may be, the con
 from __future__ import annotations
 
 import difflib
+import re
 import shutil
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     Config = TypeVar("Config", bound=DataclassInstance)
 
 _TRUTH = {"true": True, "false": False}
+_WHOLE = re.compile("[-+]?[0-9]{1,18}")
 
 
 def parse(
@@ -56,7 +59,8 @@ def parse(
         SystemExit: after --help.
     """
     hints = field_types(config_class)
-    found, words = _cut(arguments, hints, several, verb)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    found, words = _cut(arguments[:end], hints, several, verb)
     if {"-h", "--help"} & set(words):
         width = min(110, shutil.get_terminal_size().columns - 2)
         print(help_page(config_class, verb=verb, description=description, width=width), end="")
@@ -65,9 +69,9 @@ def parse(
     files = found.pop("config")
     for name, value in found.items():
         if hints[name] is bool:
-            # click takes any word behind a flag for its value; one that is neither true nor false stands for itself.
-            words[:0] = (word for word in value if word.lower() not in _TRUTH)
-            given[name] = ([True] + [_TRUTH[word.lower()] for word in value if word.lower() in _TRUTH])[-1]
+            if value.lower() not in _TRUTH:
+                raise ConfigError(f"--{_dashed(name)} {value}: expected true or false.")
+            given[name] = _TRUTH[value.lower()]
         elif name in several:
             given[name] = list(value)
         elif _is_option(value) and (name not in texts or _field_of(value) in hints):
@@ -75,8 +79,8 @@ def parse(
         else:
             given[name] = value if name in (*positional, *texts) else _value(name, value, hints[name])
     free = list(positional)
-    for word in words:
-        if _is_option(word) or not (free or several):
+    for place, word in enumerate([*words, *arguments[end + 1 :]]):
+        if (place < len(words) and _is_option(word)) or not (free or several):
             near = difflib.get_close_matches(_field_of(word), hints, n=1)
             hint = f"did you mean --{_dashed(near[0])}?" if near else f"see manylora {verb} --help."
             raise ConfigError(f"unknown option {word}; {hint}")
@@ -95,15 +99,11 @@ def _cut(
 ) -> tuple[dict[str, Any], list[str]]:
     """Option to its value as it was typed, a tuple of them where it may stand more than once; and all other words."""
     options = [click.Option(["--config"], multiple=True)]
-    for name, hint in hints.items():
-        flag: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if hint is bool else {}
-        options.append(
-            click.Option([f"--{_dashed(name)}", name], multiple=bool(flag) or name in several, **flag)
-        )
+    options += [click.Option([f"--{_dashed(name)}", name], multiple=name in several) for name in hints]
     try:
         context = click.Command(verb, params=[*options], add_help_option=False).make_context(
             verb,
-            list(arguments),
+            list(_with_truth(arguments, hints)),
             # Unknown options come back among the words: the guess at what was meant is ours.
             ignore_unknown_options=True,
             allow_extra_args=True,
@@ -115,6 +115,15 @@ def _cut(
     return {"config": (), **values}, list(context.args)
 
 
+def _with_truth(arguments: Sequence[str], hints: Mapping[str, Any]) -> Iterator[str]:
+    """The words, and "=true" at every flag that stands alone: click would take any word behind it for its value."""
+    for word, after in pairwise([*arguments, ""]):
+        if hints.get(_field_of(word)) is bool and _is_option(word) and "=" not in word:
+            yield word if after.lower() in _TRUTH else f"{word}=true"
+        else:
+            yield word
+
+
 def _value(name: str, word: str, hint: Any) -> Any:
     """A word as its field takes it: read as YAML where it is no text."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -124,7 +133,9 @@ def _value(name: str, word: str, hint: Any) -> Any:
     if word == "null" and type(None) in kinds:
         return None
     value: Any = word
-    if str not in kinds or word.startswith("["):
+    if int in kinds and _WHOLE.fullmatch(word):
+        value = int(word)  # 08 too, as `seq -w` writes it, which YAML takes for a text
+    elif word.strip() and (str not in kinds or word.startswith("[")):  # YAML takes a blank for null
         try:
             value = parse_yaml(word)
         except ValueError:

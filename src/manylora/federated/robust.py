@@ -70,11 +70,14 @@ def robust_change(
 def clipped_mean(
     changes: Sequence[Change], weights: Sequence[float], *, multiple: float
 ) -> tuple[Change, list[float]]:
-    """Σ p_k min(1, c / ‖u_k‖) u_k, where c is `multiple` times the median of the norms ‖u_k‖."""
+    """Σ p_k min(1, c / ‖u_k‖) u_k, where c is `multiple` times the median of the norms ‖u_k‖.
+
+    Where half of the clients changed nothing c is 0, and so is the sum: what the others sent is the minority's.
+    """
     norms = [norm(change) for change in changes]
     bound = multiple * statistics.median(norms)
     factors = [
-        weight * min(1.0, bound / size) if size and bound else weight
+        weight * min(1.0, bound / size) if size else weight
         for weight, size in zip(weights, norms, strict=True)
     ]
     total = {name: torch.zeros_like(value) for name, value in changes[0].items()}

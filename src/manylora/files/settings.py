@@ -71,6 +71,12 @@ class Settings:
     """A group of settings. Groups are combined by inheritance; each checks what its own fields contradict."""
 
     def __post_init__(self) -> None:
+        kind: type[DataclassInstance] = type(self)
+        for name, hint in field_types(kind).items():
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                continue  # of the right type; `check_values` says what is wrong with it
+            check_type(name, value, hint, remedy=f"see help({kind.__module__}.{kind.__name__})")
         check_values(self)
 
     def to_dict(self) -> dict[str, Any]:

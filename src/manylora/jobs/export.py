@@ -97,7 +97,7 @@ def export(config: ExportConfig, *, given: Collection[str] = (), progress: Progr
     for_scoring = _first_of(given, _FOR_TOKEN_ROUTERS)
     if config.from_loras is not None and (unused := _first_of(given, ("tasks", "merge")) or for_scoring):
         raise ConfigError(f"--from-loras does nothing with {unused}; leave it out.")
-    to = Path(str(config.to))
+    to = Path(str(config.to)).expanduser()
     with _placed(str(to)) as folder:
         if config.from_loras is not None:
             combine_loras(config, folder, progress=progress)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from manylora.errors import RunError, explain
+from manylora.files import dump_yaml, parse_yaml, read_yaml
 from manylora.jobs.launch import Launch
 from manylora.jobs.progress import Progress
 from manylora.training.config import TrainConfig, filled
@@ -20,8 +20,8 @@ from manylora.training.runs import RunFolder
 ALONE = Launch(Processes())
 """One process, started by no launcher."""
 
-_BEFORE_THE_STATE = {".lock", "config.yaml", "environment.json"}
-"""What a run writes before its state.json."""
+_WRITTEN_FIRST = (".lock", "config.yaml", "environment.json", "state.json")
+"""What a run writes before anything else, in this order; with the last of them it is one."""
 
 _GO_ON = {
     "train": "continue with: manylora train --resume {run}",
@@ -81,8 +81,8 @@ class Session:
             if path is not None and or_resume:
                 if (path / "state.json").is_file():
                     return _locked(RunFolder.open(path)), True
-                if path.is_dir() and _was_killed_early(path):
-                    shutil.rmtree(path, ignore_errors=True)
+                if path.is_dir() and _was_killed_early(path, config):
+                    _clear(path)
             place = None if path is None else str(path)
             return RunFolder.create(place, config=config, seed=config["seed"], kind=kind), False
 
@@ -148,9 +148,36 @@ def _locked(folder: RunFolder) -> RunFolder:
     return folder
 
 
-def _was_killed_early(path: Path) -> bool:
-    """Whether a run was killed in this folder while it began, before it had done anything."""
-    return {found.name.removesuffix(".partial") for found in path.iterdir()} <= _BEFORE_THE_STATE
+def _was_killed_early(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run with these settings was killed in this folder while it began, before it had done anything.
+
+    A folder is taken for one only where nothing stands in it that would not be written again: it may be somebody's own,
+    with a config.yaml of theirs.
+    """
+    there = {found.name.removesuffix(".partial") for found in path.iterdir()}
+    if not there or not there <= {*_WRITTEN_FIRST}:
+        return False
+    if not (path / "config.yaml").is_file():
+        return "environment.json" not in there
+    try:
+        known = read_yaml(path / "config.yaml")
+    except (OSError, ValueError):
+        return False
+    settings = parse_yaml(dump_yaml(config))
+    # Of another day, where the chat template asks for the date.
+    return isinstance(known, dict) and {**known, "date": None} == {**settings, "date": None}
+
+
+def _clear(path: Path) -> None:
+    """Remove what a run that was killed early has left.
+
+    Raises:
+        RunError: it was not killed, but is just beginning in another process.
+    """
+    with _locked(RunFolder(path)):
+        for name in reversed(_WRITTEN_FIRST):  # the lock goes last, while it is held
+            for found in (path / f"{name}.partial", path / name):
+                found.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
