@@ -22,6 +22,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from manylora import _registration
+from manylora._libraries import calm_libraries
 from manylora._version import __version__
 
 if TYPE_CHECKING:
@@ -31,26 +32,38 @@ if TYPE_CHECKING:
     from manylora.analysis import Analysis
     from manylora.evaluation import Scores
     from manylora.federated import FederateConfig
-    from manylora.jobs.export import Exported
-    from manylora.jobs.predict import Answer
+    from manylora.jobs.analyze import AnalyzeConfig
+    from manylora.jobs.evaluate import EvaluateConfig
+    from manylora.jobs.export import ExportConfig, Exported
+    from manylora.jobs.predict import Answer, PredictConfig
     from manylora.jobs.progress import Progress
     from manylora.jobs.run import FederatedRun, Run, open_run
-    from manylora.studies.compare import Comparison
+    from manylora.studies.compare import CompareConfig, Comparison
     from manylora.training import TrainConfig
 
     Place: TypeAlias = str | PathLike[str]
     _Config = TypeVar("_Config", bound=DataclassInstance)
 
 _LAZY = {
+    "AnalyzeConfig": "manylora.jobs.analyze",
+    "CompareConfig": "manylora.studies.compare",
+    "EvaluateConfig": "manylora.jobs.evaluate",
+    "ExportConfig": "manylora.jobs.export",
     "FederateConfig": "manylora.federated",
     "ManyLoraConfig": "manylora.adapters",
+    "PredictConfig": "manylora.jobs.predict",
     "TrainConfig": "manylora.training",
     "open_run": "manylora.jobs.run",
 }
 
 __all__ = [
+    "AnalyzeConfig",
+    "CompareConfig",
+    "EvaluateConfig",
+    "ExportConfig",
     "FederateConfig",
     "ManyLoraConfig",
+    "PredictConfig",
     "TrainConfig",
     "__version__",
     "analyze",
@@ -74,6 +87,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'manylora' has no attribute {name!r}")
 
 
+@calm_libraries()
 def train(
     config: TrainConfig | None = None,
     *,
@@ -93,12 +107,17 @@ def train(
         report: whether to draw report.html.
         settings: fields of `TrainConfig`, in place of those of `config`.
     """
+    from manylora.errors import ConfigError
     from manylora.jobs import train as job
     from manylora.jobs.launch import launched
     from manylora.training import TrainConfig
 
     show = _display(progress)
     with launched() as launch:
+        if resume is True and out is None:
+            raise ConfigError(
+                "resume=True goes on with the run in out; name its folder with out, or with resume."
+            )
         if isinstance(resume, bool):
             chosen = _config(TrainConfig, config, settings)
             run = job.train(chosen, out=_path(out), or_resume=resume, progress=show, launch=launch)
@@ -110,6 +129,7 @@ def train(
     return run
 
 
+@calm_libraries()
 def federate(
     config: FederateConfig | None = None,
     *,
@@ -154,28 +174,45 @@ def federate(
     return run
 
 
-def evaluate(adapter: Place | None = None, *, progress: bool | Progress = True, **settings: Any) -> Scores:
+@calm_libraries()
+def evaluate(
+    adapter: Place | None = None,
+    config: EvaluateConfig | None = None,
+    *,
+    progress: bool | Progress = True,
+    **settings: Any,
+) -> Scores:
     """Score an adapter, or a bare model, on test rows; see `manylora evaluate --help`.
 
     Args:
-        adapter: a run, its folder, or an adapter's. Default: none, the bare model is scored.
-        settings: fields of `manylora.jobs.evaluate.EvaluateConfig`, such as `data`, `tasks`, `limit`, `out`.
+        adapter: a run, its folder, or an adapter's. Default: the one in `config`, else the bare model is scored.
+        config: what to score, and how.
+        settings: fields of `manylora.jobs.evaluate.EvaluateConfig`, such as `data`, `tasks`, `limit`, `out`, in place
+            of those of `config`.
     """
     from manylora.jobs.evaluate import EvaluateConfig, evaluate
 
-    config = _config(EvaluateConfig, None, {**settings, "adapter": _path(adapter)})
-    return evaluate(config, progress=_display(progress))
+    chosen = _config(EvaluateConfig, config, _named(settings, adapter=adapter))
+    return evaluate(chosen, progress=_display(progress))
 
 
+@calm_libraries()
 def predict(
-    adapter: Place, prompts: str | Sequence[str], *, progress: bool | Progress = True, **settings: Any
+    adapter: Place,
+    prompts: str | Sequence[str],
+    config: PredictConfig | None = None,
+    *,
+    progress: bool | Progress = True,
+    **settings: Any,
 ) -> list[Answer]:
     """Answer prompts with a trained adapter; see `manylora predict --help`.
 
     Args:
         adapter: a run, its folder, or an adapter's.
         prompts: what to ask; put into the form of the adapter's training.
-        settings: fields of `manylora.jobs.predict.PredictConfig`, such as `task`, `form`, `max_new_tokens`.
+        config: how to answer.
+        settings: fields of `manylora.jobs.predict.PredictConfig`, such as `task`, `form`, `max_new_tokens`, in place of
+            those of `config`.
 
     Returns:
         An answer for every prompt, in order.
@@ -192,14 +229,16 @@ def predict(
     for prompt in asked:
         if lone := lone_surrogate(prompt):
             raise ConfigError(f"a prompt holds {lone}, no character of UTF-8; write it in UTF-8.")
-    config = _config(PredictConfig, None, {**settings, "adapter": _path(adapter)})
-    return predict(config, asked, progress=_display(progress))
+    chosen = _config(PredictConfig, config, _named(settings, adapter=adapter))
+    return predict(chosen, asked, progress=_display(progress))
 
 
+@calm_libraries()
 def export(
     adapter: Place | None = None,
+    config: ExportConfig | None = None,
     *,
-    to: Place,
+    to: Place | None = None,
     progress: bool | Progress = True,
     **settings: Any,
 ) -> Exported:
@@ -207,17 +246,22 @@ def export(
 
     Args:
         adapter: a run, its folder, or an adapter's.
+        config: what to write.
         to: folder to write; must not exist.
-        settings: fields of `manylora.jobs.export.ExportConfig`, such as `merge`, `tasks`, `from_loras`.
+        settings: fields of `manylora.jobs.export.ExportConfig`, such as `merge`, `tasks`, `from_loras`, in place of
+            those of `config`.
     """
     from manylora.jobs.export import ExportConfig, export
 
-    config = _config(ExportConfig, None, {**settings, "adapter": _path(adapter), "to": _path(to)})
-    return export(config, given=settings.keys(), progress=_display(progress))
+    chosen = _config(ExportConfig, config, _named(settings, adapter=adapter, to=to))
+    given = settings.keys() | _changed(config)
+    return export(chosen, given=given, progress=_display(progress))
 
 
+@calm_libraries()
 def analyze(
     adapters: Place | Sequence[Place] = (),
+    config: AnalyzeConfig | None = None,
     *,
     report: bool = True,
     progress: bool | Progress = True,
@@ -227,35 +271,45 @@ def analyze(
 
     Args:
         adapters: runs, their folders, or adapters'.
+        config: what to measure.
         report: whether to draw report.html beside analysis.json.
-        settings: fields of `manylora.jobs.analyze.AnalyzeConfig`, such as `measure`, `data`, `figures`, `out`.
+        settings: fields of `manylora.jobs.analyze.AnalyzeConfig`, such as `measure`, `data`, `figures`, `out`, in place
+            of those of `config`.
     """
     from manylora.jobs.analyze import AnalyzeConfig, analyze
 
     several = [adapters] if isinstance(adapters, (str, PathLike)) else adapters
     names = [_path(adapter) for adapter in several] or None
-    config = _config(AnalyzeConfig, None, {**settings, "adapters": names})
-    found, path = analyze(config, progress=_display(progress))
+    chosen = _config(AnalyzeConfig, config, {**settings, **({"adapters": names} if names else {})})
+    found, path = analyze(chosen, progress=_display(progress))
     if report:
         _draw_report(path, progress)
     return found
 
 
+@calm_libraries()
 def compare(
-    study: Place | None = None, *, report: bool = True, progress: bool = True, **settings: Any
+    study: Place | None = None,
+    config: CompareConfig | None = None,
+    *,
+    report: bool = True,
+    progress: bool = True,
+    **settings: Any,
 ) -> Comparison:
     """Run a study, methods × seeds × tasks, and try its claims with statistics; see `manylora compare --help`.
 
     Args:
         study: YAML file of the study. Default: a small study of the embedded suite.
+        config: how to run it.
         report: whether to draw report.html into the study's folder.
-        settings: fields of `manylora.studies.compare.CompareConfig`, such as `out`, `workers`, `tables`.
+        settings: fields of `manylora.studies.compare.CompareConfig`, such as `out`, `workers`, `tables`, in place of
+            those of `config`.
     """
     from manylora.cli.studying import CellProgress
     from manylora.studies.compare import CompareConfig, compare
 
-    config = _config(CompareConfig, None, {**settings, "study": _path(study) or ""})
-    found = compare(config, progress=CellProgress().as_hooks() if progress is True else None)
+    chosen = _config(CompareConfig, config, _named(settings, study=study))
+    found = compare(chosen, progress=CellProgress().as_hooks() if progress is True else None)
     if report and found.path is not None and found.summary is not None:
         _draw_report(found.path, progress)
     return found
@@ -281,6 +335,17 @@ def _config(kind: type[_Config], config: _Config | None, settings: Mapping[str, 
         remedy=f"see help({kind.__module__}.{kind.__name__})",
         **{name: value for name, value in known.items() if name not in plain},
     )
+
+
+def _named(settings: Mapping[str, Any], **places: Place | None) -> dict[str, Any]:
+    """Settings, and those of the places that were given."""
+    return {**settings, **{name: fspath(place) for name, place in places.items() if place is not None}}
+
+
+def _changed(config: DataclassInstance | None) -> set[str]:
+    """Fields of a configuration that are not at their defaults."""
+    own = [] if config is None else fields(config)
+    return {field.name for field in own if getattr(config, field.name) != field.default}
 
 
 def _path(place: Place | None) -> Any:

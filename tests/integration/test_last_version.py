@@ -1,7 +1,7 @@
 """What version 0.1 left behind opens, goes on, answers and is summed up as it was there.
 
 `tests/fixtures/version-0.1` was written by that version on a random base: a finished and a killed training, a finished
-and a killed federation (Fed-ALoRA, ranks 2 and 4), an analysis, and a study of four cells. "HERE" stands for its folder.
+and a killed federation (Fed-ALoRA, ranks 2 and 4), an analysis, and a study of four cells. "HERE" is its folder.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,32 @@ def test_what_does_not_go_together_is_refused(run: Run) -> None:
             manylora.predict(run, prompts, progress=False)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"a prompt holds.*udc80"):
         manylora.predict(run, "x\udc80", progress=False)
+
+
+def test_every_verb_takes_a_configuration(run: Run, tmp_path: Path) -> None:
+    scores = manylora.evaluate(run, manylora.EvaluateConfig(device="cpu", limit=2), limit=3, progress=False)
+    assert {task.n for task in scores.tasks} == {3}
+    assert (
+        manylora.evaluate(None, manylora.EvaluateConfig(adapter=str(run), limit=3), progress=False) == scores
+    )
+    (answer,) = manylora.predict(
+        run, "Last of: dog up", manylora.PredictConfig(adapter=str(run), task="swap"), progress=False
+    )
+    assert answer.expert == run.scores.tasks.index(run.scores["swap"])
+    config = manylora.ExportConfig(adapter=str(run), to=str(tmp_path / "loras"), tasks="swap")
+    assert list(manylora.export(None, config, progress=False).folders) == ["swap"]
+    other = manylora.ExportConfig(adapter=str(run), to=str(tmp_path / "x"), limit=3)
+    with pytest.raises(ConfigError, match="leave out --limit"):
+        manylora.export(config=other, progress=False)
+    looked = manylora.AnalyzeConfig(adapters=str(run), measure="none", out=str(tmp_path / "looked"))
+    assert manylora.analyze(config=looked, report=False, progress=False).sources
+    with pytest.raises(ConfigError, match="cannot be read"):
+        manylora.compare(config=manylora.CompareConfig(study=str(tmp_path / "none.yaml")), progress=False)
+    with pytest.raises(ConfigError, match="name its folder with out"):
+        manylora.train(resume=True, progress=False)
+
+
+def test_a_verb_leaves_the_user_s_warnings_alone(run: Run) -> None:
+    before = list(warnings.filters)
+    manylora.predict(run, "Last of: dog up", task="swap", device="cpu", progress=False)
+    assert warnings.filters == before

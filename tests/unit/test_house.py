@@ -75,8 +75,13 @@ def test_every_room_says_what_it_is_and_lists_its_names(room: str) -> None:
 
 def test_public_names_are_a_reviewed_list() -> None:
     assert manylora.__all__ == [
+        "AnalyzeConfig",
+        "CompareConfig",
+        "EvaluateConfig",
+        "ExportConfig",
         "FederateConfig",
         "ManyLoraConfig",
+        "PredictConfig",
         "TrainConfig",
         "__version__",
         "analyze",

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib
 import io
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
+from manylora._libraries import calm_libraries
 from manylora._version import __version__
 from manylora.cli.console import complain
 from manylora.errors import explain
@@ -56,17 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         complain(f"there is no verb {verb!r}; choose from {', '.join(VERBS)}.")
         return 2
-    # Nothing is reported home; both libraries would otherwise ask the network at times.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # What our libraries say to each other about their next versions is not for our users.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # PEFT imports it; it misses optional kernels aloud
     try:
-        return importlib.import_module(f"manylora.cli.{verb}").run(arguments[1:])
+        with calm_libraries():
+            return importlib.import_module(f"manylora.cli.{verb}").run(arguments[1:])
     except KeyboardInterrupt:
         complain("stopped by Ctrl-C.")
         return 130
