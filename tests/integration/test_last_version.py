@@ -120,3 +120,6 @@ def test_cells_give_the_same_tables_and_verdicts(there: Path) -> None:
         summary = json.loads((there / path / "study.json").read_text(encoding="utf-8"))
         for name in ("table", "cells", "claims", "delta_m", "learning_rates", "missing"):
             assert summary[name] == saved[name], name
+
+    html = manylora.compare(from_cells="study/cells.jsonl", report=False, progress=False)._repr_html_()
+    assert "A shared B scores higher than one LoRA" in html

@@ -114,6 +114,8 @@ def test_analyze_and_federate(
 ) -> None:
     found = manylora.analyze([run], measure="none", out="looked", progress=False)
     assert found.to_dict() == json.loads(Path("looked/analysis.json").read_text(encoding="utf-8"))
+    assert repr(found) == f"Analysis({found.sources[0].name})"
+    assert found._repr_html_().count("<table") == 2  # the adapter, and how alike its experts are
     shared = {name: settings[name] for name in ("model", "data", "test", "learning_rate", "device")}
     federated = manylora.federate(
         **shared, rounds=1, local_epochs=1, reference="none", out="f", progress=False, report=False
@@ -123,6 +125,7 @@ def test_analyze_and_federate(
     assert isinstance(again, FederatedRun)
     assert again.scores.keys() == federated.scores.keys() == {"first_word", "last_word", "swap"}
     assert repr(again) == f"FederatedRun('f', finished, 3 clients, mean {again.mean:.1f})"
+    assert "first_word" in again._repr_html_()
     assert manylora.federate(resume="f", progress=False).scores == again.scores
 
 

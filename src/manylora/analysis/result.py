@@ -8,6 +8,7 @@ from typing import Any
 from manylora.analysis.records import MEASURED, Findings, Gradients
 from manylora.analysis.routers import ALL, differences, overall
 from manylora.analysis.summary import change_lines, similarity_lines
+from manylora.analysis.tables import change_table, gates_table, similarity_table, sources_table
 from manylora.files import Record, without_nan
 
 
@@ -16,6 +17,16 @@ class Analysis(Findings):
 
     baseline_seed: int = 0
     """Of the random subspaces."""
+
+    def __repr__(self) -> str:
+        return f"Analysis({', '.join(source.name for source in self.sources)})"
+
+    def _repr_html_(self) -> str:
+        shown = [sources_table(self.sources)]
+        shown += [similarity_table(self.similarity)] if self.similarity else []
+        shown += [change_table(self.change, per_module=False)] if self.change else []
+        shown += [gates_table(self.gates)] if self.gates else []
+        return "".join(table._repr_html_() for table in shown)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values; see docs/analyze.md for every key."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from manylora.evaluation import (
     scores_table,
 )
 from manylora.federated.config import FederateConfig
+from manylora.federated.results import clients_table, read_result
 from manylora.training.config import TrainConfig
 from manylora.training.facts import TaskFacts, read_task_facts
 from manylora.training.runs import RunFolder
@@ -157,6 +158,11 @@ class FederatedRun(_AnyRun):
         scored = (self.path / "scores.json").is_file()
         told = f", {len(self.scores)} clients, mean {self.mean:.1f}" if scored else ""
         return f"FederatedRun({str(self.path)!r}, {self.state['state']}{told})"
+
+    def _repr_html_(self) -> str:
+        if not (self.path / "scores.json").is_file():
+            return repr(self)
+        return replace(clients_table(read_result(self.path)), caption=repr(self))._repr_html_()
 
 
 def open_run(path: str | Path) -> Run | FederatedRun:

@@ -62,6 +62,14 @@ class Comparison:
         cells = f", {len(self.failed)} cells failed" if self.failed else ""
         return f"Comparison({str(self.path)!r}{cells})"
 
+    def _repr_html_(self) -> str:
+        if self.summary is None:
+            return repr(self)
+        from manylora.studies.tables import claims_table, costs_table, scores_table
+
+        shown = [scores_table(self.summary), costs_table(self.summary), claims_table(self.summary)]
+        return "".join(table._repr_html_() for table in shown)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenStudy:
