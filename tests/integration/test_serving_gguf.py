@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ pytest.importorskip("gguf", reason="the gguf package writes the files: pip insta
 pytest.importorskip("xllamacpp", reason="llama.cpp runs through xllamacpp: pip install xllamacpp")
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gguf_models
 from gguf_models import KINDS, TEXTS, adapted, base, reference, row
-from manylora.adapters import PlainLora, export_lora
+from manylora.adapters import PlainLora, expert_names, export_lora, read_adapter
 from manylora.errors import ModelError
 from manylora.serving.gguf import write_lora, write_model
+from manylora.serving.gguf_folder import write_gguf_folder
 from manylora.serving.llama_cpp import LlamaCpp, TokenProbability
 from manylora.training.gguf_base import cached_base, find_gguf
+from manylora.training.models import load_base, load_config
 
 EXACT = 1e-4
 """Largest difference of a log-probability where weights and keys are float32."""
@@ -142,6 +145,94 @@ def test_the_files_chat_template_and_end_token_are_the_tokenizers(tmp_path: Path
     assert engine.chat_prompt(messages) == wanted
     assert engine.tokens(wanted) == tokenizer(wanted)["input_ids"]
     assert engine.tokens("<|im_end|>") == [tokenizer.eos_token_id]
+
+
+def test_requests_of_several_tasks_at_once_do_not_mix(tmp_path: Path) -> None:
+    model, tokenizer = base("qwen2")
+    write_model(tmp_path / "base.gguf", model, tokenizer, quantisation="f32")
+    prompt, continuation = row(len(tokenizer))
+    config = model.config
+    ours = adapted(model)
+    files = [tmp_path / "sums.gguf", tmp_path / "stories.gguf"]
+    for task, file in enumerate(files):
+        write_lora(file, export_lora(ours.peft_config["default"], weights_of(ours), task), config)
+    engine = LlamaCpp(tmp_path / "base.gguf", files, context=512, slots=2)
+    alone = {lora: engine.probabilities(prompt, continuation, lora=lora) for lora in (None, 0, 1)}
+    choices = [None, 0, 1] * 4
+
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda lora: engine.probabilities(prompt, continuation, lora=lora), choices))
+
+    assert engine.loras() == [str(file) for file in files]
+    for lora, found in zip(choices, together, strict=True):
+        assert largest(found, [one.logprob for one in alone[lora]]) < 0.01
+        for other in alone.keys() - {lora}:
+            assert largest(found, [one.logprob for one in alone[other]]) > 1
+
+
+def test_a_request_that_names_no_lora_gets_the_bare_base_after_one_that_did(tmp_path: Path) -> None:
+    """llama.cpp answers it out of the other request's cache (seen in b11549), so that its cache is off."""
+    model, tokenizer = base("qwen2")
+    write_model(tmp_path / "base.gguf", model, tokenizer, quantisation="f32")
+    config = model.config
+    ours = adapted(model)
+    lora = tmp_path / "sums.gguf"
+    write_lora(lora, export_lora(ours.peft_config["default"], weights_of(ours), 0), config)
+    engine = LlamaCpp(tmp_path / "base.gguf", [lora], context=128)
+    body = {"prompt": "the cat sat on 12 mats", "max_tokens": 6, "temperature": 0, "logprobs": 1}
+    bare = engine.send("/v1/completions", body)
+
+    adapted_answer = engine.send("/v1/completions", {**body, "lora": [{"id": 0, "scale": 1.0}]})
+    after = engine.send("/v1/completions", body)
+
+    assert adapted_answer["choices"] != bare["choices"]
+    assert after["choices"] == bare["choices"]
+
+
+def test_an_adapters_folder_serves_every_task(
+    adapters: dict[str, Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    config, weights = read_adapter(adapters["task"])
+    tasks = expert_names(config)
+    loras = {task: export_lora(config, weights, index) for index, task in enumerate(tasks)}
+
+    write_gguf_folder(tmp_path / "out", str(tiny_base), loras, quantisation="f32")
+    write_gguf_folder(tmp_path / "merged", str(tiny_base), loras, quantisation="f32", merge=True)
+
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"base-f32.gguf", *(f"{t}.gguf" for t in tasks), *(f"{t}.Modelfile" for t in tasks)}
+    for line in (tmp_path / "out" / f"{tasks[0]}.Modelfile").read_text(encoding="utf-8").splitlines()[:2]:
+        assert (tmp_path / "out" / line.split()[1]).is_file()
+    files = [tmp_path / "out" / f"{task}.gguf" for task in tasks]
+    engine = LlamaCpp(tmp_path / "out" / "base-f32.gguf", files, context=128, exact=True)
+    prompt, continuation = row(300)
+    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), adapters["task"]).eval()
+    for index, task in enumerate(tasks):
+        wanted, _ = reference(ours, prompt, continuation, expert_ids=torch.tensor([index]))
+        assert largest(engine.probabilities(prompt, continuation, lora=index), wanted) < EXACT
+        whole = LlamaCpp(tmp_path / "merged" / f"{task}-f32.gguf", context=128, exact=True)
+        assert largest(whole.probabilities(prompt, continuation), wanted) < EXACT
+
+
+def test_a_base_that_is_a_gguf_file_serves_as_it_is(tmp_path: Path) -> None:
+    model, tokenizer = base("llama")
+    file = tmp_path / "base.gguf"
+    write_model(file, model, tokenizer, quantisation="f32")
+    try:
+        config = load_config(str(file))
+    except ModelError:
+        pytest.skip("training.models.base_location does not lead to GGUF files yet")
+    ours = adapted(load_base(str(file), dtype="float32", device="cpu"))
+    lora = export_lora(ours.peft_config["default"], weights_of(ours), 0)
+
+    write_gguf_folder(tmp_path / "out", str(file), {"sums": lora}, quantisation=None, prompt="chat")
+
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sums.gguf", "sums.Modelfile"}
+    assert f"FROM {file}\n" in (tmp_path / "out" / "sums.Modelfile").read_text(encoding="utf-8")
+    engine = LlamaCpp(file, [tmp_path / "out" / "sums.gguf"], context=128, exact=True)
+    prompt, continuation = row(config.vocab_size - 5)
+    wanted, _ = reference(ours, prompt, continuation, expert_ids=torch.tensor([0]))
+    assert largest(engine.probabilities(prompt, continuation, lora=0), wanted) < EXACT
 
 
 def test_a_lora_of_another_base_is_refused(tmp_path: Path) -> None:
