@@ -116,6 +116,7 @@ def test_other_families_are_refused(family: str, tmp_path: Path) -> None:
         ),
         ("qwen2", {"head_dim": 32}, "head_dim=32"),
         ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar=7"),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping=None"),
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types"),
     ],
 )

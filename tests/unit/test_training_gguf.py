@@ -102,7 +102,12 @@ def test_a_model_comes_back_as_it_was_written(kind: str, tmp_path: Path) -> None
 def test_a_file_is_kept_in_a_type_that_holds_its_values(
     quantisation: str, dtype: str, tmp_path: Path
 ) -> None:
-    path = written(tmp_path / "base.gguf", quantisation=quantisation)
+    model, tok = base("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16 if quantisation == "bf16" else torch.float16))
+    path = tmp_path / "base.gguf"
+    write_model(path, model, tok, quantisation=quantisation)
     back = AutoModelForCausalLM.from_pretrained(cached_base(path))
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_up.weight")
 
@@ -110,6 +115,21 @@ def test_a_file_is_kept_in_a_type_that_holds_its_values(
 
     assert str(back.dtype) == f"torch.{dtype}"
     assert found.float().numpy() == pytest.approx(gguf.dequantize(tensor.data, tensor.tensor_type), abs=0)
+
+
+def test_vectors_that_16_bits_cannot_hold_keep_a_file_in_float32(tmp_path: Path) -> None:
+    model, tok = base("llama")
+    write_model(tmp_path / "base.gguf", model, tok, quantisation="f16")
+    back = AutoModelForCausalLM.from_pretrained(cached_base(tmp_path / "base.gguf"))
+    assert torch.equal(back.model.norm.weight, model.model.norm.weight)
+
+
+def test_an_end_of_turn_token_ends_answers_too(tmp_path: Path) -> None:
+    model, tok = base("qwen2")
+    model.generation_config.eos_token_id = [tok.eos_token_id, 0]
+    write_model(tmp_path / "base.gguf", model, tok, quantisation="f32")
+    back = AutoModelForCausalLM.from_pretrained(cached_base(tmp_path / "base.gguf"))
+    assert back.generation_config.eos_token_id == [tok.eos_token_id, 0]
 
 
 def test_what_was_read_can_be_saved_again(file: Path, tmp_path: Path) -> None:

@@ -200,8 +200,8 @@ def _lock(path: Path) -> Iterator[None]:
 def convert(path: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file as transformers saves them.
 
-    Weights are in float32, or in the file's own 16 bits where it has no other; quantised files of more than a billion
-    parameters are rounded to bfloat16.
+    Weights are in float32, or in the file's own 16 bits where those hold all of its values; quantised files of more
+    than a billion parameters are rounded to bfloat16.
 
     Raises:
         ConfigError: the gguf package is missing.
@@ -227,7 +227,7 @@ def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     )
     tokenizer = tokenizer_of({key: value for key, value in metadata.items() if key.startswith("tokenizer.")})
     values.setdefault("vocab_size", len(metadata["tokenizer.ggml.tokens"]))
-    model = _skeleton(family.model_types[0], values, tokenizer)
+    model = _skeleton(family.model_types[0], values, tokenizer, metadata.get("tokenizer.ggml.eot_token_id"))
     names = Names(family, model.config.num_hidden_layers).of_weights(model)
     if extra := sorted(tensors.keys() - set(names.values()) - {ROPE_FREQS}):
         raise ModelError(
@@ -284,19 +284,28 @@ def _dequantised(tensor: Any) -> Tensor:
 
 
 def _kept_type(tensors: dict[str, Any]) -> torch.dtype:
-    types = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
+    """The smallest type that holds every value, or bfloat16 for a large quantised model."""
+    large = sum(int(tensor.n_elements) for tensor in tensors.values()) > _EXACT_UP_TO
+    matrices = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
     for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
-        if types == {name}:
-            return dtype
-    size = sum(int(tensor.n_elements) for tensor in tensors.values())
-    return torch.float32 if types == {"F32"} or size <= _EXACT_UP_TO else torch.bfloat16
+        if matrices == {name}:
+            vectors = [_dequantised(tensor) for tensor in tensors.values() if len(tensor.shape) == 1]
+            exact = all(torch.equal(vector.to(dtype).float(), vector) for vector in vectors)
+            return dtype if exact or large else torch.float32
+    return torch.bfloat16 if large and matrices != {"F32"} else torch.float32
 
 
-def _skeleton(model_type: str, values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _skeleton(
+    model_type: str, values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None
+) -> PreTrainedModel:
     """A model without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    ids: dict[str, Any] = {
+        f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")
+    }
+    if end_of_turn is not None and end_of_turn != ids["eos_token_id"]:
+        ids["eos_token_id"] = [ids["eos_token_id"], end_of_turn]
     config = AutoConfig.for_model(model_type, **values, **ids)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

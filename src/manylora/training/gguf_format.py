@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,11 +37,13 @@ _SETTINGS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
-_CAPPED = {
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
+_CAPPED_AT = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+"""Where llama.cpp caps Gemma 2's logits if the file does not say it."""
+_HEAD_LENGTHS = (
+    "attention.value_length", "attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count",
+    "rope.dimension_count_swa",
+)  # fmt: skip
+"""Further keys of a file that must all say head_dim, as transformers has one length for all."""
 _LLAMA3_ROPE = [
     {
         "factor": factor,
@@ -71,25 +73,34 @@ class Family:
     always_tied: bool = False
     windows_every: int | None = None
     """Every layer but each n-th reads through a sliding window; None: no layer does."""
+    largest: int | None = None
+    """Layers of the one size whose attention is divided by another number; llama.cpp knows it by them."""
     full_width_heads: bool = False
     """Whether llama.cpp takes heads × head_dim to be the hidden size."""
 
+
+_GEMMA = Family(
+    architecture="gemma",
+    model_types=("gemma",),
+    activation="gelu_pytorch_tanh",
+    norm_offset=1.0,
+    always_tied=True,
+)
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_CAPS = {name: name for name in _CAPPED_AT}
 
 FAMILIES = (
     Family(architecture="llama", model_types=("llama", "mistral"), permuted=True),
     Family(architecture="qwen2", model_types=("qwen2",), full_width_heads=True),
     Family(architecture="qwen3", model_types=("qwen3",)),
-    Family(
-        architecture="gemma", model_types=("gemma",), activation="gelu_pytorch_tanh", norm_offset=1.0,
-        always_tied=True,
+    _GEMMA,
+    replace(
+        _GEMMA, architecture="gemma2", model_types=("gemma2",), windows_every=2, largest=46,
+        settings={**_SETTINGS, **_WINDOW, **_CAPS},
     ),
-    Family(
-        architecture="gemma2", model_types=("gemma2",), activation="gelu_pytorch_tanh", norm_offset=1.0,
-        always_tied=True, settings={**_SETTINGS, **_CAPPED}, windows_every=2,
-    ),
-    Family(
-        architecture="gemma3", model_types=("gemma3_text",), activation="gelu_pytorch_tanh", norm_offset=1.0,
-        settings={**_SETTINGS, "attention.sliding_window": "sliding_window"}, windows_every=6,
+    replace(
+        _GEMMA, architecture="gemma3", model_types=("gemma3_text",), windows_every=6, largest=62, always_tied=False,
+        settings={**_SETTINGS, **_WINDOW},
     ),
 )  # fmt: skip
 
@@ -139,11 +150,12 @@ def _demands(family: Family, config: PretrainedConfig) -> Iterable[tuple[str, An
     if family.full_width_heads:
         yield "head_dim", head, width // heads
     if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None:
-        # llama.cpp knows the one size that divides by something else by its number of layers
-        largest = {"gemma2": 46, "gemma3": 62}.get(family.architecture) == config.num_hidden_layers
+        largest = family.largest == config.num_hidden_layers
         yield "query_pre_attn_scalar", scalar, width // heads if largest else head
+    for name, default in _CAPPED_AT.items():
+        value = getattr(config, name, None)
+        yield name, value, (value or default) if name in family.settings else None
     if family.architecture == "gemma3":
-        yield "attn_logit_softcapping", getattr(config, "attn_logit_softcapping", None), None
         yield (
             "use_bidirectional_attention",
             bool(getattr(config, "use_bidirectional_attention", False)),
@@ -272,19 +284,14 @@ def settings_of(
     values["rope_parameters"] = _rope_settings(stated, family, values, tensors)
     if family.windows_every is not None:
         values["layer_types"] = layer_types(family, values["num_hidden_layers"])
-        largest = {"gemma2": 46, "gemma3": 62}[family.architecture] == values["num_hidden_layers"]
         width = values["hidden_size"] // values["num_attention_heads"]
+        largest = family.largest == values["num_hidden_layers"]
         values["query_pre_attn_scalar"] = width if largest else values["head_dim"]
-    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
-        _expect(stated, key, values["head_dim"])
-    _expect(stated, "rope.dimension_count", values["head_dim"])
-    _expect(stated, "rope.dimension_count_swa", values["head_dim"])
-    _expect(stated, "attention.sliding_window_pattern", family.windows_every)
-    _expect(stated, "expert_count", 0)
-    _expect(stated, "expert_used_count", 0)
-    _expect(stated, "attention.causal", True)
-    if stated:
-        key, value = next(iter(stated.items()))
+    expected = dict.fromkeys(_HEAD_LENGTHS, values["head_dim"])
+    expected |= {"attention.sliding_window_pattern": family.windows_every, "attention.causal": True}
+    expected |= {"expert_count": 0, "expert_used_count": 0}
+    if strange := [key for key, value in stated.items() if expected.get(key) != value]:
+        key, value = strange[0], stated[strange[0]]
         raise ModelError(
             f"it says {name}.{key} = {value!r}, which this reader does not understand; give the model's folder in "
             "safetensors"
@@ -295,12 +302,6 @@ def settings_of(
     if name == "llama":
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     return family, values
-
-
-def _expect(stated: dict[str, Any], key: str, value: Any) -> None:
-    """Take a setting out that has the value it must have; another value stays, and is refused."""
-    if stated.get(key) == value:
-        stated.pop(key, None)
 
 
 def _rope_settings(
