@@ -99,6 +99,8 @@ def cached_base(path: Path) -> Path:
         ConfigError: the gguf package is missing.
         ModelError: the file is damaged, or of a kind that is not read, or the cache cannot be written.
     """
+    if not os.access(path, os.R_OK):
+        raise ModelError(f"{path} cannot be read; give a file that this user may read.")
     try:
         root = cache_folder() / "gguf"
         root.mkdir(parents=True, exist_ok=True)
