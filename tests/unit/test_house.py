@@ -24,6 +24,7 @@ ORDER = [
     "evaluation",
     "analysis",
     "federated",
+    "serving",
     "jobs",
     "studies",
     "report",

