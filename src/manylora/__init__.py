@@ -255,7 +255,7 @@ def compare(
     from manylora.studies.compare import CompareConfig, compare
 
     config = _config(CompareConfig, None, {**settings, "study": _path(study) or ""})
-    found = compare(config, progress=CellProgress().as_hooks() if progress is True else None)
+    found = compare(config, progress=CellProgress() if progress is True else None)
     if report and found.path is not None and found.summary is not None:
         _draw_report(found.path, progress)
     return found

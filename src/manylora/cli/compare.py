@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     print(f"study folder: {opened.path}", flush=True)
     began = time.monotonic()
     progress = CellProgress(workers_of(config, opened.study))
-    code = _show(run_study_in(opened, config, progress=progress.as_hooks()), study=config.study)
+    code = _show(run_study_in(opened, config, progress=progress), study=config.study)
     if code == 0:
         print(f"{time.monotonic() - began:.0f} s")
     return code

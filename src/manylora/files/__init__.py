@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         check_record,
         forgive_lines,
         forgive_record,
+        read_object,
         read_record,
     )
 
@@ -51,6 +52,7 @@ _RECORDS = (
     "check_record",
     "forgive_lines",
     "forgive_record",
+    "read_object",
     "read_record",
 )
 """Imported on first use: no --help needs pydantic, a third of its time."""
@@ -83,6 +85,7 @@ __all__ = [
     "parse_json",
     "parse_yaml",
     "read_json",
+    "read_object",
     "read_record",
     "read_yaml",
     "reason",

@@ -18,7 +18,6 @@ from manylora.analysis.tables import (
     similarity_table,
     sources_table,
 )
-from manylora.files import forgive_record
 from manylora.report.analyze_figures import (
     change_layers_figure,
     change_steps_figure,
@@ -34,7 +33,7 @@ from manylora.report.common import (
     counted,
     first_few,
     mean,
-    read_object,
+    read_if_there,
     read_recipe,
     signed,
     text,
@@ -51,7 +50,7 @@ def analyze_page(folder: Path) -> Page:
     Raises:
         RunError: analysis.json, or another file, is broken.
     """
-    found = forgive_record(read_object(folder / "analysis.json"), Findings) or Findings()
+    found = read_if_there(folder / "analysis.json", Findings) or Findings()
     recipe = read_recipe(folder)
     gates = [one for one in found.gates if one.task != ALL]
     sections = (

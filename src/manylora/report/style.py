@@ -128,9 +128,9 @@ def _shared(lines: Sequence[str]) -> int:
     )
 
 
-def wrap(words: str, width: int, *, lines: int = 3) -> list[str]:
-    """`words` in at most `lines` lines of `width` characters."""
-    return textwrap.wrap(" ".join(clean(words).split()), width, max_lines=lines, placeholder=" …") or [""]
+def wrap(words: str, width: int) -> list[str]:
+    """`words` in at most three lines of `width` characters."""
+    return textwrap.wrap(" ".join(clean(words).split()), width, max_lines=3, placeholder=" …") or [""]
 
 
 def label(line: str) -> str:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from manylora.studies.cells import Cell, results_of, run_cell
     from manylora.studies.config import Contrast, Method, Study, load_study, parse_study
     from manylora.studies.costs import CELL_METRICS, CellMetric
-    from manylora.studies.kinds import KINDS, Job, Measured
+    from manylora.studies.kinds import KINDS, Job
     from manylora.studies.presets import PRESETS
     from manylora.studies.records import Summary
-    from manylora.studies.results import CellResult, read_cells, write_cells
+    from manylora.studies.results import CellResult, Measured, read_cells, write_cells
     from manylora.studies.runner import Progress, run_study
     from manylora.studies.summary import summarise
 
@@ -27,10 +27,10 @@ _HOME = {
     "cells": ("Cell", "results_of", "run_cell"),
     "costs": ("CELL_METRICS", "CellMetric"),
     "config": ("Contrast", "Method", "Study", "load_study", "parse_study"),
-    "kinds": ("KINDS", "Job", "Measured"),
+    "kinds": ("KINDS", "Job"),
     "presets": ("PRESETS",),
     "runner": ("Progress", "run_study"),
-    "results": ("CellResult", "read_cells", "write_cells"),
+    "results": ("CellResult", "Measured", "read_cells", "write_cells"),
     "records": ("Summary",),
     "summary": ("summarise",),
 }

@@ -132,7 +132,7 @@ def run_study_in(opened: OpenStudy, config: CompareConfig, *, progress: Progress
     from manylora.studies.runner import run_study
 
     study, out = opened.study, opened.path
-    outcome = run_study(
+    failed = run_study(
         study,
         out,
         study_file=out / "study.yaml",
@@ -140,7 +140,7 @@ def run_study_in(opened: OpenStudy, config: CompareConfig, *, progress: Progress
         launcher=config.launcher,
         progress=progress,
     )
-    return sum_up(opened, failed=outcome.failed)
+    return sum_up(opened, failed=failed)
 
 
 def compare(config: CompareConfig, *, progress: Progress | None = None) -> Comparison:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from manylora.errors import ConfigError, ModelError
 from manylora.files import build_config
 from manylora.files.settings import field_types, settings_of
-from manylora.studies.kinds import Job, Measured, held
+from manylora.studies.kinds import Job, held
+from manylora.studies.results import Measured
 from manylora.studies.settings import TransferCellSettings
 from manylora.studies.train_cells import joined, one_run, only, shortened
 from manylora.training.config import TrainConfig
