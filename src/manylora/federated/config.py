@@ -6,20 +6,22 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from manylora.data import EMBEDDED, today
 from manylora.errors import ConfigError
 from manylora.federated.faults import shown
+from manylora.federated.strategies import STRATEGIES, strategy_for
 from manylora.files import whole_number
 from manylora.files.settings import Bound, Count, CountOrZero, Positive, Settings, field_types, has_type
 from manylora.training.config import RECIPES, TrainConfig, as_list
 from manylora.training.settings import TrainingSettings
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
-StrategyName: TypeAlias = Literal[
-    "fed-alora", "fedsa", "fedit", "ffa", "local", "centralized", "zero-padding", "flora", "flexlora"
-]
+if TYPE_CHECKING:
+    StrategyName: TypeAlias = str
+else:
+    StrategyName = Literal[tuple(STRATEGIES)]
 
 _AT_MOST_1 = Bound(lambda value: 0 <= value <= 1, "a share of at most 1, such as 0.5")
 Fraction: TypeAlias = Annotated[float, _AT_MOST_1]
@@ -192,8 +194,6 @@ class FederateConfig(TrainingSettings, StrategySettings, RoundSettings, AnswerCh
             )
 
     def _check_strategy(self) -> None:
-        from manylora.federated.strategies import STRATEGIES, strategy_for
-
         strategy = strategy_for(self.strategy, unequal=self.ranks is not None)
         if self.ranks is not None and not strategy.unequal:
             able = sorted({"fed-alora", *(name for name, value in STRATEGIES.items() if value.unequal)})

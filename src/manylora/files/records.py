@@ -127,10 +127,10 @@ def read_object(path: Path, *, remedy: str) -> dict[str, Any]:
     check_noted(path)
     try:
         found = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds {type(found).__name__} where an object is expected")
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({reason(error)}); {remedy}.") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds {type(found).__name__} where an object is expected; {remedy}.")
     return found
 
 

@@ -122,7 +122,8 @@ def read_cells(path: Path) -> tuple[dict[str, Any], list[CellResult]]:
     try:
         rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({reason(error)}); {_REMEDY}.") from error
+        how = "cannot be read" if isinstance(error, OSError) else "is damaged"
+        raise ConfigError(f"{path} {how} ({reason(error)}); {_REMEDY}.") from error
     head = rows[0] if rows and isinstance(rows[0], dict) else {}
     if head.get("kind") != "cells" or not isinstance(head.get("study"), dict):
         raise ConfigError(f"{path} is no cells file; give a cells.jsonl that manylora compare wrote.")
