@@ -13,9 +13,18 @@ from manylora.errors import ConfigError
 from manylora.federated.faults import shown
 from manylora.federated.strategies import STRATEGIES, strategy_for
 from manylora.files import whole_number
-from manylora.files.settings import Bound, Count, CountOrZero, Positive, Settings, field_types, has_type
+from manylora.files.settings import (
+    Bound,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Settings,
+    field_types,
+    has_type,
+)
 from manylora.training.config import RECIPES, TrainConfig, as_list
-from manylora.training.settings import TrainingSettings
+from manylora.training.settings import Seed, TrainingSettings
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
 if TYPE_CHECKING:
@@ -103,7 +112,7 @@ class RoundSettings(Settings):
     local_steps: Count | None = None
     """Optimizer steps of a client in a round, in place of --local-epochs. Default: --local-epochs counts."""
     reference: Literal["local", "none"] = "local"
-    """Also train each client alone, with equal steps, to compare with; left out where nothing travels anyway."""
+    """local: also train each client alone, with equal steps, to compare with; left out where nothing travels anyway."""
     scored_clients: CountOrZero | None = None
     """Score the personal models of this many clients, in order; 0 for none. Default: all."""
     keep_rounds: Count = 3
@@ -116,8 +125,8 @@ class AnswerCheckSettings(Settings):
     """What a client's answer may be, and how answers are added up"""
 
     wire: Literal["fp32", "bf16", "int8"] = "int8"
-    """Numbers on the wire. int8 has one scale per rank component; what rounding loses goes into the next message. The
-    default because five seeds show no loss against fp32 (docs/log.md), at a quarter of the bytes."""
+    """Numbers on the wire. int8 has one scale per rank component; what rounding loses goes into the next message. It
+    showed no loss against fp32 in five seeds (docs/log.md), at a quarter of the bytes."""
     quorum: Fraction = 0.5
     """Share of a round's clients whose answers must count; with fewer the run stops."""
     deadline: Positive | None = None
@@ -160,6 +169,23 @@ class EngineSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class FederateConfig(TrainingSettings, StrategySettings, RoundSettings, AnswerCheckSettings, EngineSettings):
     """Settings of one federated run. A value left at `None` is filled in by `--schedule`."""
+
+    date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template is told which asks for it, at every client the same. Default: the day
+    on which the run begins."""
+    r: Count = 8
+    """Rank of every client's adapter; beside --ranks the intermediate rank."""
+    target_modules: list[str] | str | None = None
+    """Default: from `--schedule`."""
+    learning_rate: Positive | None = None
+    """Default: from `--schedule`."""
+    warmup: NotNegative | None = None
+    """Warm-up: a share of a client's steps in all rounds where below 1, else a number of steps. Default: from
+    `--schedule`."""
+    batch_size: Count | None = None
+    """Rows per optimizer step of a client. Default: from `--schedule`."""
+    seed: Seed = 0
+    """Seeds initialisation, order and dropout, how rows are dealt out, and which clients take part in a round."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
