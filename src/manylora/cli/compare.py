@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run_cell(config: CompareOptions, cell_id: str) -> int:
-    from manylora.studies import run_cell
+    from manylora.studies.cells import run_cell
     from manylora.studies.runner import find_cell
 
     opened = open_study(config)

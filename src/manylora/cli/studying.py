@@ -13,7 +13,8 @@ from manylora.studies.runner import Progress
 from manylora.table import Table, Value
 
 if TYPE_CHECKING:
-    from manylora.studies import Study, Summary
+    from manylora.studies.config import Study
+    from manylora.studies.records import Summary
 
 _NAMED = 8
 """How many missing cells are named."""

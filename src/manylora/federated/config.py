@@ -226,28 +226,24 @@ class FederateConfig(TrainingSettings, StrategySettings, RoundSettings, AnswerCh
             raise ConfigError(
                 f"strategy {self.strategy} needs one rank for all; leave --ranks out, or choose {', '.join(able)}."
             )
-        for name, usual in (("a_state", "persist"), ("a_init", "common")):
+        linear = ", ".join(sorted(name for name, value in STRATEGIES.items() if value.linear))
+        for name, usual, means_something, why in (
+            ("a_state", "persist", strategy.keeps_a, "whose clients keep no A of their own"),
+            ("a_init", "common", strategy.keeps_a, "whose clients keep no A of their own"),
+            ("personal", "received", strategy.travels, "which sends nothing back"),
+            ("personal", "received", not strategy.restarts, "whose clients start each round anew"),
+            (
+                "robust",
+                "none",
+                strategy.linear,
+                f"whose answers are not added up one by one as those of {linear}",
+            ),
+        ):
             value = getattr(self, name)
-            if value != usual and not strategy.keeps_a:
+            if value != usual and not means_something:
                 raise ConfigError(
-                    f"{name} {value} means nothing to strategy {self.strategy}, whose clients keep no A of their "
-                    "own; leave it out."
+                    f"{name} {value} means nothing to strategy {self.strategy}, {why}; leave it out."
                 )
-        if self.personal == "trained" and not strategy.travels:
-            raise ConfigError(
-                f"personal trained means nothing to strategy {self.strategy}, which sends nothing back; leave it out."
-            )
-        if self.personal == "trained" and strategy.restarts:
-            raise ConfigError(
-                f"personal trained means nothing to strategy {self.strategy}, whose clients start each round anew; "
-                "leave it out."
-            )
-        if self.robust != "none" and not strategy.linear:
-            able = sorted(name for name, value in STRATEGIES.items() if value.linear)
-            raise ConfigError(
-                f"robust {self.robust} means nothing to strategy {self.strategy}, whose answers are not added up one "
-                f"by one; leave it out, or choose {', '.join(able)}."
-            )
         if self.strategy == "centralized" and self.clients not in (None, 1):
             raise ConfigError(
                 f"clients is {self.clients}, but strategy centralized has all rows in one place."

@@ -23,6 +23,7 @@ from manylora.files.sums import COMPLETE, NOTES, changed_file, check_noted, file
 from manylora.files.writing import (
     append_line,
     json_text,
+    locked,
     make_folder,
     open_own,
     refuse_links,
@@ -78,6 +79,7 @@ __all__ = [
     "forgive_lines",
     "forgive_record",
     "json_text",
+    "locked",
     "lone_surrogate",
     "make_folder",
     "noted",

@@ -19,6 +19,7 @@ from manylora.analysis.tables import (
     sources_table,
 )
 from manylora.report.analyze_figures import (
+    MATRICES,
     change_layers_figure,
     change_steps_figure,
     conflict_figure,
@@ -40,8 +41,6 @@ from manylora.report.common import (
 )
 from manylora.report.page import Figure, Page, Section
 from manylora.table import Table
-
-MATRICES = ("A", "B")
 
 
 def analyze_page(folder: Path) -> Page:

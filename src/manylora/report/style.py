@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -79,18 +80,16 @@ def css_variables(*, dark: bool) -> str:
 
 def sequential() -> Colormap:
     """Colours for values from low to high, readable without colour vision (cividis)."""
-    return _colormap("cividis")
+    import matplotlib
+
+    return matplotlib.colormaps["cividis"]
 
 
 def diverging() -> Colormap:
     """Colours for values to either side of zero (orange below, purple above)."""
-    return _colormap("PuOr")
-
-
-def _colormap(name: str) -> Colormap:
     import matplotlib
 
-    return matplotlib.colormaps[name]
+    return matplotlib.colormaps["PuOr"]
 
 
 def short(name: str, limit: int) -> str:
@@ -109,8 +108,8 @@ def short_names(names: Sequence[str], limit: int) -> list[str]:
     if len({names[index] for index in alike}) < 2:
         return found
     lines = [" ".join(clean(names[index]).split()) for index in alike]
-    before = _shared(lines)
-    after = _shared([line[before:][::-1] for line in lines])
+    before = len(commonprefix(lines))  # noqa: RUF071 - letter by letter is what is meant
+    after = len(commonprefix([line[before:][::-1] for line in lines]))  # noqa: RUF071
     for index, line in zip(alike, lines, strict=True):
         middle = line[before : len(line) - after]
         room = limit - len(middle) - 2  # for what is shared, and two dots
@@ -118,14 +117,6 @@ def short_names(names: Sequence[str], limit: int) -> list[str]:
         tail = "…" if after else ""
         found[index] = short(f"{kept}{'…' if len(kept) < before else ''}{middle}{tail}", limit)
     return found
-
-
-def _shared(lines: Sequence[str]) -> int:
-    """Characters that all lines begin with."""
-    return next(
-        (at for at, signs in enumerate(zip(*lines, strict=False)) if len(set(signs)) > 1),
-        min(map(len, lines)),
-    )
 
 
 def wrap(words: str, width: int) -> list[str]:

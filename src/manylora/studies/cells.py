@@ -19,10 +19,10 @@ from typing import Any
 
 from manylora.data import check_date, today
 from manylora.errors import RunError
-from manylora.files import read_object, read_record, write_json, write_text
+from manylora.files import locked, read_object, read_record, write_json, write_text
 from manylora.studies.config import Study
 from manylora.studies.costs import measure_cell
-from manylora.studies.kinds import Job, held, kind_of
+from manylora.studies.kinds import Job, kind_of
 from manylora.studies.records import Screened
 from manylora.studies.results import CellResult, Stage, pack_scores
 
@@ -146,7 +146,7 @@ def run_cell(study: Study, cell: Cell, out: Path) -> None:
     method = study.method(cell.method)
     folder = cell.folder(out)
     settings = cell_settings(study, cell)
-    with held(folder):
+    with locked(folder / ".held"):  # a runner that was killed leaves its cells running: wait for them here
         check_same(folder, settings)
         if cell.result(out) is not None:
             return
@@ -182,7 +182,7 @@ def run_cell(study: Study, cell: Cell, out: Path) -> None:
 def study_date(out: Path) -> str:
     """The day that chat templates are told in all cells of a study: the one on which its first cell ran."""
     path = out / "shared" / "date.txt"
-    with held(path.parent):
+    with locked(path.parent / ".held"):
         if not path.is_file():
             write_text(path, today())
         date = path.read_text(encoding="utf-8").strip()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
-
-from manylora.files import open_own
 
 if TYPE_CHECKING:
     from manylora.studies.results import Measured
@@ -37,22 +33,7 @@ class Job:
     folder: Path
     """The cell's own; run folders go into it."""
     shared: Path
-    """One folder for all cells of the study; hold what is made there (`held`)."""
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, made if need be; waits for another that holds it, which its end, however it
-    comes, releases. A runner that was killed leaves its cells running: the next one waits for them here."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        yield
-        return
-    with open_own(folder / ".held", os.O_WRONLY) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """One folder for all cells of the study; hold what is made there (`manylora.files.locked`)."""
 
 
 class Kind(Protocol):

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from manylora.federated.config import NODE_SETTINGS, FederateConfig, check_sent_
 from manylora.federated.engines import flower_private
 from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
 from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
+from manylora.files import locked
 
 if TYPE_CHECKING:
     from manylora.federated.personal import ClientData
@@ -107,7 +108,7 @@ class NodeClient:
             self._key = (name, config)
         home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
         self._look_for_old_runs(home)
-        with _locked(home / f"{folder_name(name)}.lock"):
+        with locked(home / f"{folder_name(name)}.lock"):  # perhaps by one whose SuperNode was killed
             client = Client(name, self._rows, home=home, bench=self._bench, say=self.say)
             return client.handle(data)
 
@@ -318,15 +319,3 @@ def _name(node_config: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         raise ConfigError(f'client is {name!r} in --node-config; give the node a name, as client="ada".')
     return name
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for another process of this client, such as one whose SuperNode was killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        with contextlib.suppress(ImportError):  # Windows: no lock, as nothing there releases one after a kill
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
