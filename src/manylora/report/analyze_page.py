@@ -53,9 +53,18 @@ def analyze_page(folder: Path) -> Page:
     recipe = read_recipe(folder)
     gates = [one for one in found.gates if one.task != ALL]
     sections = (
-        _sources_section(found) if found.sources else None,
-        _similarity_section(found) if found.similarity else None,
-        _change_section(found) if found.change else None,
+        _section("What was analyzed", [], sources_table(found.sources, paths=True)),
+        _section(
+            "Similarity",
+            [similarity_layers_figure(found.similarity), similarity_maps_figure(found.similarity)],
+            similarity_table(found.similarity),
+            similarity_by_module_table(found.similarity),
+        ),
+        _section(
+            "Change during training",
+            [change_layers_figure(found.change), change_steps_figure(found.change)],
+            change_table(found.change, per_module=len(found.sources) == 1),
+        ),
         *_gradient_sections(found),
         *_gates_sections(found),
     )
@@ -124,31 +133,15 @@ def _limits(found: Findings) -> tuple[str, ...]:
 # ---- sections
 
 
-def _section(title: str, figures: list[Figure | None], *tables: Table) -> Section:
+def _section(title: str, figures: list[Figure | None], *tables: Table) -> Section | None:
+    """What there is to show; None where that is nothing."""
+    drawn = tuple(figure for figure in figures if figure)
     kept = tuple(table for table in tables if table.rows)
     folded = any(len(table.rows) > FOLDED for table in kept)
-    return Section(
-        title=title, figures=tuple(figure for figure in figures if figure), tables=kept, folded=folded
-    )
+    return Section(title=title, figures=drawn, tables=kept, folded=folded) if drawn or kept else None
 
 
-def _sources_section(found: Findings) -> Section:
-    return _section("What was analyzed", [], sources_table(found.sources, paths=True))
-
-
-def _similarity_section(found: Findings) -> Section:
-    pairs = found.similarity
-    figures = [similarity_layers_figure(pairs), similarity_maps_figure(pairs)]
-    return _section("Similarity", figures, similarity_table(pairs), similarity_by_module_table(pairs))
-
-
-def _change_section(found: Findings) -> Section:
-    figures = [change_layers_figure(found.change), change_steps_figure(found.change)]
-    table = change_table(found.change, per_module=len(found.sources) == 1)
-    return _section("Change during training", figures, table)
-
-
-def _gradient_sections(found: Findings) -> list[Section]:
+def _gradient_sections(found: Findings) -> list[Section | None]:
     """One section for every adapter and matrix whose gradients were measured."""
     parts = [
         (one, matrix)
@@ -173,7 +166,7 @@ def _gradient_sections(found: Findings) -> list[Section]:
     return sections
 
 
-def _gates_sections(found: Findings) -> list[Section]:
+def _gates_sections(found: Findings) -> list[Section | None]:
     """One section for every adapter whose gates were measured."""
     sources = list(dict.fromkeys(one.source for one in found.gates))
     sections = []

@@ -27,7 +27,7 @@ from manylora.report.plots import (
     Series,
     Spot,
 )
-from manylora.studies.config import MEAN
+from manylora.studies.config import MEAN, SCREENING
 from manylora.studies.costs import CELL_METRICS
 from manylora.studies.records import ClaimTrial, CurveMean, Interval, Summary
 from manylora.studies.tables import (
@@ -40,9 +40,6 @@ from manylora.studies.tables import (
     others_table,
     scores_table,
 )
-
-_SCREENING = 5
-"""Fewer seeds than this are a first look."""
 
 
 def compare_page(folder: Path) -> Page:
@@ -133,9 +130,9 @@ def _limits(study: Summary) -> tuple[str, ...]:
         found.append(
             "Undecided is not “no difference”: the study could hardly have seen one below “detectable”."
         )
-    if sizes and min(sizes) < _SCREENING and not study.notes:  # which have the study's own words on it
+    if sizes and min(sizes) < SCREENING and not study.notes:  # which have the study's own words on it
         found.append(
-            f"With fewer than {_SCREENING} seeds this is a screening: it can point at a difference, not confirm one."
+            f"With fewer than {SCREENING} seeds this is a screening: it can point at a difference, not confirm one."
         )
     against = f", against {study.reference}" if study.reference else ""
     found.append(

@@ -19,6 +19,9 @@ from manylora.studies.presets import PRESETS
 MEAN = "mean"
 """Where a task may be named: the mean over all tasks."""
 
+SCREENING = 5
+"""Fewer seeds than this are a first look, and the page says so."""
+
 _MOST_SEEDS = 10_000
 _REMEDY = "see docs/compare.md"
 

@@ -11,7 +11,7 @@ from manylora.errors import DataError, RunError
 from manylora.evaluation.claims import Trial, try_claims
 from manylora.evaluation.statistics import delta_m, mean_interval
 from manylora.studies.cells import at_the_edge, screened
-from manylora.studies.config import MEAN, Contrast, Study
+from manylora.studies.config import MEAN, SCREENING, Contrast, Study
 from manylora.studies.costs import costs_of
 from manylora.studies.records import (
     ClaimTrial,
@@ -23,9 +23,6 @@ from manylora.studies.records import (
     Summary,
 )
 from manylora.studies.results import CellResult, unpack_scores
-
-SCREENING = 5
-"""Fewer seeds than this are a first look, and the page says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
