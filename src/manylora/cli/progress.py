@@ -55,15 +55,19 @@ class ConsoleProgress(Progress):
 
     def show_scores(self, scores: Scores, baselines: Baselines, notes: Sequence[str]) -> None:
         """The table, and the notes below it."""
-        from manylora.cli.tables import print_scores
+        from manylora.cli.tables import console
+        from manylora.evaluation import scores_table
 
-        print_scores(scores, baselines, notes)
+        console().print(scores_table(scores, baselines=baselines))
+        for note in notes:
+            print(note)
 
     def show_loss(self, before: Scores, after: Scores, loss: Loss, *, title: str) -> None:
         """A table with a line per task."""
-        from manylora.cli.tables import print_loss
+        from manylora.cli.tables import console
+        from manylora.evaluation import loss_table
 
-        print_loss(before, after, loss, title=title)
+        console().print(loss_table(before, after, loss, title=title))
 
     def show_clients(self, config: FederateConfig, data: Mapping[str, ClientData]) -> None:
         """A table with a line per client."""

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,27 +228,17 @@ def _answer_one(
     Returns:
         The token of the next message, where that came before this one was whole.
     """
-    import httpx
     from flwr.app import Error, Message
 
-    push_output, status = flower_private.push_task_output, flower_private.SubStatus
-    lost = (flower_private.ObjectPullError, RuntimeError, httpx.HTTPError)
+    status = flower_private.SubStatus
     its_token = flower_private.RuntimeTokenHttpInterceptor(token)
     with contextlib.closing(flower_private.runtime_client(supernode, interceptors=[its_token])) as connection:
         runtime = _TaskRuntime(connection, offered)
-        heart = flower_private.HeartbeatSender(flower_private.make_task_heartbeat_fn_http(runtime))
-        heart.start()
-        try:
-            try:
-                message, context, _, _ = flower_private.pull_task_input(runtime)
-            except lost as error:
-                if isinstance(error, httpx.HTTPError) and not runtime.next:
-                    raise  # the SuperNode does not answer, and sees to the message by itself if it is there
-                say(f"a message did not come whole: {error}")
-                if runtime.next:
-                    # Otherwise the SuperNode would answer it itself, a minute later and in place of the next one.
-                    push_output(runtime, None, status.FAILED, Fault.OTHER.value)
+        with _heartbeat(runtime):
+            taken = _take_message(runtime, say)
+            if taken is None:
                 return runtime.next
+            message, context = taken
             ended, began = status.COMPLETED, time.monotonic()
             try:
                 reply = Message(client.answer(message.content, context.node_config), reply_to=message)
@@ -262,12 +252,38 @@ def _answer_one(
             except flower_private.ObjectPushError as error:
                 say(f"an answer did not get to the SuperNode: {error}; restart it")
                 return ""
-            push_output(runtime, context, ended, "")
+            flower_private.push_task_output(runtime, context, ended, "")
             say(f"answered a message in {time.monotonic() - began:.1f} s")
             return ""
-        finally:
-            with contextlib.suppress(RuntimeError):  # it ends by itself where the SuperNode forgot the task
-                heart.stop()
+
+
+@contextlib.contextmanager
+def _heartbeat(runtime: _TaskRuntime) -> Iterator[None]:
+    """Tell the SuperNode that its task goes on."""
+    heart = flower_private.HeartbeatSender(flower_private.make_task_heartbeat_fn_http(runtime))
+    heart.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # it ends by itself where the SuperNode forgot the task
+            heart.stop()
+
+
+def _take_message(runtime: _TaskRuntime, say: Callable[[str], None]) -> tuple[Any, Any] | None:
+    """The task's message and context; None where they do not come whole."""
+    import httpx
+
+    try:
+        message, context, _, _ = flower_private.pull_task_input(runtime)
+    except (flower_private.ObjectPullError, RuntimeError, httpx.HTTPError) as error:
+        if isinstance(error, httpx.HTTPError) and not runtime.next:
+            raise  # the SuperNode does not answer, and sees to the message by itself if it is there
+        say(f"a message did not come whole: {error}")
+        if runtime.next:
+            # Otherwise the SuperNode would answer it itself, a minute later and in place of the next one.
+            flower_private.push_task_output(runtime, None, flower_private.SubStatus.FAILED, Fault.OTHER.value)
+        return None
+    return message, context
 
 
 class _TaskRuntime:
