@@ -64,6 +64,7 @@ _THEME = {
     "paper": (PAPER, "#15191d"),
     **{f"mark-{index}": (mark.light, mark.dark) for index, mark in enumerate(MARKS)},
 }
+_VARIABLES = {light: f"var(--{name})" for name, (light, _) in _THEME.items()}
 
 
 @cache
@@ -145,48 +146,46 @@ def drawing() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser has more fonts
         warnings.filterwarnings("ignore", message="constrained_layout not applied")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_settings())
+        matplotlib.rcParams.update(_SETTINGS)
         yield
 
 
-@cache
-def _settings() -> dict[str, Any]:
-    return {
-        "font.family": "DejaVu Sans",  # comes with matplotlib
-        "font.size": 11.5,
-        "axes.titlesize": 12,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.labelsize": 11.5,
-        "xtick.labelsize": 11,
-        "ytick.labelsize": 11,
-        "legend.fontsize": 11,
-        "text.color": INK,
-        "text.parse_math": False,  # a task may be called "$x$"
-        "axes.labelcolor": SOFT,
-        "axes.edgecolor": RULE,
-        "axes.facecolor": "none",
-        "axes.grid": False,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.unicode_minus": True,
-        "grid.color": RULE,
-        "grid.linewidth": 0.8,
-        "xtick.color": RULE,
-        "ytick.color": RULE,
-        "xtick.labelcolor": SOFT,
-        "ytick.labelcolor": INK,
-        "legend.frameon": False,
-        "legend.labelcolor": INK,
-        "hatch.linewidth": 0.7,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 5.5,
-        "svg.fonttype": "none",
-        "svg.image_inline": True,
-        "figure.constrained_layout.h_pad": 0.06,
-        "figure.constrained_layout.w_pad": 0.04,
-    }
+_SETTINGS: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 11.5,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11.5,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 11,
+    "text.color": INK,
+    "text.parse_math": False,  # a task may be called "$x$"
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": RULE,
+    "axes.facecolor": "none",
+    "axes.grid": False,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.unicode_minus": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "hatch.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+    "svg.fonttype": "none",
+    "svg.image_inline": True,
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.04,
+}
 
 
 # ---- ticks and legends: as much as there is room for
@@ -349,9 +348,4 @@ def _tag(element: ElementTree.Element) -> str:
 
 
 def _themed(value: str) -> str:
-    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: _variables().get(found[0].lower(), found[0]), value)
-
-
-@cache
-def _variables() -> dict[str, str]:
-    return {pair[0]: f"var(--{name})" for name, pair in _THEME.items()}
+    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: _VARIABLES.get(found[0].lower(), found[0]), value)
