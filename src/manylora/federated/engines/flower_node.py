@@ -108,7 +108,9 @@ class NodeClient:
             self._key = (name, config)
         home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
         self._look_for_old_runs(home)
-        with locked(home / f"{folder_name(name)}.lock"):  # perhaps by one whose SuperNode was killed
+        lock = home / f"{folder_name(name)}.lock"
+        with locked(lock):  # waits for another worker of this client, such as one whose SuperNode was killed
+            lock.touch()  # when the run's last message came (`forget_old_runs`)
             client = Client(name, self._rows, home=home, bench=self._bench, say=self.say)
             return client.handle(data)
 
