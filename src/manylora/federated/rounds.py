@@ -218,34 +218,13 @@ class Rounds:
 
     def _round(self, number: int) -> None:
         """One round, from whom it asks to what it leaves on disk."""
+        config, strategy, deadline = self.config, self.strategy, self.config.deadline
         names = self.chosen(number)
-        self.progress.round_began(number, self.config.rounds or 0, len(names))
+        self.progress.round_began(number, config.rounds or 0, len(names))
         # With what the last broadcast lost by rounding (error feedback), so that over the rounds nothing is lost.
         sending = corrected(self.state.shared, self.state.residual)
-        facts = self._collect(number, names, sending)
-        counted = sorted(facts.losses)
-        self._check_quorum(
-            len(counted), names, f"counted in round {number}", facts.refused, not_finite=facts.not_finite
-        )
-        change = self._aggregate(number, counted, sending, facts) if self.strategy.travels else None
-        examples = {name: self.state.members[name].weight for name in counted}
-        loss = sum(facts.losses[name] * n for name, n in examples.items()) / sum(examples.values())
-        # Before the state: whoever resumes takes lines of rounds that are not saved away again (`rewind_metrics`).
-        RunFolder(self.folder).append_metrics(
-            {"step": number, "loss": loss, "update_norm": change, "asked": len(names), **facts.to_dict()}
-        )
-        self.state.counted |= dict.fromkeys(counted, number)
-        self.state.round = number
-        self._save()
-        shutil.rmtree(self._answers, ignore_errors=True)
-        self.progress.shared(number, facts.shares)
-        self.progress.round_ended(number, loss, change)
-
-    def _collect(self, number: int, names: Sequence[str], sending: State) -> RoundFacts:
-        """Ask these clients, put the answers that may count on disk, and refuse the others."""
         shutil.rmtree(self._answers, ignore_errors=True)  # those of a round that was killed
         self._answers.mkdir()
-        deadline = self.config.deadline
         facts, waiting, began = RoundFacts(), set(names), time.monotonic()
 
         def order(name: str) -> bytes:
@@ -261,10 +240,27 @@ class Rounds:
                 self._take_answer(reply, number, facts, seconds=seconds)
         for name in sorted(waiting):
             self._refuse(facts, name, self._no_answer())
-        if self.strategy.travels:
-            for name, reason in out_of_proportion(facts.norms, most=self.config.max_ratio).items():
+        if strategy.travels:
+            for name, reason in out_of_proportion(facts.norms, most=config.max_ratio).items():
                 self._refuse(facts, name, reason)
-        return facts
+        counted = sorted(facts.losses)
+        self._check_quorum(
+            len(counted), names, f"counted in round {number}", facts.refused, not_finite=facts.not_finite
+        )
+        change = self._aggregate(number, counted, sending, facts) if strategy.travels else None
+
+        examples = {name: self.state.members[name].weight for name in counted}
+        loss = sum(facts.losses[name] * n for name, n in examples.items()) / sum(examples.values())
+        # Before the state: whoever resumes takes lines of rounds that are not saved away again (`rewind_metrics`).
+        RunFolder(self.folder).append_metrics(
+            {"step": number, "loss": loss, "update_norm": change, "asked": len(names), **facts.to_dict()}
+        )
+        self.state.counted |= dict.fromkeys(counted, number)
+        self.state.round = number
+        self._save()
+        shutil.rmtree(self._answers, ignore_errors=True)
+        self.progress.shared(number, facts.shares)
+        self.progress.round_ended(number, loss, change)
 
     def _order(self, kind: str, name: str, number: int, shared: State) -> bytes:
         """The message that gives one client what it needs for its part of a round, or to score its model."""
