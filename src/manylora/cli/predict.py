@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,10 +76,7 @@ def _answer(predictor: Predictor, example: Example) -> None:
 
 def _answer_rows(predictor: Predictor, file: str) -> None:
     cut = count = 0
-    if file == "-":
-        source, lines = "standard input", read_lines("standard input", stream=sys.stdin.buffer)
-    else:
-        source, lines = file, read_lines(file)
+    source, lines = _named_lines(file)
     for row, example in predictor.read_rows(lines, source=source):
         count += 1
         left: list[int] = []
@@ -91,6 +88,13 @@ def _answer_rows(predictor: Predictor, file: str) -> None:
             _note(f"{example.origin}: {_cut_words(left[0])}")
     if cut:
         _note(f"{cut} of {count} prompts were cut ({100 * cut / count:.1f} %)")
+
+
+def _named_lines(file: str) -> tuple[str, Iterator[bytes]]:
+    """What a file, or standard input ("-"), is called in errors, and its lines."""
+    if file == "-":
+        return "standard input", read_lines("standard input", stream=sys.stdin.buffer)
+    return file, read_lines(file)
 
 
 def _cut_words(left: int) -> str:
