@@ -110,10 +110,11 @@ def run_python(code: str) -> str:
     ).stdout.strip()
 
 
-def test_help_imports_no_torch() -> None:
+@pytest.mark.parametrize("verb", ["train", "federate"])
+def test_help_imports_no_torch(verb: str) -> None:
     code = (
         "import sys; from manylora.cli import main\n"
-        "try: main(['train', '--help'])\n"
+        f"try: main(['{verb}', '--help'])\n"
         "except SystemExit: pass\n"
         "print({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules))"
     )

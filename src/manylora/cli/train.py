@@ -48,10 +48,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _resume(path: str, launch: Launch) -> int:
-    from manylora.jobs.train import is_whole, resume
+    from manylora.jobs.train import finished_run, resume
 
-    if is_whole(path):
-        run = resume(path, progress=ConsoleProgress())
+    if (run := finished_run(path)) is not None:
         print(f"{path} is finished already.")
         if run.has_scores:
             ConsoleProgress().show_scores(run.scores, run.baselines, run.notes)

@@ -236,9 +236,7 @@ def _typed(value: Any, kind: type) -> Any:
     return value
 
 
-def question(
-    text: str, prompts: TaskPrompts, *, input_text: str = "", task: str = "", origin: str = "the prompt"
-) -> Example:
+def question(text: str, prompts: TaskPrompts, *, input_text: str = "", task: str = "") -> Example:
     """A text as the prompt that rows of these had.
 
     Alpaca: the instruction. Chat: one turn of the user's, the input below it. Prompt: as it stands.
@@ -246,6 +244,7 @@ def question(
     Raises:
         ConfigError: an input beside a prompt that is taken as it stands.
     """
+    origin = "the prompt"
     if prompts.form == "alpaca":
         return Example(
             task=task, instruction=text, input=input_text, system=prompts.system, form="alpaca", origin=origin

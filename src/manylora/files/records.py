@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from manylora.errors import RunError
-from manylora.files.reading import parse_json, read_json, reason
+from manylora.files.reading import parse_json, read_json, read_yaml, reason
 from manylora.files.sums import check_noted
 
 NanFloat = Annotated[
@@ -116,6 +116,22 @@ def read_record(path: Path, kind: type[Kind], *, remedy: str) -> Kind:
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({reason(error)}); {remedy}.") from error
     return check_record(value, kind, source=path, remedy=remedy)
+
+
+def read_object(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file, or the settings in a YAML file, of a run.
+
+    Raises:
+        RunError: it cannot be read, is not the one that its run noted, or holds something else.
+    """
+    check_noted(path)
+    try:
+        found = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({reason(error)}); {remedy}.") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds {type(found).__name__} where an object is expected; {remedy}.")
+    return found
 
 
 def check_record(value: Any, kind: type[Kind], *, source: object, remedy: str) -> Kind:

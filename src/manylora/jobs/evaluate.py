@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manylora.errors import ConfigError
+from manylora.files.settings import Count
 from manylora.training.settings import (
     AdapterAnswerSettings,
     BatchSettings,
@@ -32,8 +33,9 @@ class EvaluateConfig(ModelSettings, DataSettings, AdapterAnswerSettings, Scoring
     model: str | None = None
     """Default: the one the adapter was trained on, else the embedded one."""
     data: str | None = None
-    """Default: the test rows of the adapter's run, with its --tasks, --task-column and --limit, else the embedded
-    suite."""
+    """Default: the test rows of the adapter's run, with its --tasks and --task-column, else the embedded suite."""
+    limit: Count | None = None
+    """Default: that of the adapter's run for its test rows, else all."""
     out: str | None = None
     """Folder for predictions.jsonl and scores.json; must not exist. Default: nothing is written."""
 

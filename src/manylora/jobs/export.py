@@ -47,7 +47,7 @@ class ExportConfig(ModelSettings, DataSettings, BatchSettings):
     model: str | None = None
     """Base model to name in what is written. Default: the one the adapter was trained on."""
     data: str | None = None
-    """Token router: rows of its tasks, of which --limit may take a sample, to fit the LoRAs and to score them on.
+    """Token router: rows of its tasks, in the formats of train --data, to fit the LoRAs and to score them on.
     Default: the run's training rows for the fit and its validation rows for the scores."""
     collapse: Literal["fit", "mean"] = "fit"
     """Token router: what stands for it. fit: the LoRA of the same rank that is nearest to the adapter on the task's

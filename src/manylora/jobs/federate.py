@@ -67,26 +67,30 @@ def resume(
     """
     folder = RunFolder.open(path)
     config = folder.config(FederateConfig, verb="federate").resolved()
-    if folder.state["state"] == "finished" and from_round is None and not reset:
-        missing = _missing(folder, config)
-        if missing is None:
-            return FederatedRun(folder.path)
-        progress.show_line(f"{path} was finished, but its {missing} is gone; what is missing is made again.")
+    if from_round is None and not reset:
+        if (run := finished_run(path)) is not None:
+            return run
+        if folder.state["state"] == "finished":
+            missing = _missing(folder, config)
+            progress.show_line(
+                f"{path} was finished, but its {missing} is gone; what is missing is made again."
+            )
     with Session.resume(path, kind="federate", progress=progress) as session:
         session.folder.set_state("running")
         _work(config, _data(config, progress), session, from_round=from_round, reset=reset, progress=progress)
     return FederatedRun(session.path)
 
 
-def is_whole(path: str | Path) -> bool:
-    """Whether a run is finished and its results are all there.
+def finished_run(path: str | Path) -> FederatedRun | None:
+    """A run that is finished and whose results are all there; None where `resume` has something to do.
 
     Raises:
         RunError: `path` is no run of `federate`; or one of its results is not what the run noted.
     """
     folder = RunFolder.open(path)
     config = folder.config(FederateConfig, verb="federate").resolved()
-    return folder.state["state"] == "finished" and _missing(folder, config) is None
+    whole = folder.state["state"] == "finished" and _missing(folder, config) is None
+    return FederatedRun(folder.path) if whole else None
 
 
 def _missing(folder: RunFolder, config: FederateConfig) -> str | None:

@@ -98,26 +98,32 @@ def resume(path: str | Path, *, progress: Progress, launch: Launch = ALONE) -> R
     """
     folder = RunFolder.open(path)
     config = folder.config(TrainConfig, verb="train")
+    if (run := finished_run(path)) is not None:
+        return run
     if folder.state["state"] == "finished":
-        missing = folder.missing_result()
-        if missing is None:
-            return Run(folder.path)
-        progress.show_line(f"{path} was finished, but its {missing} is gone; it is made again.")
+        progress.show_line(
+            f"{path} was finished, but its {folder.missing_result()} is gone; it is made again."
+        )
     with Session.resume(path, progress=progress, launch=launch) as session:
         train_prepared(prepare(config), session, progress=progress)
     return Run(session.path)
 
 
-def is_whole(path: str | Path) -> bool:
-    """Whether a run is finished and its results are all there.
+def finished_run(path: str | Path) -> Run | None:
+    """A run that is finished and whose results are all there; None where `resume` has something to do.
 
     Raises:
-        RunError: one of them is not what the run noted.
+        RunError: `path` is no run of `train`, or one of its results is not what the run noted.
     """
-    if not (Path(path) / "state.json").is_file():
-        return False
     folder = RunFolder.open(path)
-    return folder.state["state"] == "finished" and folder.missing_result() is None
+    folder.config(TrainConfig, verb="train")
+    whole = folder.state["state"] == "finished" and folder.missing_result() is None
+    return Run(folder.path) if whole else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a `finished_run` in a folder, which may not be there yet."""
+    return (path / "state.json").is_file() and finished_run(path) is not None
 
 
 def train_prepared(prepared: Prepared, session: Session, *, progress: Progress) -> None:

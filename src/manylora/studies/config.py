@@ -19,6 +19,9 @@ from manylora.studies.presets import PRESETS
 MEAN = "mean"
 """Where a task may be named: the mean over all tasks."""
 
+SCREENING = 5
+"""Fewer seeds than this are a first look, and the page says so."""
+
 _MOST_SEEDS = 10_000
 _REMEDY = "see docs/compare.md"
 
@@ -191,7 +194,7 @@ def parse_study(values: object) -> Study:
         study = dataclasses.replace(study, reference=first)
     for where, name in _named(study):
         if name not in names:
-            raise ConfigError(_unknown_method(where, name, names))
+            raise ConfigError(f"{where} is {name!r}, which is no method of this study{guess(name, names)}.")
     return study
 
 
@@ -218,10 +221,6 @@ def _named(study: Study) -> list[tuple[str, str]]:
     for contrast in study.contrasts:
         named += [("a contrast's first", contrast.first), ("a contrast's second", contrast.second)]
     return [(where, name) for where, name in named if name is not None]
-
-
-def _unknown_method(where: str, name: str, names: Sequence[str]) -> str:
-    return f"{where} is {name!r}, which is no method of this study{guess(name, names)}."
 
 
 def refuse_unknown(values: Mapping[Any, Any], known: Collection[str], where: str) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from manylora.errors import RunError
 from manylora.files import build_config, read_record
 from manylora.files.settings import field_types, settings_of
-from manylora.studies.kinds import Job, Measured
+from manylora.studies.kinds import Job
 from manylora.studies.presets import PRESETS
+from manylora.studies.results import Measured
 from manylora.studies.settings import TrainCellSettings
 from manylora.training.config import TrainConfig
 
