@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from manylora.data import Example, TaskData, answer_text, options_of, prompt_text
+from manylora.data import Example, TaskData, Words, answer_text, options_of, prompt_text
 from manylora.errors import DataError
 from manylora.evaluation.metrics import Answered, has_word, leading_metric, measure_row, metric_label
 from manylora.evaluation.rules import AnswerRule, rules_for
 from manylora.evaluation.statistics import standard_error
 from manylora.files import NanFloat, Record, Several, json_text, read_record, write_json, write_text
-from manylora.training.settings import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Baselines = dict[str, dict[str, float]]
+"""What something simpler reaches: its name → task → score."""
 _FIELDS = ("task", "index", "origin", "prompt", "prediction", "reference", "answer")
 """What a line of predictions.jsonl has beside its metrics."""
 

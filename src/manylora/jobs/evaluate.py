@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from manylora.evaluation import Scores
     from manylora.jobs.progress import Progress
     from manylora.jobs.subject import Subject
+    from manylora.training import TaskKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def _show_notes(notes: list[str], progress: Progress) -> None:
         progress.show_line(f"note: {note}")
 
 
-def _gaps(subject: Subject, config: EvaluateConfig, test: TaskData) -> list[str]:
+def _gaps(subject: Subject[TaskKind], config: EvaluateConfig, test: TaskData) -> list[str]:
     """Sentences on what the rows lack, or ask in another form than the adapter was trained on."""
     from manylora.data import missing_tasks, single_answers
 
@@ -101,7 +102,8 @@ def _rows(config: EvaluateConfig) -> tuple[str, int | None, TaskData, list[str]]
         ConfigError: the run has no test rows, or there is no run to ask.
     """
     from manylora.data import EMBEDDED, DataNotes, available_splits, load_examples
-    from manylora.jobs.subject import client_of, config_of_run
+    from manylora.jobs.subject import client_of
+    from manylora.training import config_of_run
     from manylora.training.config import as_list
 
     if config.data is None and (client := client_of(config.adapter)) is not None:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -148,14 +148,12 @@ def _export(config: ExportConfig, for_scoring: str, folder: Path, *, progress: P
     """Fill `folder`; task to the place of its LoRA in it."""
     from manylora.adapters import expert_names, export_lora, read_adapter, read_settings
     from manylora.data import find_prompts
-    from manylora.training import adapter_base_name, adapter_folder, adapter_task_type, check_layers
+    from manylora.training import adapter_base_name, adapter_folder, check_layers, kind_of_adapter
     from manylora.training.config import as_list
 
     source = adapter_folder(str(config.adapter))
-    if adapter_task_type(source) == "SEQ_CLS":
-        raise ModelError(
-            f"{config.adapter} classifies: it has a head that a plain LoRA has no place for; load it with PEFT."
-        )
+    if reason := kind_of_adapter(str(source)).cannot_export:
+        raise ModelError(f"{config.adapter} {reason}; load it with PEFT.")
     base = config.model or adapter_base_name(source)
     if config.merge and read_settings(source).get("peft_type") == "LORA":
         return _merge_lora(config, folder, source, for_scoring, base=base, progress=progress)
@@ -259,7 +257,7 @@ def _write(
                 place.rmdir()
             write_folder(place, lora.config, lora.weights, card=card)
         # A merged model has become a base of its own.
-        own = replace(prompts or PromptRecord(tasks={}), base_fingerprint=None if config.merge else mark)
+        own = (prompts or PromptRecord(tasks={})).with_mark(None if config.merge else mark)
         if prompts is not None or own.base_fingerprint is not None:
             own.only([task]).write(place)
         what = "merged model" if config.merge else f"LoRA of rank {lora.rank}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +17,9 @@ from manylora.errors import ManyLoraError, RunError
 from manylora.files import remove
 from manylora.training.batches import Collator, EncodedRows, data_fingerprint
 from manylora.training.fingerprint import base_fingerprint, comparable, same_base, weakness
-from manylora.training.labels import LabelCollator, LabelTrainer
-from manylora.training.models import (
-    first_line,
-    head_modules,
-    load_base,
-    load_classifier,
-)
-from manylora.training.plan import (
-    adapter_config,
-)
+from manylora.training.heads import head_of
+from manylora.training.models import first_line
+from manylora.training.plan import adapter_config
 from manylora.training.prepared import Prepared
 from manylora.training.processes import Processes, wait_for_all
 from manylora.training.result import save_result
@@ -56,19 +48,10 @@ def build_model(prepared: Prepared) -> PeftModel:
     """The base with a fresh adapter, initialised from the run's seed."""
     config = prepared.config
     adapter = adapter_config(config, task_names=prepared.task_names)
-    if prepared.labels:
-        base = load_classifier(
-            config.model,
-            labels=prepared.labels.count,
-            pad_token_id=prepared.tokenizer.pad_token_id,
-            seed=config.seed,
-            dtype=config.dtype,
-            device=config.device,
-        )
-        adapter.modules_to_save = head_modules(base)
-    else:
-        base = load_base(config.model, dtype=config.dtype, device=config.device)
-    adapter.base_fingerprint = base_fingerprint(base, without=adapter.modules_to_save or ())
+    base = prepared.kind.load_base(config)
+    if parts := head_of(config.task_type).parts(base):
+        adapter.modules_to_save = parts
+    adapter.base_fingerprint = base_fingerprint(base, without=parts)
     set_seed(config.seed)
     model = get_peft_model(base, adapter)
     model.peft_config["default"].base_model_name_or_path = config.model
@@ -102,7 +85,7 @@ def finetune(
     model = build_model(prepared) if model is None else model
     rows = [*prepared.train, *prepared.validation]
     prints = {
-        "data": data_fingerprint(rows, labelled=prepared.labels is not None),
+        "data": data_fingerprint(rows, mark=prepared.kind.mark),
         "base": model.active_peft_config.base_fingerprint,
     }
     _check_unchanged(run, model, prints)
@@ -192,11 +175,6 @@ def _trainer(
 ) -> ManyTaskTrainer:
     config, plan = prepared.config, prepared.plan
     recorder = RunRecorder(run, keep_best=config.keep == "best")
-    kind, collate = (
-        (partial(LabelTrainer, labels=prepared.labels), LabelCollator)
-        if prepared.labels
-        else (ManyTaskTrainer, Collator)
-    )
     arguments = training_arguments(
         config,
         run,
@@ -208,9 +186,10 @@ def _trainer(
     # A layer of an expert of the base may get no token of a step; to look for such layers takes DDP time.
     text = model.config.get_text_config()
     arguments.ddp_find_unused_parameters = any(hasattr(text, name) for name in _EXPERTS_OF_THE_BASE)
-    return kind(
+    return ManyTaskTrainer(
         task_names=prepared.task_names,
         route_by_task=config.routes_by_task,
+        loss=prepared.kind.loss,
         model=model,
         args=arguments,
         train_dataset=EncodedRows.of(
@@ -222,6 +201,6 @@ def _trainer(
         eval_dataset=EncodedRows.of(prepared.validation, prepared.task_names)
         if prepared.validation
         else None,
-        data_collator=collate(pad_token_id=prepared.tokenizer.pad_token_id),
+        data_collator=Collator(pad_token_id=prepared.kind.tokenizer.pad_token_id),
         callbacks=[recorder, *([Reporter(report)] if report else []), *callbacks],
     )

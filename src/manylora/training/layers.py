@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from manylora.adapters import put_weights
 from manylora.errors import ManyLoraError, ModelError
+from manylora.training.heads import head_of
 from manylora.training.models import first_line, load_config, with_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from manylora.training.config import TaskType
 
 
 def check_layers(
@@ -44,9 +42,9 @@ def check_layers(
         ModelError: a weight is missing, left over or of another shape.
         TargetModulesError: the base has no such layers.
     """
-    task_type: TaskType = "SEQ_CLS" if config.task_type == "SEQ_CLS" else "CAUSAL_LM"
+    head = head_of(config.task_type)
     try:
-        architecture = load_config(base or "", task_type=task_type, offline=True)
+        architecture = load_config(base or "", task_type=config.task_type, offline=True)
     except ManyLoraError:
         return False
     config = copy.deepcopy(config)
@@ -54,13 +52,10 @@ def check_layers(
         config.init_lora_weights = (
             True  # others compute the first weights from the base's, which are not there
         )
-    loader = AutoModelForCausalLM
-    if task_type == "SEQ_CLS":  # its head follows the number of labels, which the file alone does not tell
-        loader, config.task_type, config.modules_to_save = AutoModelForSequenceClassification, None, None
-        weights = {key: value for key, value in weights.items() if ".lora_" in key}
+    config, weights = head.bare(config, weights)
     try:
         with torch.device("meta"):
-            shadow = with_adapter(loader.from_config(architecture), config, low_cpu_mem_usage=True)
+            shadow = with_adapter(head.loader.from_config(architecture), config, low_cpu_mem_usage=True)
     except ManyLoraError:
         raise
     except ValueError as error:  # PEFT: no such layers

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from manylora.data import PromptRecord
 from manylora.files import remove, write_json
 from manylora.training.runs import RunFolder
 from manylora.training.trainer import save_adapter
@@ -20,26 +19,13 @@ def save_result(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
     partial = run.path / "adapter.partial"
     remove(partial)
     save_adapter(model, str(partial))
-    prepared.tokenizer.save_pretrained(str(partial))
-    if prepared.labels is None:
-        prompts = PromptRecord.of(
-            prepared.splits.train,
-            prepared.tokenizer,
-            date=prepared.config.date,
-            max_length=prepared.config.max_length,
-        )
+    config, kind = prepared.config, prepared.kind
+    kind.tokenizer.save_pretrained(str(partial))
+    if (prompts := kind.prompts(prepared.splits.train, date=config.date)) is not None:
         prompts.write(partial)
     run.place_folder("adapter", partial)
-    facts: dict[str, dict[str, Any]] = {
-        task.name: {
-            "expert": index,
-            "train_rows": len(task.rows),
-            "answer_tokens": prepared.answer_tokens[task.name],
-        }
+    facts = {
+        task.name: {"expert": index, "train_rows": len(task.rows), **kind.facts(task.name)}
         for index, task in enumerate(prepared.train)
     }
-    if prepared.labels:
-        for name, labels in prepared.labels.tasks.items():
-            del facts[name]["answer_tokens"]
-            facts[name] |= {"labels": list(labels), "majority": prepared.labels.majority[name]}
-    write_json(run.path / "tasks.json", {"max_length": prepared.config.max_length, "tasks": facts})
+    write_json(run.path / "tasks.json", {"max_length": config.max_length, "tasks": facts})
