@@ -83,6 +83,17 @@ def test_there_are_no_circles_in_a_room(room: str) -> None:
     TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
+def test_what_a_task_type_means_stands_in_the_kinds_and_heads_alone() -> None:
+    naming = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value == "SEQ_CLS"
+    }
+    kinds = {f"training/{name}.py" for name in ("heads", "kinds/__init__", "kinds/choosing")}
+    assert naming == {*kinds, "training/config.py", "adapters/card.py"}  # its settings, and PEFT's classes
+
+
 def test_the_report_imports_results_and_nothing_that_makes_them() -> None:
     code = "import sys, manylora.report.writing as w; from manylora.report import train_page, federate_page"
     code += ", analyze_page, compare_page; print({'torch', 'transformers', 'peft'} & set(sys.modules))"

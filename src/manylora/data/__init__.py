@@ -30,7 +30,7 @@ from manylora.data.prompts import (
 )
 from manylora.data.readers import SUPPORTED_SUFFIXES, Row
 from manylora.data.sampling import missing_tasks, sample_rows, sample_tasks, single_answers
-from manylora.data.sources import EMBEDDED, SPLITS, available_splits, data_root, load_examples
+from manylora.data.sources import EMBEDDED, SPLITS, available_splits, load_examples
 from manylora.data.splits import Splits, cut_validation, load_splits
 from manylora.data.templates import asks_date, check_date, fix_date, today, unread_fields, unread_note
 
@@ -71,7 +71,6 @@ __all__ = [
     "check_token_rows",
     "closing_text",
     "cut_validation",
-    "data_root",
     "encode",
     "encode_prompt",
     "find_prompts",

@@ -68,21 +68,6 @@ class _Source:
         raise DataError(f"{self.name} has no {split} split, only {there}. Name the rows to read themselves.")
 
 
-def data_root() -> Path | None:
-    """The folder of real data that `$MANYLORA_DATA` names, or None where the variable is unset or empty.
-
-    Raises:
-        DataError: the variable names no folder.
-    """
-    value = os.environ.get("MANYLORA_DATA")
-    if not value:
-        return None
-    root = Path(value).expanduser()
-    if not root.is_dir():
-        raise DataError(f"MANYLORA_DATA={value!r} is not a folder. Point it at the data or unset it.")
-    return root
-
-
 def load_examples(
     source: str | Path,
     *,

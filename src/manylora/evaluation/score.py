@@ -241,19 +241,30 @@ def score_task(
         )
     rules: Sequence[AnswerRule | None] = rules_for(task, _answers(task, examples)) or [None] * len(examples)
     strictly = any(rule is not None and rule.read_strictly is not None for rule in rules)
-    rows = tuple(
-        _score_example(
-            task,
-            index,
-            example,
-            prediction.strip(),
-            rule,
-            strictly=strictly,
+    rows = []
+    for index, (example, prediction, rule) in enumerate(zip(examples, predictions, rules, strict=True)):
+        answered = Answered(
+            prediction=prediction.strip(),
             reference=_reference(task, index, example, tokenizer),
+            prompt=(prompt := prompt_text(example)),
+            options=options_of(prompt),
+            answer=example.answer,
+            rule=rule,
+            strictly=strictly,
             rouge=rouge,
         )
-        for index, (example, prediction, rule) in enumerate(zip(examples, predictions, rules, strict=True))
-    )
+        rows.append(
+            ScoredExample(
+                task=task,
+                index=index,
+                prompt=prompt,
+                prediction=answered.prediction,
+                reference=answered.reference,
+                answer=example.answer,
+                metrics=measure_row(answered),
+                origin=example.origin,
+            )
+        )
     return sum_examples(task, rows)
 
 
@@ -344,42 +355,6 @@ def _reference(task: str, index: int, example: Example, tokenizer: PreTrainedTok
             "Give one or remove the row."
         )
     return reference
-
-
-def _score_example(
-    task: str,
-    index: int,
-    example: Example,
-    prediction: str,
-    rule: AnswerRule | None,
-    *,
-    strictly: bool,
-    reference: str,
-    rouge: Words,
-) -> ScoredExample:
-    prompt = prompt_text(example)
-    metrics = measure_row(
-        Answered(
-            prediction=prediction,
-            reference=reference,
-            prompt=prompt,
-            options=options_of(prompt),
-            answer=example.answer,
-            rule=rule,
-            strictly=strictly,
-            rouge=rouge,
-        )
-    )
-    return ScoredExample(
-        task=task,
-        index=index,
-        prompt=prompt,
-        prediction=prediction,
-        reference=reference,
-        answer=example.answer,
-        metrics=metrics,
-        origin=example.origin,
-    )
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -90,8 +90,7 @@ def _rows(config: ExportConfig, source: Path, progress: Progress) -> tuple[TaskD
             )
             for split in ("train", "validation" if "validation" in splits else "train")
         )
-        for note in notes.lines():
-            progress.show_line(f"note: {note}")
+        progress.show_notes(notes.lines())
         origin = f"{'the validation rows of ' if 'validation' in splits else ''}{config.data}"
         return measured, {task: scored[task] for task in measured if task in scored}, origin
     run = config_of_run(str(source))

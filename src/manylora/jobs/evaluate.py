@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
 
     with reserved_folder(config.out) as folder:
         source, limit, test, notes = _rows(config)
-        _show_notes(notes, progress)
+        progress.show_notes(notes)
         subject = load_subject(config.adapter, model=config.model, dtype=config.dtype, device=config.device)
         kind = subject.kind.with_settings(
             source=str(config.adapter),
@@ -61,7 +61,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
                 for name in ("batch_size", "max_length", "max_new_tokens", "rouge")
             },
         )
-        _show_notes([*_gaps(subject, config, test), *kind.remarks(test)], progress)
+        progress.show_notes([*_gaps(subject, config, test), *kind.remarks(test)])
         scores = score_rows(kind, subject.model, test, progress=progress)
         baselines, beneath = kind.baselines(test, source=source, limit=limit), list[str]()
         if config.adapter is not None:  # of a bare model nobody expects that it has learnt
@@ -71,11 +71,6 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
         if folder is not None:
             write_scores(folder, scores, baselines, beneath)
     return scores
-
-
-def _show_notes(notes: list[str], progress: Progress) -> None:
-    for note in notes:
-        progress.show_line(f"note: {note}")
 
 
 def _gaps(subject: Subject[TaskKind], config: EvaluateConfig, test: TaskData) -> list[str]:

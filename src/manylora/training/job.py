@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from manylora.adapters import put_weights, read_weights
 from manylora.errors import ManyLoraError, RunError
-from manylora.files import remove
+from manylora.files import remove, write_json
 from manylora.training.batches import Collator, EncodedRows, data_fingerprint
 from manylora.training.fingerprint import base_fingerprint, comparable, same_base, weakness
 from manylora.training.heads import head_of
@@ -22,13 +22,13 @@ from manylora.training.models import first_line
 from manylora.training.plan import adapter_config
 from manylora.training.prepared import Prepared
 from manylora.training.processes import Processes, wait_for_all
-from manylora.training.result import save_result
 from manylora.training.runs import RunFolder, step_of
 from manylora.training.snapshots import SnapshotRecorder, snapshot_steps
 from manylora.training.trainer import (
     ManyTaskTrainer,
     Reporter,
     RunRecorder,
+    save_adapter,
     training_arguments,
 )
 
@@ -122,7 +122,7 @@ def finetune(
     if prepared.config.keep == "best" and step is not None:
         _load_best(run, step, model)
     if first:
-        save_result(prepared, run, model)
+        _save_result(prepared, run, model)
     return model
 
 
@@ -204,3 +204,20 @@ def _trainer(
         data_collator=Collator(pad_token_id=prepared.kind.tokenizer.pad_token_id),
         callbacks=[recorder, *([Reporter(report)] if report else []), *callbacks],
     )
+
+
+def _save_result(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
+    """Place `adapter/` in the run folder, with tokenizer and record of its prompts, and tasks.json beside it."""
+    partial = run.path / "adapter.partial"
+    remove(partial)
+    save_adapter(model, str(partial))
+    config, kind = prepared.config, prepared.kind
+    kind.tokenizer.save_pretrained(str(partial))
+    if (prompts := kind.prompts(prepared.splits.train, date=config.date)) is not None:
+        prompts.write(partial)
+    run.place_folder("adapter", partial)
+    facts = {
+        task.name: {"expert": index, "train_rows": len(task.rows), **kind.facts(task.name)}
+        for index, task in enumerate(prepared.train)
+    }
+    write_json(run.path / "tasks.json", {"max_length": config.max_length, "tasks": facts})

@@ -30,8 +30,7 @@ from manylora.errors import ManyLoraError, ModelError
 from manylora.files import check_noted
 from manylora.training.config import TrainConfig
 from manylora.training.fingerprint import base_fingerprint, differing_part, same_base, weakness
-from manylora.training.heads import LABEL, LANGUAGE, Head, head_of
-from manylora.training.pooling import pool_as_told
+from manylora.training.heads import LABEL, LANGUAGE, Head, head_of, pool_as_told
 from manylora.training.runs import RunFolder
 
 if TYPE_CHECKING:

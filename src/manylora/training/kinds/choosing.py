@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,7 +31,7 @@ from manylora.training.models import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from manylora.training.config import TrainConfig
 
@@ -50,27 +50,11 @@ class Choosing(TaskKind):
 
     # ---- how it comes about
 
-    @classmethod
-    def of_run(
-        cls,
-        config: TrainConfig,
-        splits: Splits,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        context: int | None,
-    ) -> Choosing:
-        """See `TaskKind.of_run`; rows that a cut has moved to validation have labels, too."""
-        labels = LabelSets.of(
-            {task: [*rows, *splits.validation.get(task, ())] for task, rows in splits.train.items()}
-        )
-        return cls(
-            tokenizer=tokenizer,
-            max_length=config.max_length,
-            batch_size=config.eval_batch_size,
-            context=context,
-            experts=labels.numbers if config.routes_by_task else None,
-            labels=labels,
-        )
+    @staticmethod
+    def _own_settings(config: TrainConfig, splits: Splits) -> dict[str, Any]:
+        # rows that a cut has moved to validation have labels, too
+        rows = {task: [*rows, *splits.validation.get(task, ())] for task, rows in splits.train.items()}
+        return {"labels": LabelSets.of(rows)}
 
     @classmethod
     def load(
@@ -178,25 +162,11 @@ class Choosing(TaskKind):
         lines = cut_lines(cut, test, self._longest)
         return [line.replace("cut to their ends", "lose their ends") for line in lines]
 
-    def score(
-        self,
-        model: PeftModel | PreTrainedModel,
-        test: TaskData,
-        *,
-        on_progress: Callable[[int], None] = lambda done: None,
-        on_cut: Callable[[str], None] = lambda line: None,
-    ) -> Scores:
-        """See `TaskKind.score`; it takes seconds, so there is no progress to tell."""
-        return self._accuracy(test, self.predict(model, test))
-
     @torch.no_grad()
-    def predict(self, model: PeftModel | PreTrainedModel, data: TaskData) -> dict[str, list[str]]:
-        """The most likely label of every row among its task's own, per task and in order.
-
-        Raises:
-            DataError: a task has no labels.
-            NonFiniteError: the model's output is NaN.
-        """
+    def predict(
+        self, model: PeftModel | PreTrainedModel, data: TaskData, **_: Callable[[Any], None]
+    ) -> dict[str, list[str]]:
+        """See `TaskKind.predict`: the most likely label among the task's own. It takes seconds."""
         self.labels.check(data, what="test")
         model.eval()
         allowed_KC, names = (
@@ -221,28 +191,8 @@ class Choosing(TaskKind):
             chosen[task] = found
         return chosen
 
-    def baselines(self, test: TaskData, *, source: str | None, limit: int | None) -> Baselines:
-        """The accuracy of each task's most frequent training label."""
-        constant = {task: [self.labels.majority[task]] * len(rows) for task, rows in test.items()}
-        return {"majority": self._accuracy(test, constant).by_task()}
-
-    @property
-    def _longest(self) -> int:
-        """Tokens that a row may have."""
-        return min(self.max_length, self.context or self.max_length)
-
-    def _batches(self, coded: Sequence[list[int]]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Rows of about one length together: where each stands, and what the model reads."""
-        order = sorted(range(len(coded)), key=lambda place: len(coded[place]))
-        collate = Collator(pad_token_id=self.tokenizer.pad_token_id)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            batch = collate([{"input_ids": coded[place], "labels": [], "task": 0} for place in part])
-            yield part, {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-    @staticmethod
-    def _accuracy(data: TaskData, predictions: dict[str, list[str]]) -> Scores:
-        """100 for a row whose label is predicted, else 0."""
+    def judge(self, data: TaskData, answers: Mapping[str, Sequence[str]]) -> Scores:
+        """See `TaskKind.judge`: 100 for a row whose label is given, else 0."""
         if not data:
             raise DataError("There is no task to score. Give rows of at least one task.")
         tasks = []
@@ -258,7 +208,26 @@ class Choosing(TaskKind):
                     metrics={ACCURACY: 100.0 * (label == label_of(row))},
                     origin=row.origin,
                 )
-                for index, (row, label) in enumerate(zip(rows, predictions[task], strict=True))
+                for index, (row, label) in enumerate(zip(rows, answers[task], strict=True))
             ]
             tasks.append(sum_examples(task, examples))
         return Scores(tasks=tuple(tasks))
+
+    def baselines(self, test: TaskData, *, source: str | None, limit: int | None) -> Baselines:
+        """The accuracy of each task's most frequent training label."""
+        constant = {task: [self.labels.majority[task]] * len(rows) for task, rows in test.items()}
+        return {"majority": self.judge(test, constant).by_task()}
+
+    @property
+    def _longest(self) -> int:
+        """Tokens that a row may have."""
+        return min(self.max_length, self.context or self.max_length)
+
+    def _batches(self, coded: Sequence[list[int]]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Rows of about one length together: where each stands, and what the model reads."""
+        order = sorted(range(len(coded)), key=lambda place: len(coded[place]))
+        collate = Collator(pad_token_id=self.tokenizer.pad_token_id)
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            batch = collate([{"input_ids": coded[place], "labels": [], "task": 0} for place in part])
+            yield part, {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -52,7 +52,6 @@ class TaskKind(abc.ABC):
     # ---- how it comes about
 
     @classmethod
-    @abc.abstractmethod
     def of_run(
         cls: type[Kind],
         config: TrainConfig,
@@ -72,6 +71,21 @@ class TaskKind(abc.ABC):
         Raises:
             DataError: the rows are none of this kind.
         """
+        return cls(
+            tokenizer=tokenizer,
+            max_length=config.max_length,
+            batch_size=config.eval_batch_size,
+            context=context,
+            experts={task: number for number, task in enumerate(splits.train)}
+            if config.routes_by_task
+            else None,
+            **cls._own_settings(config, splits),
+        )
+
+    @staticmethod
+    @abc.abstractmethod
+    def _own_settings(config: TrainConfig, splits: Splits) -> dict[str, Any]:
+        """The fields of this kind alone, of a run."""
 
     def with_rows(self: Kind, train: Collection[EncodedTask]) -> Kind:
         """The same, with what the encoded training rows tell."""
@@ -207,25 +221,40 @@ class TaskKind(abc.ABC):
         """
 
     @abc.abstractmethod
-    def score(
+    def predict(
         self,
         model: PeftModel | PreTrainedModel,
-        test: TaskData,
+        data: TaskData,
         *,
         on_progress: Callable[[int], None] = lambda done: None,
         on_cut: Callable[[str], None] = lambda line: None,
-    ) -> Scores:
-        """The model's answers to all rows, scored.
+    ) -> dict[str, list[str]]:
+        """The model's answers to all rows, per task and in order.
 
         Args:
             model: base with or without adapter.
-            test: task to rows.
+            data: task to rows.
             on_progress: called with the number of rows that are answered.
             on_cut: told of prompts that were cut.
 
         Raises:
             RoutingError, DataError: the model does not know a task.
+            NonFiniteError: the model's output is NaN.
         """
+
+    @abc.abstractmethod
+    def judge(self, data: TaskData, answers: Mapping[str, Sequence[str]]) -> Scores:
+        """What answers are worth, from wherever they come.
+
+        Raises:
+            DataError: there are no rows, or rows without a reference.
+        """
+
+    def score(
+        self, model: PeftModel | PreTrainedModel, data: TaskData, **told: Callable[[Any], None]
+    ) -> Scores:
+        """What the model's answers are worth; see `predict`."""
+        return self.judge(data, self.predict(model, data, **told))
 
     @abc.abstractmethod
     def baselines(self, test: TaskData, *, source: str | None, limit: int | None) -> Baselines:

@@ -76,28 +76,13 @@ class Writing(TaskKind):
 
     # ---- how it comes about
 
-    @classmethod
-    def of_run(
-        cls,
-        config: TrainConfig,
-        splits: Splits,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        context: int | None,
-    ) -> Writing:
-        """See `TaskKind.of_run`."""
-        return cls(
-            tokenizer=tokenizer,
-            max_length=config.max_length,
-            batch_size=config.eval_batch_size,
-            context=context,
-            experts={name: index for index, name in enumerate(splits.train)}
-            if config.routes_by_task
-            else None,
-            rouge=config.rouge,
-            max_new_tokens=config.max_new_tokens,
-            loss_on=config.loss_on,
-        )
+    @staticmethod
+    def _own_settings(config: TrainConfig, splits: Splits) -> dict[str, Any]:
+        return {
+            "rouge": config.rouge,
+            "max_new_tokens": config.max_new_tokens,
+            "loss_on": config.loss_on,
+        }
 
     def with_rows(self, train: Collection[EncodedTask]) -> Writing:
         """See `TaskKind.with_rows`: how long answers are."""
@@ -250,35 +235,34 @@ class Writing(TaskKind):
             for task, rows in test.items()
         }
         if test:  # what cannot be scored shows with any answers
-            nothing = {task: [""] * len(rows) for task, rows in test.items()}
-            score_all(test, nothing, tokenizer=self.tokenizer, rouge=self.rouge)
+            self.judge(test, {task: [""] * len(rows) for task, rows in test.items()})
         return [*cut_lines(cut, test, self.max_length), *self.remarks(test)]
 
     def remarks(self, test: TaskData) -> list[str]:
         """See `TaskKind.remarks`."""
         return wordless(test, rouge=self.rouge)
 
-    def score(
+    def predict(
         self,
         model: PeftModel | PreTrainedModel,
-        test: TaskData,
+        data: TaskData,
         *,
         on_progress: Callable[[int], None] = lambda done: None,
         on_cut: Callable[[str], None] = lambda line: None,
-    ) -> Scores:
-        """See `TaskKind.score`."""
-        self._check_experts(test)
-        tasks = [task for task, rows in test.items() for _ in rows]
+    ) -> dict[str, list[str]]:
+        """See `TaskKind.predict`."""
+        self._check_experts(data)
+        tasks = [task for task, rows in data.items() for _ in rows]
 
         def tell_cut(places: Sequence[int]) -> None:
-            for line in cut_lines(Counter(tasks[place] for place in places), test, self.max_length):
+            for line in cut_lines(Counter(tasks[place] for place in places), data, self.max_length):
                 on_cut(line)
 
         answers = iter(
             generate_answers(
                 model,
                 self.tokenizer,
-                [row for rows in test.values() for row in rows],
+                [row for rows in data.values() for row in rows],
                 batch_size=self.batch_size,
                 max_length=self.max_length,
                 max_new_tokens=[self.longest_answer(task) for task in tasks],
@@ -287,8 +271,11 @@ class Writing(TaskKind):
                 on_cut=tell_cut,
             )
         )
-        by_task = {task: list(islice(answers, len(rows))) for task, rows in test.items()}
-        return score_all(test, by_task, tokenizer=self.tokenizer, rouge=self.rouge)
+        return {task: list(islice(answers, len(rows))) for task, rows in data.items()}
+
+    def judge(self, data: TaskData, answers: Mapping[str, Sequence[str]]) -> Scores:
+        """See `TaskKind.judge`."""
+        return score_all(data, answers, tokenizer=self.tokenizer, rouge=self.rouge)
 
     def baselines(self, test: TaskData, *, source: str | None, limit: int | None) -> Baselines:
         """What a constant answer and a keyword rule reach on the embedded suite; empty on other rows, or some of it."""
@@ -299,10 +286,8 @@ class Writing(TaskKind):
 
         train, whole = load_suite("train", tasks=list(test)), load_suite("test", tasks=list(test))
         return {
-            name: score_all(
-                whole,
-                {task: learn(train[task]).predict(rows) for task, rows in whole.items()},
-                rouge=self.rouge,
+            name: self.judge(
+                whole, {task: learn(train[task]).predict(rows) for task, rows in whole.items()}
             ).by_task()
             for name, learn in {"majority": majority_baseline, "keyword": keyword_baseline}.items()
         }
