@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from manylora.training.job import build_model, finetune
     from manylora.training.kinds import KINDS, Choosing, TaskKind, Writing, kind_of_adapter
     from manylora.training.labels import LabelSets
-    from manylora.training.layers import check_layers
     from manylora.training.memory import MemoryPlan
     from manylora.training.merge import write_merged
     from manylora.training.models import (
         adapter_base_name,
         adapter_folder,
         base_location,
+        check_layers,
         config_of_run,
         load_adapter,
         load_base,
@@ -45,7 +45,6 @@ _HOME = {
     "fingerprint": ("base_fingerprint", "comparable", "same_base"),
     "kinds": ("KINDS", "Choosing", "TaskKind", "Writing", "kind_of_adapter"),
     "labels": ("LabelSets",),
-    "layers": ("check_layers",),
     "memory": ("MemoryPlan",),
     "merge": ("write_merged",),
     "models": (
@@ -53,6 +52,7 @@ _HOME = {
         "adapter_folder",
         "config_of_run",
         "base_location",
+        "check_layers",
         "load_adapter",
         "load_base",
         "load_classifier",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shlex
 import warnings
@@ -21,6 +22,7 @@ from manylora.adapters import (
     check_folder,
     check_result,
     loading,
+    put_weights,
     read_settings,
     read_weights,
 )
@@ -34,6 +36,7 @@ from manylora.training.heads import LABEL, LANGUAGE, Head, head_of, pool_as_told
 from manylora.training.runs import RunFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -382,3 +385,49 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
         raise ModelError(
             f"Cannot load the adapter in {folder} ({type(error).__name__}: {first_line(error)})."
         ) from error
+
+
+def check_layers(
+    config: PeftConfig, weights: Mapping[str, Tensor], *, base: str | None, source: object
+) -> bool:
+    """Refuse weights that are not those which such an adapter has on its base; no weight of the base is read.
+
+    For readers of the file that load no base: what of it is missing as a whole (half of the layers, say) only the
+    architecture of the base can tell.
+
+    Where this machine does not have the base's configuration (its config.json, or the Hub's copy in the cache), or the
+    base is neither a causal language model nor a classifier, nothing is checked.
+
+    Args:
+        config: the adapter's settings.
+        weights: its weights, as PEFT saves them.
+        base: its base model.
+        source: for the error.
+
+    Returns:
+        Whether anything was checked.
+
+    Raises:
+        ModelError: a weight is missing, left over or of another shape.
+        TargetModulesError: the base has no such layers.
+    """
+    head = head_of(config.task_type)
+    try:
+        architecture = load_config(base or "", task_type=config.task_type, offline=True)
+    except ManyLoraError:
+        return False
+    config = copy.deepcopy(config)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = (
+            True  # others compute the first weights from the base's, which are not there
+        )
+    config, weights = head.bare(config, weights)
+    try:
+        with torch.device("meta"):
+            shadow = with_adapter(head.loader.from_config(architecture), config, low_cpu_mem_usage=True)
+    except ManyLoraError:
+        raise
+    except ValueError as error:  # PEFT: no such layers
+        raise ModelError(f"{source} does not fit {base} ({first_line(error)}).") from error
+    put_weights(shadow, weights, source=source, target=str(base), low_cpu_mem_usage=True)
+    return True
