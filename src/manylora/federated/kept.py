@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from manylora.federated.config import FederateConfig
 from manylora.federated.home import DamagedStateError
 from manylora.federated.parts import PARTS, PLAIN, Shapes, State, split_name
 from manylora.federated.strategy import Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from manylora.federated.config import FederateConfig
 
 RESIDUAL, MOMENTS, TRAINED = "residual/", "moments/", "trained/"
 """Prefixes under which these stand beside the private parts on disk."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from manylora.evaluation import Scores
     from manylora.jobs.progress import Progress
     from manylora.jobs.subject import Subject
+    from manylora.training import TaskKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
 
     with reserved_folder(config.out) as folder:
         source, limit, test, notes = _rows(config)
-        _show_notes(notes, progress)
+        progress.show_notes(notes)
         subject = load_subject(config.adapter, model=config.model, dtype=config.dtype, device=config.device)
         kind = subject.kind.with_settings(
             source=str(config.adapter),
@@ -62,7 +63,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
                 for name in ("batch_size", "max_length", "max_new_tokens", "rouge")
             },
         )
-        _show_notes([*_gaps(subject, config, test), *kind.remarks(test)], progress)
+        progress.show_notes([*_gaps(subject, config, test), *kind.remarks(test)])
         scores = score_rows(kind, subject.model, test, progress=progress)
         baselines, beneath = kind.baselines(test, source=source, limit=limit), list[str]()
         if config.adapter is not None:  # of a bare model nobody expects that it has learnt
@@ -74,12 +75,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
     return scores
 
 
-def _show_notes(notes: list[str], progress: Progress) -> None:
-    for note in notes:
-        progress.show_line(f"note: {note}")
-
-
-def _gaps(subject: Subject, config: EvaluateConfig, test: TaskData) -> list[str]:
+def _gaps(subject: Subject[TaskKind], config: EvaluateConfig, test: TaskData) -> list[str]:
     """Sentences on what the rows lack, or ask in another form than the adapter was trained on."""
     from manylora.data import missing_tasks, single_answers
 
@@ -103,7 +99,8 @@ def _rows(config: EvaluateConfig) -> tuple[str, int | None, TaskData, list[str]]
         ConfigError: the run has no test rows, or there is no run to ask.
     """
     from manylora.data import EMBEDDED, DataNotes, available_splits, load_examples
-    from manylora.jobs.subject import client_of, config_of_run
+    from manylora.jobs.subject import client_of
+    from manylora.training import config_of_run
     from manylora.training.config import as_list
 
     if config.data is None and (client := client_of(config.adapter)) is not None:

@@ -118,21 +118,17 @@ def _data(config: FederateConfig, progress: Progress) -> dict[str, ClientData]:
         return {}
     notes: list[str] = []
     data = client_data(config, notes=notes)
-    for note in notes:
-        progress.show_line(f"note: {note}")
+    progress.show_notes(notes)
     return data
 
 
 def _check_test(config: FederateConfig, data: Mapping[str, ClientData], progress: Progress) -> None:
     """Refuse, before anything is trained, test rows that could not be scored afterwards."""
-
     tokenizer = load_tokenizer(config.model) if data else None
     if tokenizer is not None:
         parts = (part for client in data.values() for part in (client.train, client.test))
-        for note in unread_note(
-            (row for part in parts for found in part.values() for row in found), tokenizer
-        ):
-            progress.show_line(f"note: {note}")
+        every = (row for part in parts for found in part.values() for row in found)
+        progress.show_notes(unread_note(every, tokenizer))
     seen: set[str] = set()
     for client in data.values():
         for task, rows in client.test.items():

@@ -254,7 +254,7 @@ def _methods(value: object, common: Mapping[str, Any]) -> tuple[Method, ...]:
 
 
 def _method(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Method:
-    from manylora.studies.kinds import KINDS, check_settings
+    from manylora.studies.kinds import KINDS
 
     if not name or "/" in name or name.startswith("."):
         raise ConfigError(f"method {name!r} cannot be a folder's name; leave out / and a leading dot.")
@@ -275,10 +275,20 @@ def _method(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Met
         )
     merged = {**common, **settings, **own}
     try:
-        check_settings(kind, merged, own=set(own))
+        _check_settings(kind, merged, own=own)
     except ConfigError as error:
         raise ConfigError(f"method {name}: {error}") from error
     return Method(name=name, kind=kind, settings=merged, single=None if single is None else str(single))
+
+
+def _check_settings(kind: str, settings: Mapping[str, Any], *, own: Collection[str]) -> None:
+    """Refuse settings that a kind does not know, or that cannot be; those of the method's own are named first."""
+    from manylora.studies.kinds import kind_of
+
+    module = kind_of(kind)
+    refuse_unknown({key: settings[key] for key in own}, module.SETTINGS, f"kind {kind}")
+    refuse_unknown(settings, module.SETTINGS, f"kind {kind} (settings of the whole study)")
+    module.check(settings)
 
 
 def _check_one_metric(methods: Sequence[Method]) -> None:

@@ -51,7 +51,7 @@ def _step_seconds(study: Study) -> float:
     model = build_model(prepared).train()
     rows = EncodedRows.of(prepared.train, prepared.task_names, prepared.order)
     size = min(prepared.config.rows_per_step, len(rows))
-    collate, times = Collator(pad_token_id=prepared.tokenizer.pad_token_id), []
+    collate, times = Collator(pad_token_id=prepared.kind.tokenizer.pad_token_id), []
     for _ in range(3):
         inputs = collate([rows[index] for index in range(size)])
         began = time.process_time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -58,17 +58,3 @@ class Kind(Protocol):
 def kind_of(name: str) -> Kind:
     """The module of a kind."""
     return cast(Kind, importlib.import_module(KINDS[name]))
-
-
-def check_settings(kind: str, settings: Mapping[str, Any], *, own: Collection[str]) -> None:
-    """Refuse settings that a kind does not know, or that cannot be.
-
-    Raises:
-        ConfigError: with a guess at what was meant.
-    """
-    from manylora.studies.config import refuse_unknown
-
-    module = kind_of(kind)
-    refuse_unknown({key: settings[key] for key in own if key in settings}, module.SETTINGS, f"kind {kind}")
-    refuse_unknown(settings, module.SETTINGS, f"kind {kind} (settings of the whole study)")
-    module.check(settings)

@@ -169,18 +169,18 @@ def encode_tasks(
     ]
 
 
-def data_fingerprint(tasks: Sequence[EncodedTask], *, labelled: bool = False) -> str:
+def data_fingerprint(tasks: Sequence[EncodedTask], *, mark: Callable[[Encoded], object]) -> str:
     """Short hash of the encoded rows, so that a resumed run notices changed data.
 
     Args:
         tasks: the rows.
-        labelled: whether a row's answer is its label, and not a part of its tokens.
+        mark: what of a row counts besides its tokens.
     """
     digest = hashlib.sha256()
     for task in tasks:
         digest.update(task.name.encode())
         for row in task.rows:
-            digest.update(repr((row.input_ids, row.labels if labelled else row.prompt_length)).encode())
+            digest.update(repr((row.input_ids, mark(row))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from manylora.data import EMBEDDED, check_date
+from manylora.data import EMBEDDED, Words, check_date
 from manylora.errors import ConfigError
 from manylora.files.settings import Bound, Count, CountOrZero, NotNegative, Positive, Settings
-
-Words: TypeAlias = Literal["all", "published"]
-"""What ROUGE-1 counts as words; see `manylora.evaluation.rouge1`."""
 
 Seed: TypeAlias = Annotated[
     CountOrZero, Bound(lambda value: value < 2**32, f"less than {2**32}, as numpy asks")
