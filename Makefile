@@ -78,7 +78,8 @@ $(DOCS)/installed: constraints-docs.txt
 	touch $@
 
 docs: $(DOCS)/installed  ## The site, into build/site; a broken link stops it.
-	$(DOCS)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 base: $(VENV)/installed  ## Pretrain the embedded base model anew (see recipes/base).
 	$(BIN)/python -m recipes.base.pretrain --out build/base

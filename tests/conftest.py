@@ -145,7 +145,7 @@ def own_answers(
     subject = load_subject(str(adapters["token"]), model=None, dtype="float32", device="cpu")
     folder = tmp_path_factory.mktemp("own")
     for task, rows in load_examples(small_data / "test", split="test").items():
-        answers = generate_answers(subject.model, subject.tokenizer, rows, max_new_tokens=64)
+        answers = generate_answers(subject.model, subject.kind.tokenizer, rows, max_new_tokens=64)
         lines = [
             json.dumps({"task": task, "instruction": row.instruction, "output": answer or "none"}) + "\n"
             for row, answer in zip(rows, answers, strict=True)

@@ -309,7 +309,7 @@ def compare(
     from manylora.studies.compare import CompareConfig, compare
 
     chosen = _config(CompareConfig, config, _named(settings, study=study))
-    found = compare(chosen, progress=CellProgress().as_hooks() if progress is True else None)
+    found = compare(chosen, progress=CellProgress() if progress is True else None)
     if report and found.path is not None and found.summary is not None:
         _draw_report(found.path, progress)
     return found

@@ -49,7 +49,9 @@ def test_mean_gates_against_rows_read_one_by_one(
 ) -> None:
     data = load_examples(small_data / "train", split="train", limit=7)
     subject = load_subject(str(adapters["token"]), model=None, dtype="float32", device="cpu")
-    gates = collapse_router(subject.model, subject.tokenizer, data, how="mean", max_length=256, batch_size=3)
+    gates = collapse_router(
+        subject.model, subject.kind.tokenizer, data, how="mean", max_length=256, batch_size=3
+    )
     assert list(gates) == list(data)
     for task, rows in data.items():
         wanted = naive_gates(adapters["token"], tiny_base, rows)
@@ -68,7 +70,7 @@ def test_a_fit_in_several_passes_is_the_fit_in_one(adapters: dict[str, Path], sm
     one, several = (
         collapse_router(
             subject.model,
-            subject.tokenizer,
+            subject.kind.tokenizer,
             data,
             how="fit",
             max_length=256,

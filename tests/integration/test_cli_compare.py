@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from manylora.cli import main
-from manylora.studies import load_study
+from manylora.studies.config import load_study
 from manylora.studies.runner import launched, pending, thread_settings
 from processes import cli_process
 

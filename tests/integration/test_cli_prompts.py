@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +216,7 @@ def test_exported_adapters_know_how_to_be_asked(
         record = PromptRecord.read(tmp_path / name)
         assert record is not None
         assert record.base_fingerprint  # which the run's adapter has in its own settings
-        assert replace(record, base_fingerprint=None) == PromptRecord.read(run / "adapter")
+        assert record.with_mark(None) == PromptRecord.read(run / "adapter")
     assert "through the tokenizer's chat template" in (tmp_path / "chat" / "README.md").read_text(
         encoding="utf-8"
     )

@@ -57,6 +57,6 @@ def test_defaults_are_values_or_said_in_words() -> None:
     text = " ".join(page("train").split())
     assert "or a Hub id. [embedded]" in text  # no "Default:" beside a value
     assert "--seed N" in text
-    assert "clients drawn. [0]" in text
+    assert "validation rows are cut. [0]" in text
     assert "--gradient-checkpointing Recompute" in text  # a flag takes nothing, and is off
     assert "--share A|B|none" in text

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from manylora import errors
-from manylora.data import Message, available_splits, data_root, load_examples
+from manylora.data import Message, available_splits, load_examples
 from manylora.errors import DataError
 
 ROW = {"instruction": "Say hi.", "output": "hi"}
@@ -331,16 +331,6 @@ def test_embedded_suite_by_split() -> None:
         load_examples("embedded", split="test", tasks=["nonsense"])
     with pytest.raises(DataError, match="several splits"):
         load_examples("embedded")
-
-
-def test_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MANYLORA_DATA", str(tmp_path))
-    assert data_root() == tmp_path
-    monkeypatch.setenv("MANYLORA_DATA", "")
-    assert data_root() is None
-    monkeypatch.setenv("MANYLORA_DATA", str(tmp_path / "gone"))
-    with pytest.raises(DataError, match=r"MANYLORA_DATA=.*gone' is not a folder"):
-        data_root()
 
 
 def test_the_room_imports_no_heavy_library() -> None:

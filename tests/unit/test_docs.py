@@ -1,8 +1,11 @@
-"""The page of the house names rooms, files and functions that are there; the site's list has every page."""
+"""The page of the house names rooms, files and functions that are there; the site's list has every page; the README
+is short and says what the log says. That commands run is tested in tests/integration/test_documented_commands.py.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from functools import cache
 from pathlib import Path
@@ -10,9 +13,12 @@ from pathlib import Path
 import yaml
 from tests.unit.test_house import ORDER, imported_rooms
 
+from manylora.cli import VERBS
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src" / "manylora"
 DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOUSE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 
 
@@ -103,7 +109,7 @@ def test_the_site_lists_every_page_once() -> None:
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:
-    for page in DOCS.rglob("*.md"):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")):
         for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
@@ -114,3 +120,37 @@ def test_the_reference_names_what_is_there() -> None:
         file = SOURCES.joinpath(*path).with_suffix(".py") if path else SOURCES / f"{last or '__init__'}.py"
         assert file.is_file(), name
         assert not path or last in defined_in(file), name
+
+
+def test_every_dotted_name_is_there() -> None:
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
+        for name in re.findall(r"`(manylora(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+            module, *rest = name.split(".")
+            found = importlib.import_module(module)
+            for part in rest:
+                if not hasattr(found, part):
+                    importlib.import_module(f"{found.__name__}.{part}")  # raises where it is no module either
+                found = getattr(found, part)
+
+
+def test_the_readme_fits_on_two_screens_and_names_every_verb() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert [line for line in lines if len(line) > 120] == []
+    assert re.findall(r"^\| \[?`manylora (\w+)`", README, flags=re.M) == list(VERBS)
+    assert "*Activated*" in README  # PEFT's aLoRA is another method
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_log_and_the_studies() -> None:
+    """Every score with a decimal in the README stands in the log, or in the text of the studies, as it does there."""
+    sources = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("log.md", "studies/README.md"))
+    known = set(re.findall(r"\d+\.\d+", sources))
+    demo, _, findings = README.partition("## From Python")
+    scores = re.findall(r"\d+\.\d+", findings.partition("## What the paper says")[2])
+    assert len(scores) > 10
+    assert set(scores) - known - {"1.3"} == set()  # 1.3 M parameters
+    table = [line.split() for line in demo.splitlines() if re.match(r" \w+ +ROUGE-1 ", line)]
+    assert len(table) == 9
+    for task, _, score, *_, majority, keyword in table:
+        row = re.search(rf"^\| {task} \| .* \| {score} \| {majority} \| {keyword} \|$", sources, flags=re.M)
+        assert row, task

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from manylora.errors import ConfigError, RunError
+from manylora.federated import FederateConfig, Message, pack, unpack
 from manylora.federated.engines import flower_private
 from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import Answer, Node, PatientRuntime
@@ -338,6 +339,19 @@ def test_a_clock_that_jumps_does_not_drop_a_federation_that_goes_on(
     monkeypatch.setattr("manylora.federated.engines.flower_node._LOOK_SECONDS", 0.0)
     node._look_for_old_runs(tmp_path / "another")
     assert [path.parts[-3] for path in tmp_path.rglob("*.safetensors")] == ["going-on"]
+
+
+def test_a_message_renews_the_time_of_its_runs_lock(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    config = FederateConfig(target_modules="q_proj", rounds=1).resolved()
+    join = pack(Message(kind="join", client="ada", round=0, fields={"settings": config.for_clients()}))
+    own = {"model": str(tiny_base), "device": "cpu", "data": str(small_data), "home": str(tmp_path)}
+    node, lock = NodeClient(), tmp_path / "run" / "ada.lock"
+    for _ in range(2):
+        assert unpack(node._handle(join, "ada", "run", {"client": "ada", **own})).kind == "joined"
+        assert time.time() - lock.stat().st_mtime < 60
+        os.utime(lock, (0, 0))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of click, which Flower asks in an old way

@@ -6,6 +6,8 @@ import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Collection
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,8 @@ ORDER = [
     "assets",
     "data",
     "adapters",
-    "training",
     "evaluation",
+    "training",
     "analysis",
     "federated",
     "serving",
@@ -55,6 +57,42 @@ def test_imports_go_one_way(room: str) -> None:
     allowed = set(ORDER[: ORDER.index(room) + 1])
     for path in (ROOT / room).rglob("*.py"):
         assert imported_rooms(path) <= allowed, f"{path} imports {imported_rooms(path) - allowed}"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(node: ast.AST, known: Collection[str]) -> set[str]:
+    """Which of these modules are imported, in functions too; those for the type checker do not count."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return set()
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names} & set(known)
+    if isinstance(node, ast.ImportFrom) and node.module:
+        named = {f"{node.module}.{alias.name}" for alias in node.names}
+        return {name if name in known else node.module for name in named} & set(known)
+    return {name for child in ast.iter_child_nodes(node) for name in imported_modules(child, known)}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_there_are_no_circles_in_a_room(room: str) -> None:
+    trees = {
+        module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / room).rglob("*.py")
+    }
+    graph = {name: imported_modules(tree, trees) - {name} for name, tree in trees.items()}
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+def test_what_a_task_type_means_stands_in_the_kinds_and_heads_alone() -> None:
+    naming = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value == "SEQ_CLS"
+    }
+    kinds = {f"training/{name}.py" for name in ("heads", "kinds/__init__", "kinds/choosing")}
+    assert naming == {*kinds, "training/config.py", "adapters/card.py"}  # its settings, and PEFT's classes
 
 
 def test_the_report_imports_results_and_nothing_that_makes_them() -> None:
@@ -111,10 +149,11 @@ def run_python(code: str) -> str:
     ).stdout.strip()
 
 
-def test_help_imports_no_torch() -> None:
+@pytest.mark.parametrize("verb", ["train", "federate"])
+def test_help_imports_no_torch(verb: str) -> None:
     code = (
         "import sys; from manylora.cli import main\n"
-        "try: main(['train', '--help'])\n"
+        f"try: main(['{verb}', '--help'])\n"
         "except SystemExit: pass\n"
         "print({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules))"
     )

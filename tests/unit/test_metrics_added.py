@@ -11,8 +11,10 @@ import pytest
 from manylora.data import Example
 from manylora.evaluation import METRICS, Metric, ScoredExample, score_all, scores_table, write_scores
 from manylora.report.writing import build_page
-from manylora.studies import CELL_METRICS, CellMetric, CellResult, parse_study, summarise
-from manylora.studies.costs import measure_cell
+from manylora.studies.config import parse_study
+from manylora.studies.costs import CELL_METRICS, CellMetric, measure_cell
+from manylora.studies.results import CellResult
+from manylora.studies.summary import summarise
 from manylora.studies.tables import costs_table, others_table
 from manylora.table import Table
 from report_folders import train_folder

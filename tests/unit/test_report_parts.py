@@ -17,7 +17,7 @@ from pydantic import Field
 from manylora.errors import RunError
 from manylora.files import Record, Several, forgive_lines, forgive_record
 from manylora.report import Figure, Page, Plot, Section, write_page
-from manylora.report.common import read_object, read_settings, text
+from manylora.report.common import read_page_file, text
 from manylora.report.heat import HeatMaps, HeatPanel, ink_on
 from manylora.report.plots import (
     Intervals,
@@ -134,14 +134,14 @@ def test_a_broken_file_is_one_line_that_names_it(content: str, tmp_path: Path) -
     path = tmp_path / "study.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(RunError, match=r"study\.json.*mend or remove it") as caught:
-        read_object(path)
+        read_page_file(path)
     assert "\n" not in str(caught.value)
 
 
 def test_broken_settings_are_one_line_and_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [1,\n b: }", encoding="utf-8")
     with pytest.raises(RunError, match=r"config\.yaml") as caught:
-        read_settings(tmp_path / "config.yaml")
+        read_page_file(tmp_path / "config.yaml")
     assert "\n" not in str(caught.value)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo', encoding="utf-8")
     assert list(forgive_lines(tmp_path / "metrics.jsonl", LogLine)) == [LogLine(step=1)]

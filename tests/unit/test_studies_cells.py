@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from manylora.errors import ConfigError, RunError
-from manylora.studies import Job, Measured, parse_study
 from manylora.studies.cells import cell_settings, final_cells, screening_cells, study_date
-from manylora.studies.kinds import kind_of
+from manylora.studies.config import parse_study
+from manylora.studies.kinds import Job, kind_of
+from manylora.studies.results import Measured
 from manylora.studies.runner import pending
 
 LAYERS = 2

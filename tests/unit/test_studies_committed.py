@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from manylora.files import json_text
-from manylora.studies import parse_study, read_cells, summarise
+from manylora.studies.config import parse_study
+from manylora.studies.results import read_cells
+from manylora.studies.summary import summarise
 
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 SUMS = {

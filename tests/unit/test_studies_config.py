@@ -11,8 +11,10 @@ import yaml
 
 from manylora.cli import main
 from manylora.errors import ConfigError
-from manylora.studies import PRESETS, Study, load_study, parse_study, read_cells, summarise
-from manylora.studies.presets import DEFAULT
+from manylora.studies.config import Study, load_study, parse_study
+from manylora.studies.presets import DEFAULT, PRESETS
+from manylora.studies.results import read_cells
+from manylora.studies.summary import summarise
 
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 SMALL: dict[str, Any] = {"name": "small", "methods": ["lora", "alora"], "settings": {"limit": 8}}

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from manylora.cli import main
 from manylora.errors import ConfigError, RunError
-from manylora.studies import CellResult, Study, parse_study, read_cells, write_cells
-from manylora.studies import summarise as summarise_cells
 from manylora.studies.cells import choose_rates
-from manylora.studies.results import pack_scores, unpack_scores
+from manylora.studies.config import Study, parse_study
+from manylora.studies.results import CellResult, pack_scores, read_cells, unpack_scores, write_cells
+from manylora.studies.summary import summarise as summarise_cells
 
 TASKS = ("a", "b")
 

@@ -278,8 +278,8 @@ def test_loras_of_several_bases_do_not_become_one_adapter(
     assert joined["base_fingerprint"] == record.base_fingerprint
     for folder in (tmp_path / "x", tmp_path / "y"):
         shutil.copytree(exported, folder)
-    dataclasses.replace(record, base_fingerprint="v2:" + "0" * 16 + "/1.00:-").write(tmp_path / "x")
-    dataclasses.replace(record, base_fingerprint=None).write(tmp_path / "y")
+    record.with_mark("v2:" + "0" * 16 + "/1.00:-").write(tmp_path / "x")
+    record.with_mark(None).write(tmp_path / "y")
     assert main(["export", "--from-loras", f"{exported},{tmp_path / 'x'}", "--to", str(tmp_path / "a")]) == 2
     assert "were trained on different bases" in capsys.readouterr().err
     assert main(["export", "--from-loras", f"{exported},{tmp_path / 'y'}", "--to", str(tmp_path / "b")]) == 0

@@ -12,15 +12,11 @@ from transformers import AutoTokenizer, BertForMaskedLM, LlamaForSequenceClassif
 
 from manylora.data import Example, Message, load_splits, options_of, without_options
 from manylora.errors import ConfigError, DataError, ModelError
-from manylora.training import LabelSets, TrainConfig, base_location, load_classifier
-from manylora.training.labels import (
-    MAX_LABELS,
-    LabelCollator,
-    among,
-    encode_labelled,
-    question_of,
-)
-from manylora.training.models import head_modules
+from manylora.training import Choosing, LabelSets, TrainConfig, base_location, load_classifier
+from manylora.training.batches import Collator
+from manylora.training.heads import LABEL
+from manylora.training.labels import MAX_LABELS, encode_labelled, question_of
+from manylora.training.losses import LabelLoss, among
 from tiny_models import bert, llama
 
 
@@ -74,15 +70,16 @@ def test_a_classifier_reads_the_question_without_template() -> None:
 def test_encoded_rows_carry_the_heads_output_and_lose_their_end(tiny_base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     data = {"yes or no": rows("no", "yes")}
-    [task] = encode_labelled(data, tokenizer, LABELS, max_length=3, context_length=None)
+    [task] = encode_labelled(data, tokenizer, LABELS, max_length=3)
     whole = tokenizer("row 0").input_ids
     assert [row.labels for row in task.rows] == [[3], [4]]
     assert task.rows[0].input_ids == whole[:3]
     assert task.truncated == 1.0
-    [task] = encode_labelled(data, tokenizer, LABELS, max_length=99, context_length=4)
+    kind = Choosing(tokenizer=tokenizer, labels=LABELS, max_length=99, context=4)
+    [task] = kind.encode(data, vocabulary=None)
     assert len(task.rows[0].input_ids) == 4
     with pytest.raises(DataError, match="given tasks x"):
-        encode_labelled({"x": rows("a")}, tokenizer, LABELS, max_length=9, context_length=None)
+        encode_labelled({"x": rows("a")}, tokenizer, LABELS, max_length=9)
 
 
 def test_loss_and_gradient_see_only_the_rows_own_labels() -> None:
@@ -108,15 +105,21 @@ def test_a_batch_has_one_label_a_row() -> None:
         {"input_ids": [5, 6], "labels": [3], "task": 1},
         {"input_ids": [7], "labels": [0], "task": 0},
     ]
-    batch = LabelCollator(pad_token_id=9)(coded)
-    assert batch["labels"].tolist() == [3, 0]
+    batch = Collator(pad_token_id=9)(coded)
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    losses, which = LabelLoss(LABELS)(logits, batch["labels"], batch["task"])
+    own = among(logits, torch.tensor([1, 0]), LABELS.allowed())
+    want = F.cross_entropy(own, torch.tensor([3, 0]), reduction="none")
+    assert torch.equal(losses, want)
+    assert which.tolist() == [0, 1]
+    assert (batch["labels"] != -100).sum() == 2  # what transformers counts as the items of a step
     assert batch["input_ids"].tolist() == [[5, 6], [7, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
 def test_heads_are_what_stands_beside_the_encoder() -> None:
-    assert head_modules(bert()) == ["classifier"]
-    assert head_modules(LlamaForSequenceClassification(llama().config)) == ["score"]
+    assert LABEL.parts(bert()) == ["classifier"]
+    assert LABEL.parts(LlamaForSequenceClassification(llama().config)) == ["score"]
 
 
 def test_a_head_is_drawn_from_the_seed_and_the_rest_is_the_bases(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from manylora.adapters import ManyLoraConfig, ManyLoraLinear
 from manylora.cli import main
 from manylora.errors import TargetModulesError
+from manylora.evaluation.generation import context_of
 from manylora.training import TrainConfig, build_model, load_adapter, load_base, plan_lines, prepare
-from manylora.training.models import context_of
 from tiny_models import fill
 
 SMALL: dict[str, Any] = {

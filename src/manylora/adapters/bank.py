@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from manylora.adapters import ops
 from manylora.adapters.balance import RouterCall
-from manylora.adapters.config import ManyLoraConfig, RouterKind
+from manylora.adapters.config import ManyLoraConfig, RouterKind, scaling_of
 from manylora.adapters.layout import Choice, Layout
 from manylora.adapters.routes import Routes
 from manylora.adapters.routing import in_backward
@@ -284,7 +284,7 @@ class ExpertBank(Bank):
         n = config.num_experts
         self.name = name
         self.layout = Layout(num_experts=n, rank=rank, share=config.share)
-        self.scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.scaling = scaling_of(config, alpha, rank)
         self.dropout = config.lora_dropout
         self.router = config.router if n > 1 else None
         self.takes_ids = config.router == "task"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
 from numbers import Real
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from manylora.adapters.card import add_loading_section
 from manylora.adapters.layout import Share
@@ -386,3 +388,20 @@ def _check_layers(config: ManyLoraConfig) -> None:
 
 def _as_set(names: Iterable[str] | str | None) -> set[str] | str | None:
     return names if names is None or isinstance(names, str) else set(names)
+
+
+def rank_of(config: Any, module: str) -> int:
+    """A module's rank, in a LoRA's settings or ours: by `rank_pattern` as PEFT reads it, else `r`."""
+    ranks = config.rank_pattern or {}
+    return int(ranks.get(get_pattern_key(list(ranks), module), config.r))
+
+
+def alpha_of(config: Any, module: str) -> float:
+    """A module's alpha, likewise."""
+    alphas = config.alpha_pattern or {}
+    return alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+
+
+def scaling_of(config: Any, alpha: float, rank: int) -> float:
+    """What the product B A x is multiplied by."""
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)

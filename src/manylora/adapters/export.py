@@ -18,11 +18,10 @@ from typing import TypeVar
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from manylora.adapters.collapse import Fitted
-from manylora.adapters.config import ManyLoraConfig
+from manylora.adapters.config import ManyLoraConfig, alpha_of, scaling_of
 from manylora.adapters.layout import Choice, Layout
 from manylora.errors import ConfigError, ModelError, NotMergeableError
 
@@ -100,14 +99,13 @@ def export_lora(
         )
     banks, others = _banks(config, weights)
     scalings = {bank.scaling for bank in banks.values()}
-    scaling = scalings.pop() if len(scalings) == 1 else _scaling(config, config.lora_alpha, config.r)
+    scaling = scalings.pop() if len(scalings) == 1 else scaling_of(config, config.lora_alpha, config.r)
     ranks: dict[str, int] = {}
     exported: dict[str, Tensor] = {}
     for module, bank in banks.items():
         A, B = _factors(module, bank, choice)
         if bank.scaling != scaling:
-            wide = torch.promote_types(B.dtype, torch.float32)
-            B = (B.to(wide) * (bank.scaling / scaling)).to(B.dtype)
+            B = rescaled(B, bank.scaling / scaling)
         ranks[module] = A.shape[0]
         # copies: views of one stacked matrix share their memory, which safetensors does not store
         exported[f"{PREFIX}{module}.lora_A.weight"] = A.clone(memory_format=torch.contiguous_format)
@@ -132,6 +130,11 @@ def pattern(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
     }
 
 
+def rescaled(B: Tensor, factor: float) -> Tensor:
+    """B times a number, rounded once."""
+    return (B.to(torch.promote_types(B.dtype, torch.float32)) * factor).to(B.dtype)
+
+
 def plain_number(value: float) -> float | int:
     """An integer where the value is one: vLLM declares lora_alpha as an integer."""
     nearest = round(value)
@@ -140,10 +143,6 @@ def plain_number(value: float) -> float | int:
 
 def _end(module: str) -> str:
     return module.rpartition(".")[2]
-
-
-def _scaling(config: ManyLoraConfig, alpha: float, rank: int) -> float:
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _banks(
@@ -177,9 +176,8 @@ def _bank(config: ManyLoraConfig, module: str, parts: Mapping[str, Tensor]) -> _
             f"The weights of {module!r} have shapes {tuple(A.shape)} and {tuple(B.shape)}, which are not those of "
             f"{config.num_experts} experts with share={config.share!r}; the adapter's files do not belong together."
         )
-    alphas = config.alpha_pattern
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
-    return _Bank(A=A, B=B, layout=layout, scaling=_scaling(config, alpha, layout.rank))
+    scaling = scaling_of(config, alpha_of(config, module), layout.rank)
+    return _Bank(A=A, B=B, layout=layout, scaling=scaling)
 
 
 def _factors(module: str, bank: _Bank, choice: Choice | Collapsed) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from manylora.adapters.config import ManyLoraConfig
-from manylora.adapters.export import PREFIX, PlainLora, pattern, plain_number
+from manylora.adapters.config import ManyLoraConfig, alpha_of, rank_of, scaling_of
+from manylora.adapters.export import PREFIX, PlainLora, pattern, plain_number, rescaled
 from manylora.errors import ConfigError, ModelError
 
 _UNDERSTOOD = {
@@ -136,17 +135,13 @@ def _split(name: str, lora: PlainLora) -> tuple[dict[str, _Factors], dict[str, T
 
 
 def _factors(name: str, config: LoraConfig, module: str, pair: Mapping[str, Tensor]) -> _Factors:
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank = ranks.get(get_pattern_key(list(ranks), module), config.r)
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+    rank = rank_of(config, module)
     if pair.keys() != {"A", "B"} or pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
         shapes = {part: tuple(tensor.shape) for part, tensor in pair.items()}
         raise ModelError(
             f"{name} is damaged: {module!r} should have rank {rank}, but its weights are {shapes}."
         )
-    return _Factors(
-        A=pair["A"], B=pair["B"], scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    )
+    return _Factors(A=pair["A"], B=pair["B"], scaling=scaling_of(config, alpha_of(config, module), rank))
 
 
 def _check_alike(first: str, one: PlainLora, name: str, other: PlainLora) -> None:
@@ -203,8 +198,7 @@ def _stack(experts: list[_Factors]) -> tuple[int, float, Tensor, Tensor]:
         missing = rank - expert.A.shape[0]
         B = expert.B
         if expert.scaling != scaling:
-            wide = torch.promote_types(B.dtype, torch.float32)
-            B = (B.to(wide) * (expert.scaling / scaling)).to(B.dtype)
+            B = rescaled(B, expert.scaling / scaling)
         stacked_A.append(F.pad(expert.A, (0, 0, 0, missing)))
         stacked_B.append(F.pad(B, (0, missing)))
     return rank, scaling, torch.cat(stacked_A), torch.cat(stacked_B, dim=1)

@@ -14,13 +14,13 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from manylora.adapters import targets
 from manylora.adapters.arrival import check_finite, check_places, source
 from manylora.adapters.balance import LoadBalance
-from manylora.adapters.config import ManyLoraConfig, ManyLoraType
+from manylora.adapters.config import ManyLoraConfig, ManyLoraType, alpha_of, rank_of
 from manylora.adapters.gates import GateStatistics, gate_statistics, load_balance
 from manylora.adapters.layer import ManyLoraLinear
 from manylora.adapters.mixed import check_adapter_names, saved_modules_follow
@@ -109,9 +109,7 @@ class ManyLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
-        rank = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
-        alpha = alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha)
+        rank, alpha = rank_of(peft_config, current_key), alpha_of(peft_config, current_key)
         if isinstance(target, ManyLoraLinear):
             target.update_layer(adapter_name, rank=rank, alpha=alpha, config=peft_config)
             return

@@ -15,11 +15,10 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from manylora.adapters.config import ManyLoraConfig
+from manylora.adapters.config import ManyLoraConfig, rank_of
 from manylora.adapters.layout import Layout
 from manylora.adapters.patterns import check_time, expressions_of
 from manylora.errors import ConfigError, TargetModulesError
@@ -200,7 +199,7 @@ def _check_size(config: ManyLoraConfig, found: dict[str, nn.Module]) -> None:
     for name, module in found.items():
         if any(parameter.is_meta for parameter in module.parameters()):
             continue
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        rank = rank_of(config, name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         inputs, outputs = _get_in_out_features(base)
         numbers += (counts.a_count * rank + routers) * inputs + counts.b_count * rank * outputs

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
 from manylora.data import Encoded
 from manylora.errors import RoutingError
+from manylora.evaluation.finite import check_output
 from manylora.training.batches import Collator
-from manylora.training.finite import check_output
-from manylora.training.labels import LabelCollator, LabelSets, among
+from manylora.training.labels import LabelSets
+from manylora.training.losses import AnswerLoss, LabelLoss, Loss
 
 TaskRows = Mapping[str, Sequence[Encoded]]
 """Task to its encoded rows."""
@@ -30,15 +30,13 @@ class Reader:
     experts: Mapping[str, int] | None = None
     """Task to expert under a task router, else None."""
     batch_size: int = 16
-
-    def collator(self) -> Collator:
-        """What makes a batch of rows."""
-        return Collator(pad_token_id=self.pad_token_id)
+    loss_of: Loss = field(default_factory=AnswerLoss)
+    """What is differentiated."""
 
     def batches(self, rows: Sequence[Encoded]) -> Iterator[dict[str, Tensor]]:
         """The rows in batches, those of like length together."""
         ordered = sorted(rows, key=lambda row: len(row.input_ids))
-        collate = self.collator()
+        collate = Collator(pad_token_id=self.pad_token_id)
         for start in range(0, len(ordered), self.batch_size):
             batch = ordered[start : start + self.batch_size]
             yield collate([{"input_ids": row.input_ids, "labels": row.labels, "task": 0} for row in batch])
@@ -50,22 +48,18 @@ class Reader:
         if self.experts is not None:
             routing["expert_ids"] = torch.full((ids.shape[0],), self.expert(task))
         mask = batch["attention_mask"].to(model.device)
-        output: Tensor = model(input_ids=ids, attention_mask=mask, **self.options(), **routing).logits
+        output: Tensor = model(
+            input_ids=ids, attention_mask=mask, **self.loss_of.head.options, **routing
+        ).logits
         check_output(model, output, mask, f"rows of task {task!r}")
         return output
 
-    def options(self) -> dict[str, Any]:
-        """What else the model is told."""
-        return {"use_cache": False}
-
     def loss(self, model: PeftModel, batch: Mapping[str, Tensor], task: str) -> tuple[Tensor, int]:
-        """Summed loss of the answer tokens, and their number."""
-        logits = self.logits(model, batch, task)[:, :-1]
-        targets = batch["labels"][:, 1:].to(logits.device)
-        counted = targets != -100
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        loss = F.cross_entropy(logits[counted].to(wide), targets[counted], reduction="sum")
-        return loss, int(counted.sum())
+        """Summed loss of the items (answer tokens, or rows), and their number."""
+        logits = self.logits(model, batch, task)
+        task_B = torch.full((len(logits),), self.loss_of.number(task), device=logits.device)
+        losses, _ = self.loss_of(logits, batch["labels"], task_B)
+        return losses.sum(), len(losses)
 
     def expert(self, task: str) -> int:
         """The expert of a task.
@@ -87,20 +81,8 @@ class LabelReader(Reader):
 
     labels: LabelSets
 
-    def collator(self) -> Collator:
-        """See `Reader`."""
-        return LabelCollator(pad_token_id=self.pad_token_id)
-
-    def options(self) -> dict[str, Any]:
-        """An encoder has no cache."""
-        return {}
-
-    def loss(self, model: PeftModel, batch: Mapping[str, Tensor], task: str) -> tuple[Tensor, int]:
-        """Summed loss of the rows among the task's own labels, and their number."""
-        number = list(self.labels.tasks).index(task)
-        logits = self.logits(model, batch, task)
-        own = among(logits, torch.full((len(logits),), number, device=logits.device), self.labels.allowed())
-        return F.cross_entropy(own, batch["labels"].to(own.device), reduction="sum"), len(logits)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss_of", LabelLoss(self.labels))
 
 
 @contextmanager

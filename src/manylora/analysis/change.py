@@ -12,24 +12,13 @@ be compared over the same steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from manylora.analysis.places import Place, locate
-from manylora.analysis.records import Change
+from manylora.analysis.records import Change, Movement
 from manylora.analysis.sources import Layer, Layers, Source
 from manylora.analysis.subspaces import compare, orthonormal_basis
-
-
-@dataclass(frozen=True, kw_only=True)
-class Movement:
-    """Of one matrix between two steps; None where every vector was zero before."""
-
-    similarity: float | None
-    magnitude: float | None
-    direction: float | None
 
 
 def movement(before_RD: Tensor, after_RD: Tensor) -> Movement:
@@ -86,22 +75,17 @@ def _of(
     source: Source, matrix: str, name: str, place: Place, steps: tuple[int, int], before: Layer, after: Layer
 ) -> list[Change]:
     later = after.vectors(matrix)
-    found = []
-    for expert, vectors_RD in before.vectors(matrix).items():
-        moved = movement(vectors_RD, later[expert])
-        found.append(
-            Change(
-                source=source.name,
-                expert=expert,
-                matrix=matrix,
-                layer=place.layer,
-                module=place.module,
-                name=name,
-                from_step=steps[0],
-                to_step=steps[1],
-                similarity=moved.similarity,
-                magnitude=moved.magnitude,
-                direction=moved.direction,
-            )
+    return [
+        Change(
+            source=source.name,
+            expert=expert,
+            matrix=matrix,
+            layer=place.layer,
+            module=place.module,
+            name=name,
+            from_step=steps[0],
+            to_step=steps[1],
+            **movement(vectors_RD, later[expert]).model_dump(),
         )
-    return found
+        for expert, vectors_RD in before.vectors(matrix).items()
+    ]

@@ -35,14 +35,21 @@ class SourceFacts(Record):
     """Of which weights were kept."""
 
 
-class PairSimilarity(_Row):
-    """Two matrices of one module."""
-
-    matrix: str
-    """"A" or "B"."""
+class _AtModule(_Row):
     layer: int | None = None
     module: str
     name: str = ""
+    """Of the module; "" for all modules together."""
+
+
+class _AtMatrix(_AtModule):
+    matrix: str = ""
+    """"A" or "B"."""
+
+
+class PairSimilarity(_AtMatrix):
+    """Two matrices of one module."""
+
     left: str
     """Source, or source/expert."""
     right: str
@@ -59,45 +66,38 @@ class PairSimilarity(_Row):
     baseline_squared: float
 
 
-class Change(_Row):
-    """Of one matrix of one module between two steps."""
+class Movement(_Row):
+    """Of one matrix between two steps; None where every vector was zero before."""
 
-    source: str = ""
-    expert: str = ""
-    """"" for a shared matrix and for a single LoRA."""
-    matrix: str
-    layer: int | None = None
-    module: str
-    name: str = ""
-    from_step: int
-    to_step: int
     similarity: float | None = None
     magnitude: float | None = None
     direction: float | None = None
 
 
-class GradientNorm(_Row):
-    """‖gradient‖ of one task on the shared matrix of one module; of all modules together where `name` is ""."""
+class Change(Movement, _AtMatrix):
+    """Of one matrix of one module between two steps."""
+
+    source: str = ""
+    expert: str = ""
+    """"" for a shared matrix and for a single LoRA."""
+    from_step: int
+    to_step: int
+
+
+class GradientNorm(_AtMatrix):
+    """‖gradient‖ of one task on the shared matrix of one module."""
 
     source: str = ""
     task: str
-    matrix: str = ""
-    layer: int | None = None
-    module: str
-    name: str = ""
     norm: NanFloat
 
 
-class Conflict(_Row):
+class Conflict(_AtMatrix):
     """Cosine of two tasks' gradients; with left = right that of the two halves of the task's rows."""
 
     source: str = ""
     left: str
     right: str
-    matrix: str = ""
-    layer: int | None = None
-    module: str
-    name: str = ""
     cosine: float
 
 
@@ -121,15 +121,11 @@ MEASURED = ("norms", "conflict", "within", "overall_norms", "overall_conflict", 
 """The lists of `Gradients`; analysis.json has one of each over all adapters."""
 
 
-class Gates(_Row):
+class Gates(_AtModule):
     """Of one task in one module, over all tokens of its rows (padding left out)."""
 
     source: str = ""
     task: str
-    layer: int | None = None
-    module: str
-    name: str = ""
-    """Full module name; "" for the mean over all modules."""
     weights: list[float] = Field(min_length=1)
     """Mean routing weight of each expert."""
     entropy: NanFloat = math.nan

@@ -124,13 +124,12 @@ class Source:
         return layers
 
 
-def load_source(path: str | Path, *, name: str | None = None) -> Source:
+def load_source(path: str | Path) -> Source:
     """Read one adapter.
 
     Args:
         path: a finished run, an adapter folder of ours or of PEFT's LoRA, or a trainer's output folder whose
             checkpoint-STEP folders are adapters.
-        name: what to call it. Default: the folder's name.
 
     Raises:
         ModelError: no adapter there, another method's, pickled or damaged weights, numbers that are not finite,
@@ -143,7 +142,7 @@ def load_source(path: str | Path, *, name: str | None = None) -> Source:
     folder = newest if newest and not (given / _CONFIG).is_file() else adapter_folder(given)
     about, layers = _read(folder)
     run = folder.parent if folder.name == "adapter" else given
-    facts = _run_facts(run, folder)
+    facts = _run_facts(run)
     snapshots = find_snapshots(run) or {
         step: file
         for step, place in checkpoints.items()
@@ -151,7 +150,7 @@ def load_source(path: str | Path, *, name: str | None = None) -> Source:
     }
     last = facts.pop("last_step", None)
     return Source(
-        name=name or (given.resolve().parent if given.name == "adapter" else given.resolve()).name,
+        name=(given.resolve().parent if given.name == "adapter" else given.resolve()).name,
         path=given,
         folder=folder,
         layers=layers,
@@ -219,7 +218,7 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _run_facts(run: Path, folder: Path) -> dict[str, Any]:
+def _run_facts(run: Path) -> dict[str, Any]:
     """Tasks, seed and last step, as far as a run folder tells them."""
     if not (run / "config.yaml").is_file() or not (run / "state.json").is_file():
         return {}

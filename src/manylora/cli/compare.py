@@ -56,14 +56,14 @@ def run(arguments: Sequence[str]) -> int:
     print(f"study folder: {opened.path}", flush=True)
     began = time.monotonic()
     progress = CellProgress(workers_of(config, opened.study))
-    code = _show(run_study_in(opened, config, progress=progress.as_hooks()), study=config.study)
+    code = _show(run_study_in(opened, config, progress=progress), study=config.study)
     if code == 0:
         print(f"{time.monotonic() - began:.0f} s")
     return code
 
 
 def _run_cell(config: CompareOptions, cell_id: str) -> int:
-    from manylora.studies import run_cell
+    from manylora.studies.cells import run_cell
     from manylora.studies.runner import find_cell
 
     opened = open_study(config)

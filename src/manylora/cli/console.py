@@ -18,6 +18,23 @@ def complain(line: str) -> None:
     print(f"manylora: {shown}", file=sys.stderr, flush=True)
 
 
+class LiveLine:
+    """Lines on standard error, of which a terminal overwrites the one that is passing."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self._clear = "\r\x1b[K" if self.live else ""
+
+    def overwrite(self, line: str) -> None:
+        """Show a line until the next; a file or pipe does not get it."""
+        if self.live:
+            print(f"{self._clear}{line}", end="", file=sys.stderr, flush=True)
+
+    def print(self, line: str) -> None:
+        """Print a line that stays."""
+        print(f"{self._clear}{line}", file=sys.stderr, flush=True)
+
+
 def draw_report(folder: Path, *, show: bool = True) -> None:
     """Write report.html into a folder whose result stands already, and print (`show`) its path.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from manylora.cli.console import complain, draw_report
 from manylora.cli.options import FederateOptions, refuse_beside_resume
@@ -14,6 +15,9 @@ from manylora.federated.config import FederateConfig
 from manylora.files.settings import settings_of
 from manylora.jobs.launch import refuse_launcher
 from manylora.training.config import as_list
+
+if TYPE_CHECKING:
+    from manylora.jobs.run import FederatedRun
 
 DESCRIPTION = """\
 Fine-tune one base model with many clients; each keeps its rows, and what else leaves it is the strategy's choice.
@@ -54,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError("--dimensions has no weights behind it; add --dry-run.")
     config = settings_of(options, FederateConfig)
     if options.dry_run:
-        from manylora.cli.dry_run import print_traffic
+        from manylora.cli.federating import print_traffic
 
         print_traffic(config.resolved(), dimensions=options.dimensions)
         return 0
@@ -63,27 +67,29 @@ def run(arguments: Sequence[str]) -> int:
 
         print(recipe(config.resolved()))
         return 0
-    from manylora.cli.traffic import print_result
     from manylora.jobs.federate import federate
 
-    run = federate(config, out=options.out, progress=ConsoleProgress())
+    return _conclude(federate(config, out=options.out, progress=ConsoleProgress()))
+
+
+def _resume(path: str, *, from_round: int | None, reset: Sequence[str]) -> int:
+    from manylora.cli.federating import print_result
+    from manylora.jobs.federate import finished_run, resume
+
+    run = None if reset or from_round is not None else finished_run(path)
+    if run is None:
+        return _conclude(resume(path, from_round=from_round, reset=reset, progress=ConsoleProgress()))
+    print(f"{path} is finished already.")
     print_result(run.path)
-    print(f"{run.state['seconds']:.0f} s")
     draw_report(run.path)
     return 0
 
 
-def _resume(path: str, *, from_round: int | None, reset: Sequence[str]) -> int:
-    from manylora.cli.traffic import print_result
-    from manylora.jobs.federate import is_whole, resume
+def _conclude(run: FederatedRun) -> int:
+    from manylora.cli.federating import print_result
 
-    whole = from_round is None and not reset and is_whole(path)
-    if whole:
-        print(f"{path} is finished already.")
-    run = resume(path, from_round=from_round, reset=reset, progress=ConsoleProgress())
     print_result(run.path)
-    if not whole:
-        print(f"{run.state['seconds']:.0f} s")
+    print(f"{run.state['seconds']:.0f} s")
     draw_report(run.path)
     return 0
 

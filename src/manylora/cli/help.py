@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 _COMMON = [
     ("-h, --help", "Show this page and exit."),
-    ("--config FILE", "YAML file with any of the options below; may be given many times."),
+    (
+        "--config FILE",
+        "YAML file with any of the options below. Of several the last wins; what is typed wins over all.",
+    ),
 ]
 
 

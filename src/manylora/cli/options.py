@@ -20,13 +20,11 @@ class RunOptions(Settings):
     """The run"""
 
     out: str | None = None
-    """Folder of the run; must not exist. Default: the next free runs/train-NNN or runs/federate-NNN."""
+    """Folder of the run; must not exist. Default: the next free runs/train-NNN."""
     resume: str | None = None
-    """Continue this run folder where it broke off, a federated run after its last finished round; takes all settings
-    from there."""
+    """Continue this run folder where it broke off; takes all settings from there."""
     dry_run: bool = False
-    """Print the plan and stop: rows, adapters, parameters, steps and memory, or in parameters and bytes what would
-    travel, as published and as sent."""
+    """Print the plan and stop: rows, adapters, parameters, steps and memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +36,12 @@ class TrainOptions(TrainConfig, RunOptions):
 class FederateOptions(FederateConfig, RunOptions):
     """What to do with a federated run, and with one client of it."""
 
+    out: str | None = None
+    """Default: the next free runs/federate-NNN."""
+    resume: str | None = None
+    """Continue this run folder after its last finished round; takes all settings from there."""
+    dry_run: bool = False
+    """Print the parameters and bytes that would travel, as published and as sent, and stop."""
     from_round: int | None = None
     """With --resume: go back to this finished round, one of the last --keep-rounds; what came after it is forgotten."""
     reset_client: list[str] | str | None = None

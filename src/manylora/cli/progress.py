@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manylora.cli.console import duration
+from manylora.cli.console import LiveLine, duration
 from manylora.jobs.progress import Progress
 
 if TYPE_CHECKING:
@@ -55,25 +55,29 @@ class ConsoleProgress(Progress):
 
     def show_scores(self, scores: Scores, baselines: Baselines, notes: Sequence[str]) -> None:
         """The table, and the notes below it."""
-        from manylora.cli.tables import print_scores
+        from manylora.cli.tables import console
+        from manylora.evaluation import scores_table
 
-        print_scores(scores, baselines, notes)
+        console().print(scores_table(scores, baselines=baselines))
+        for note in notes:
+            print(note)
 
     def show_loss(self, before: Scores, after: Scores, loss: Loss, *, title: str) -> None:
         """A table with a line per task."""
-        from manylora.cli.tables import print_loss
+        from manylora.cli.tables import console
+        from manylora.evaluation import loss_table
 
-        print_loss(before, after, loss, title=title)
+        console().print(loss_table(before, after, loss, title=title))
 
     def show_clients(self, config: FederateConfig, data: Mapping[str, ClientData]) -> None:
         """A table with a line per client."""
-        from manylora.cli.traffic import print_clients
+        from manylora.cli.federating import print_clients
 
         print_clients(config, data)
 
     def follow_rounds(self) -> RoundsDisplay:
         """A line per round."""
-        from manylora.cli.traffic import RoundsProgress
+        from manylora.cli.federating import RoundsProgress
 
         return RoundsProgress()
 
@@ -86,7 +90,7 @@ class TrainingProgress:
     """
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
+        self._line = LiveLine()
         self._start: tuple[float, int] | None = None
         self._last_printed = -1
 
@@ -96,7 +100,9 @@ class TrainingProgress:
             self._start = (time.monotonic(), step)
         if "eval_mean_task_loss" in logs:
             tasks = _per_task(logs, "eval_loss/")
-            self._print(f"step {step}/{steps}  validation loss {logs['eval_mean_task_loss']:.3f}  {tasks}")
+            self._line.print(
+                f"step {step}/{steps}  validation loss {logs['eval_mean_task_loss']:.3f}  {tasks}"
+            )
         elif "loss" in logs:
             began, first = self._start
             left = (time.monotonic() - began) / max(1, step - first) * (steps - step)
@@ -105,16 +111,11 @@ class TrainingProgress:
             parts += [f"{speed:,.0f} tokens/s"] if speed else []
             parts += [f"{duration(left)} left"] if step > first else []
             line = "  ".join(parts)
-            if self._live:
-                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            self._line.overwrite(line)
             tenth = 10 * step // steps
             if tenth > self._last_printed:
                 self._last_printed = tenth
-                self._print(f"{line}  {_per_task(logs, 'loss/')}")
-
-    def _print(self, line: str) -> None:
-        clear = "\r\x1b[K" if self._live else ""
-        print(f"{clear}{line}", file=sys.stderr, flush=True)
+                self._line.print(f"{line}  {_per_task(logs, 'loss/')}")
 
 
 class CountProgress:
@@ -122,18 +123,17 @@ class CountProgress:
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.done = what, total, 0
-        self._live = sys.stderr.isatty()
+        self._line = LiveLine()
         self._quarter = 0
 
     def __call__(self, done: int) -> None:
         """Show that `done` of the total are done."""
         self.done = done
-        quarter = 4 * done // max(1, self.total)
-        if self._live:
-            end = "\n" if done >= self.total else ""
-            print(f"\r\x1b[K{self.what} {done}/{self.total}", end=end, file=sys.stderr, flush=True)
-        elif quarter > self._quarter:
-            print(f"{self.what} {done}/{self.total}", file=sys.stderr, flush=True)
+        quarter, line = 4 * done // max(1, self.total), f"{self.what} {done}/{self.total}"
+        if done >= self.total if self._line.live else quarter > self._quarter:
+            self._line.print(line)
+        else:
+            self._line.overwrite(line)
         self._quarter = quarter
 
 

@@ -8,44 +8,45 @@ from typing import TYPE_CHECKING
 
 from manylora.cli.console import duration
 from manylora.cli.tables import console
+from manylora.studies.cells import Cell, final_cells, screening_cells
+from manylora.studies.runner import Progress
 from manylora.table import Table, Value
 
 if TYPE_CHECKING:
-    from manylora.studies import Cell, Progress, Study, Summary
+    from manylora.studies.config import Study
+    from manylora.studies.records import Summary
 
 _NAMED = 8
 """How many missing cells are named."""
 
 
-class CellProgress:
+class CellProgress(Progress):
     """One line for each cell that ends, on standard error."""
 
     def __init__(self, workers: int | None = None) -> None:
         self._workers, self._done, self._total = workers, 0, 0
 
-    def as_hooks(self) -> Progress:
-        """For the runner."""
-        from manylora.studies import Progress
-
-        return Progress(began=self._began, ended=self._ended, failed=self._failed)
-
-    def _began(self, cell: Cell, number: int, total: int) -> None:
+    def began(self, cell: Cell, number: int, total: int) -> None:
+        """Before the first: how many there are."""
         if number == 1:
             self._done, self._total = 0, total
             rows = "validation rows, to choose the learning rate" if cell.stage == "screen" else "test rows"
             beside = f"{self._workers} side by side, " if self._workers else ""
-            self._print(f"{total} cells, {beside}scored on {rows}")
+            _print(f"{total} cells, {beside}scored on {rows}")
 
-    def _ended(self, cell: Cell, seconds: float, left: float) -> None:
+    def ended(self, cell: Cell, seconds: float, left: float) -> None:
+        """Its time, and what is left."""
         self._done += 1
-        self._print(f"{self._done}/{self._total}  {cell.id}  {seconds:.0f} s  {duration(left)} left")
+        _print(f"{self._done}/{self._total}  {cell.id}  {seconds:.0f} s  {duration(left)} left")
 
-    def _failed(self, cell: Cell, log: Path) -> None:
+    def failed(self, cell: Cell, log: Path) -> None:
+        """The last line of its log."""
         self._done += 1
-        self._print(f"{self._done}/{self._total}  {cell.id}  failed: {_last_line(log)}  (log: {log})")
+        _print(f"{self._done}/{self._total}  {cell.id}  failed: {_last_line(log)}  (log: {log})")
 
-    def _print(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _last_line(log: Path) -> str:
@@ -79,20 +80,14 @@ def print_study(summary: Summary) -> None:
 
 def print_cells_plan(study: Study, out: Path, *, workers: int) -> None:
     """The cells of a study, which are done, and about how long the others take."""
-    from manylora.studies.cells import Cell, screening_cells
     from manylora.studies.estimate import estimate_seconds
 
     screening = screening_cells(study)
-    final = [
-        Cell(stage="final", method=name, seed=seed, learning_rate=None)
-        for seed in study.seeds
-        for name in study.names
-    ]
     seconds, source = estimate_seconds(study, out)
     rows: list[dict[str, Value]] = []
     left = 0.0
     for method in study.methods:
-        own = [cell for cell in (*screening, *final) if cell.method == method.name]
+        own = [cell for cell in (*screening, *final_cells(study)) if cell.method == method.name]
         done = sum(cell.result(out) is not None for cell in own)
         left += seconds[method.name] * (len(own) - done)
         rows.append(
@@ -106,7 +101,8 @@ def print_cells_plan(study: Study, out: Path, *, workers: int) -> None:
             }
         )
     printed = console()
-    printed.print(Table.of("cells", f"{study.name}: {len(screening)} + {len(final)} cells", rows))
+    final = len(study.seeds) * len(study.methods)
+    printed.print(Table.of("cells", f"{study.name}: {len(screening)} + {final} cells", rows))
     if screening:
         rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
         printed.print(

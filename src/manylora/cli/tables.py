@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table as Grid
 
-from manylora.evaluation import Loss, Scores, loss_table, scores_table
 from manylora.table import Column, Table
 
 if TYPE_CHECKING:
@@ -63,17 +61,3 @@ def plan_table(plan: Plan) -> Table:
         ],
         columns=[Column(name="cut prompts", digits=1, unit=" %")],
     )
-
-
-def print_scores(
-    scores: Scores, baselines: Mapping[str, Mapping[str, float]], notes: Sequence[str] = ()
-) -> None:
-    """The table of scores, with the baselines as further columns, and what is to be said of them."""
-    console().print(scores_table(scores, baselines=baselines))
-    for note in notes:
-        print(note)
-
-
-def print_loss(before: Scores, after: Scores, loss: Loss, *, title: str) -> None:
-    """Scores of an adapter and of its LoRAs, and the points lost."""
-    console().print(loss_table(before, after, loss, title=title))

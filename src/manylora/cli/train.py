@@ -48,10 +48,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _resume(path: str, launch: Launch) -> int:
-    from manylora.jobs.train import is_whole, resume
+    from manylora.jobs.train import finished_run, resume
 
-    if is_whole(path):
-        run = resume(path, progress=ConsoleProgress())
+    if (run := finished_run(path)) is not None:
         print(f"{path} is finished already.")
         if run.has_scores:
             ConsoleProgress().show_scores(run.scores, run.baselines, run.notes)
@@ -68,11 +67,10 @@ def _conclude(run: Run, launch: Launch) -> int:
         print(f"no test rows (give them with --test); the adapter is in {run.adapter}")
     seconds = run.state["seconds"]
     print(f"training {seconds['training']:.0f} s, evaluation {seconds['evaluation']:.0f} s")
+    from manylora.training import KINDS
+
     draw_report(run.path)
     name = shlex.quote(str(run.path))
-    if run.config.task_type == "SEQ_CLS":
-        print(f"next: manylora evaluate --adapter {name} --data FILE")
-        return 0
-    task = f" --task {shlex.quote(next(iter(run.facts.tasks)))}" if run.config.routes_by_task else ""
-    print(f"next: manylora predict --adapter {name}{task} 'your prompt'")
+    task = next(iter(run.facts.tasks)) if run.config.routes_by_task else None
+    print(f"next: {KINDS[run.config.task_type].next_command(name, task=task)}")
     return 0

@@ -5,7 +5,9 @@ family. Nothing here imports torch or transformers; `datasets` and `pyarrow` are
 needs them.
 """
 
-from manylora.data.examples import Example, Form, Message, TaskData
+from typing import TYPE_CHECKING, Any
+
+from manylora.data.examples import Example, Form, Message, TaskData, Words
 from manylora.data.fields import ACCEPTED_FORMS
 from manylora.data.formats import parse_row
 from manylora.data.mixing import MIXINGS, Mixing, mixture_schedule, mixture_shares
@@ -27,11 +29,16 @@ from manylora.data.prompts import (
     without_closing,
 )
 from manylora.data.readers import SUPPORTED_SUFFIXES, Row
-from manylora.data.record import PROMPTS_FILE, PromptRecord, TaskPrompts, find_prompts, question
 from manylora.data.sampling import missing_tasks, sample_rows, sample_tasks, single_answers
-from manylora.data.sources import EMBEDDED, SPLITS, available_splits, data_root, load_examples
+from manylora.data.sources import EMBEDDED, SPLITS, available_splits, load_examples
 from manylora.data.splits import Splits, cut_validation, load_splits
 from manylora.data.templates import asks_date, check_date, fix_date, today, unread_fields, unread_note
+
+if TYPE_CHECKING:
+    from manylora.data.record import PROMPTS_FILE, PromptRecord, TaskPrompts, find_prompts, question
+
+_RECORD = ("PROMPTS_FILE", "PromptRecord", "TaskPrompts", "find_prompts", "question")
+"""Imported on first use: no --help needs pydantic, a third of its time."""
 
 __all__ = [
     "ACCEPTED_FORMS",
@@ -56,6 +63,7 @@ __all__ = [
     "Splits",
     "TaskData",
     "TaskPrompts",
+    "Words",
     "answer_text",
     "asks_date",
     "available_splits",
@@ -63,7 +71,6 @@ __all__ = [
     "check_token_rows",
     "closing_text",
     "cut_validation",
-    "data_root",
     "encode",
     "encode_prompt",
     "find_prompts",
@@ -89,3 +96,11 @@ __all__ = [
     "without_closing",
     "without_options",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RECORD:
+        from manylora.data import record
+
+        return getattr(record, name)
+    raise AttributeError(f"module 'manylora.data' has no attribute {name!r}")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 Form: TypeAlias = Literal["alpaca", "prompt", "chat"]
+Words: TypeAlias = Literal["all", "published"]
+"""What ROUGE-1 counts as words; see `manylora.evaluation.rouge1`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

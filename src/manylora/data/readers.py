@@ -71,10 +71,10 @@ def _suffix(path: Path) -> str:
     return (Path(path.stem) if _is_zipped(path) else path).suffix.lower()
 
 
-def short(value: object, *, width: int = 60) -> str:
-    """`repr(value)`, cut to `width` characters, so that an error message stays one readable line."""
+def short(value: object) -> str:
+    """`repr(value)`, cut to 60 characters, so that an error message stays one readable line."""
     text = repr(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _bytes(path: Path) -> bytes:

@@ -7,16 +7,16 @@ ADAPTER/manylora_prompts.json    per task: form, system text, whether answers th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from manylora.data.examples import Example, Form, Message, TaskData
 from manylora.data.sampling import sample_rows
 from manylora.data.templates import chat_text, check_date, fix_date, plain_template
 from manylora.errors import ConfigError, ModelError
-from manylora.files import check_noted, read_json, reason, write_json
+from manylora.files import Record, check_noted, read_json, read_record, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,13 +24,11 @@ if TYPE_CHECKING:
 PROMPTS_FILE = "manylora_prompts.json"
 """Name of the file in an adapter's folder."""
 
-_VERSION = 1
 _ASKED = 200
 """Rows by which it is seen whether most answers think."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskPrompts:
+class TaskPrompts(Record):
     """How a task's rows asked."""
 
     form: Form
@@ -59,19 +57,19 @@ def _system_of(row: Example) -> str:
     return row.messages[0].content if row.messages and row.messages[0].role == "system" else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptRecord:
+class PromptRecord(Record):
     """How the prompts of an adapter's training were made."""
 
-    tasks: Mapping[str, TaskPrompts]
+    version: Literal[1] = 1
+    tasks: dict[str, TaskPrompts]
     """Empty where only `template` is known."""
-    template: str | Mapping[str, str] | None = None
+    template: str | dict[str, str] | None = None
     """The chat template, or templates by name, as the tokenizer's authors wrote it; None where no row was a chat."""
-    date: str | None = None
+    date: Annotated[str | None, AfterValidator(check_date)] = None
     """The day that the template was told, YYYY-MM-DD; None where it does not ask."""
-    max_length: int | None = None
+    max_length: int | None = Field(default=None, ge=1)
     """Tokens that a row might have."""
-    base_fingerprint: str | None = None
+    base_fingerprint: str | None = Field(default=None, min_length=1)
     """The mark of the base that a plain LoRA was trained on; `ManyLoraConfig` has its own."""
 
     @classmethod
@@ -91,7 +89,11 @@ class PromptRecord:
     def only(self, tasks: list[str]) -> PromptRecord:
         """The same of these tasks alone; all, where none of them is known."""
         kept = {task: self.tasks[task] for task in tasks if task in self.tasks}
-        return replace(self, tasks=kept or self.tasks)
+        return self.model_copy(update={"tasks": kept or self.tasks})
+
+    def with_mark(self, base_fingerprint: str | None) -> PromptRecord:
+        """The same with another mark of the base, or none."""
+        return self.model_copy(update={"base_fingerprint": base_fingerprint})
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give a tokenizer the chat template and the date of the training."""
@@ -132,47 +134,7 @@ class PromptRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
-        mark = {"base_fingerprint": self.base_fingerprint} if self.base_fingerprint is not None else {}
-        return {
-            "version": _VERSION,
-            "tasks": {
-                name: {"form": task.form, "system": task.system, "thinks": task.thinks}
-                for name, task in self.tasks.items()
-            },
-            "template": dict(self.template) if isinstance(self.template, Mapping) else self.template,
-            "date": self.date,
-            "max_length": self.max_length,
-            **mark,
-        }
-
-    @classmethod
-    def from_dict(cls, saved: Any) -> PromptRecord:
-        """Read back what `to_dict` wrote.
-
-        Raises:
-            ValueError, TypeError, KeyError, AttributeError: it is something else.
-        """
-        if saved["version"] != _VERSION:
-            raise ValueError(f"it is of version {saved['version']!r}")
-        tasks = {}
-        for name, task in saved["tasks"].items():
-            if task["form"] not in get_args(Form):
-                raise ValueError(f"form is {task['form']!r}")
-            tasks[name] = TaskPrompts(
-                form=task["form"], system=_typed(task["system"], str), thinks=_typed(task["thinks"], bool)
-            )
-        template, date, length = saved["template"], saved["date"], saved["max_length"]
-        if isinstance(template, dict):
-            template = {name: _typed(text, str) for name, text in template.items()}
-        elif template is not None:
-            _typed(template, str)
-        check_date(date)
-        if length is not None and _typed(length, int) < 1:
-            raise ValueError(f"max_length is {length}")
-        mark = saved.get("base_fingerprint")
-        if mark is not None and not _typed(mark, str):
-            raise ValueError("base_fingerprint is empty")
-        return cls(tasks=tasks, template=template, date=date, max_length=length, base_fingerprint=mark)
+        return self.model_dump(exclude={"base_fingerprint"} if self.base_fingerprint is None else None)
 
     def write(self, folder: Path) -> None:
         """Put the record into an adapter's folder."""
@@ -190,10 +152,7 @@ class PromptRecord:
         check_noted(path)
         if not path.is_file():
             return None
-        try:
-            return cls.from_dict(read_json(path))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ModelError(f"{path} is damaged ({reason(error)}); remove it to go on without.") from error
+        return read_record(path, cls, remedy="remove it to go on without", error=ModelError)
 
 
 def find_prompts(folder: Path) -> PromptRecord | None:
@@ -230,15 +189,7 @@ def _json_at(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _typed(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} is no {kind.__name__}")
-    return value
-
-
-def question(
-    text: str, prompts: TaskPrompts, *, input_text: str = "", task: str = "", origin: str = "the prompt"
-) -> Example:
+def question(text: str, prompts: TaskPrompts, *, input_text: str = "", task: str = "") -> Example:
     """A text as the prompt that rows of these had.
 
     Alpaca: the instruction. Chat: one turn of the user's, the input below it. Prompt: as it stands.
@@ -246,6 +197,7 @@ def question(
     Raises:
         ConfigError: an input beside a prompt that is taken as it stands.
     """
+    origin = "the prompt"
     if prompts.form == "alpaca":
         return Example(
             task=task, instruction=text, input=input_text, system=prompts.system, form="alpaca", origin=origin

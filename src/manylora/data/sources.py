@@ -7,12 +7,12 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 from manylora.data.examples import Example
-from manylora.data.folders import list_folder
 from manylora.data.formats import parse_rows, split_name, task_and_split
 from manylora.data.notes import DataNotes
 from manylora.data.readers import SUPPORTED, Row, is_readable, read_rows
@@ -31,6 +31,15 @@ _COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u20
 """Control characters, ends of lines, turns of the direction of writing, halves of a character."""
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/(?P<name>[\w.-]+))(:(?P<config>[\w.-]+))?")
+
+_DEEPEST = 4
+"""Folders in folders that are looked into."""
+
+_LOOKED_AT = 10_000
+"""Entries of a folder that is not read by which it is seen whether it holds data: it may be anything."""
+
+_ABOUT = ("readme", "license", "licence", "citation", "changelog")
+"""Files that stand beside data to be read by people: nobody expects rows of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,21 +77,6 @@ class _Source:
         raise DataError(f"{self.name} has no {split} split, only {there}. Name the rows to read themselves.")
 
 
-def data_root() -> Path | None:
-    """The folder of real data that `$MANYLORA_DATA` names, or None where the variable is unset or empty.
-
-    Raises:
-        DataError: the variable names no folder.
-    """
-    value = os.environ.get("MANYLORA_DATA")
-    if not value:
-        return None
-    root = Path(value).expanduser()
-    if not root.is_dir():
-        raise DataError(f"MANYLORA_DATA={value!r} is not a folder. Point it at the data or unset it.")
-    return root
-
-
 def load_examples(
     source: str | Path,
     *,
@@ -97,7 +91,7 @@ def load_examples(
 
     Args:
         source: a file of JSON, JSON lines, CSV, TSV or Parquet (`SUPPORTED_SUFFIXES`); a folder of such files (see
-            `manylora.data.folders.list_folder`); "embedded"; or a Hub id "owner/name" or "owner/name:config" where no
+            `list_folder`); "embedded"; or a Hub id "owner/name" or "owner/name:config" where no
             such path exists.
         task_column: field that names each row's task. Default: the `task` field; without one, the file name
             less its split ("boolq.test.json" is boolq), or the Hub data set's name.
@@ -243,6 +237,68 @@ def _open_folder(folder: Path) -> _Source:
         left_out += [str(file.path.relative_to(folder)) for file in found.files if file.split is None]
     order = {split: tables[split] for split in (None, *SPLITS) if split in tables}
     return _Source(name=str(folder), tables=order, left_out=tuple(left_out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    """A file of rows and what its place tells."""
+
+    path: Path
+    task: str
+    """Of rows that do not name theirs."""
+    split: str | None
+
+
+@dataclass(kw_only=True)
+class FolderFiles:
+    """What is in a folder."""
+
+    files: list[DataFile] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """Names, relative to the folder, of files and folders that are not read."""
+
+
+def list_folder(folder: Path) -> FolderFiles:
+    """The data files of a folder, sorted by name, and what of it is left out.
+
+    A folder's own files are tasks, and its subfolders that are named as splits divide them. Where it has neither, each
+    of its subfolders is a task, whose files and splits are found in the same way. Names with a dot before are hidden.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    found = FolderFiles()
+    _walk(folder, folder, None, None, found, {folder.resolve()})
+    return found
+
+
+def _walk(
+    root: Path, folder: Path, split: str | None, task: str | None, found: FolderFiles, seen: set[Path]
+) -> None:
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    before = len(found.files)
+    for path in entries:
+        if path.is_file() and is_readable(path):
+            own_task, own_split = task_and_split(path)
+            found.files.append(DataFile(path=path, task=task or own_task, split=split or own_split))
+        elif path.is_file() and path.suffix.lower() != ".md" and not path.name.lower().startswith(_ABOUT):
+            found.left_out.append(str(path.relative_to(root)))
+    folders = [path for path in entries if path.is_dir() and path.resolve() not in seen]
+    seen |= {path.resolve() for path in folders}
+    deep = len(folder.relative_to(root).parts) >= _DEEPEST
+    others = []
+    for path in folders:
+        name = split_name(path.name)
+        if name is None or split is not None or deep:
+            others.append(path)
+        else:
+            _walk(root, path, name, task, found, seen)
+    has_rows = len(found.files) > before
+    for path in others:
+        if not (has_rows or deep):
+            _walk(root, path, split, f"{task}/{path.name}" if task else path.name, found, seen)
+        elif any(is_readable(inner) and inner.is_file() for inner in islice(path.rglob("*"), _LOOKED_AT)):
+            found.left_out.append(f"{path.relative_to(root)}/")
 
 
 def _open_hub(dataset_id: str, *, name: str, config: str | None) -> _Source:

@@ -37,19 +37,16 @@ _TRIED = 20
 """Rows by which it is seen whether a template reads a field of earlier turns."""
 
 
-def check_date(date: str | None) -> None:
-    """Refuse a date that is none.
+def check_date(date: str | None) -> str | None:
+    """Refuse a date that is none; others pass.
 
     Raises:
         ConfigError: it is not YYYY-MM-DD.
     """
-    try:
-        if date is not None and datetime.date.fromisoformat(date).isoformat() == date:
-            return
-    except (ValueError, TypeError):
-        pass
-    if date is not None:
-        raise ConfigError(f"date is {date!r}; give a day as YYYY-MM-DD.")
+    with contextlib.suppress(ValueError, TypeError):
+        if date is None or datetime.date.fromisoformat(date).isoformat() == date:
+            return date
+    raise ConfigError(f"date is {date!r}; give a day as YYYY-MM-DD.")
 
 
 def today() -> str:

@@ -6,9 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from manylora.data import TaskData
+from manylora.data import TaskData, Words
 from manylora.evaluation.score import Scores, score_task
-from manylora.training.settings import Words
 
 CONSTANT = "one answer for all rows"
 Z_95 = 1.96

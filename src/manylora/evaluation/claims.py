@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
 
 from manylora.evaluation.statistics import (
     ALPHA,
@@ -16,6 +17,7 @@ from manylora.evaluation.statistics import (
     paired_t,
     smallest_detectable,
 )
+from manylora.files import NanFloat, Record
 
 Verdict: TypeAlias = Literal["supported", "not supported", "undecided"]
 ClaimKind: TypeAlias = Literal["better", "no worse"]
@@ -25,21 +27,33 @@ _ROUNDING = 1e-9
 """Points; what arithmetic alone makes of equal differences is below it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What the data say about a difference, first minus second, in points."""
+_Bounds = Annotated[tuple[NanFloat, NanFloat], Field(strict=False)]
 
-    test: PairedTest
-    p_holm: float
+
+class Trial(Record):
+    """What the data say about a difference, first minus second, in points; NaN is what one seed cannot say."""
+
+    difference: NanFloat = math.nan
+    """Mean over seeds."""
+    low: NanFloat = math.nan
+    """95 % interval over seeds."""
+    high: NanFloat = math.nan
+    p: NanFloat = math.nan
+    """Of the paired t test, two-sided."""
+    p_holm: NanFloat = math.nan
     """p, adjusted for all "better" claims of the study."""
-    bootstrap: tuple[float, float]
+    bootstrap: _Bounds = (math.nan, math.nan)
     """95 % interval over seeds and test examples together; NaN without per-example scores."""
-    one_sided: tuple[float, float]
+    one_sided: _Bounds = (math.nan, math.nan)
     """The wider of both readings' one-sided 95 % bounds: the difference is above the first, below the second."""
-    detectable: float
+    detectable: NanFloat = math.nan
     """Smallest difference that this study would have found in both readings with power 0.8, the t test at α divided
     by the number of "better" claims (what Holm asks of the smallest p); NaN where nothing varied."""
-    verdict: Verdict
+    margin: float | None = None
+    """Points that count as nothing."""
+    n: int | None = None
+    """Seeds."""
+    verdict: Verdict = "undecided"
 
 
 def try_claims(
@@ -49,7 +63,6 @@ def try_claims(
     examples: Sequence[Examples | None],
     *,
     margin: float = 1.0,
-    seed: int = 0,
 ) -> list[Trial]:
     """Try every claim of a study; Holm's correction runs over all its "better" claims.
 
@@ -65,14 +78,13 @@ def try_claims(
         seconds: the second method's scores of the same seeds.
         examples: of each claim, task to paired differences per example, (seeds, examples); None: there are none.
         margin: points that count as nothing.
-        seed: of the bootstrap.
     """
     tests = [paired_t(first, second) for first, second in zip(firsts, seconds, strict=True)]
     family = [test.p if kind == "better" else math.nan for kind, test in zip(kinds, tests, strict=True)]
     adjusted = holm(family)
     alpha = ALPHA / max(1, sum(not math.isnan(p) for p in family))
     return [
-        _trial(kind, test, p_holm, first, second, paired, alpha=alpha, margin=margin, seed=seed)
+        _trial(kind, test, p_holm, first, second, paired, alpha=alpha, margin=margin)
         for kind, test, p_holm, first, second, paired in zip(
             kinds, tests, adjusted, firsts, seconds, examples, strict=True
         )
@@ -89,14 +101,13 @@ def _trial(
     *,
     alpha: float,
     margin: float,
-    seed: int,
 ) -> Trial:
     import numpy as np
 
     one = paired_t(first, second, level=0.9)  # its ends are one-sided 95 % bounds
     low, high, floor, ceiling, spread = math.nan, math.nan, one.low, one.high, 0.0
     if paired is not None:
-        draws = bootstrap_means(paired, seed=seed)
+        draws = bootstrap_means(paired)
         low, floor_, ceiling_, high = map(float, np.quantile(draws, [0.025, 0.05, 0.95, 0.975]))
         floor, ceiling, spread = min(floor, floor_), max(ceiling, ceiling_), float(draws.std(ddof=1))
     deviation = math.sqrt(
@@ -115,11 +126,12 @@ def _trial(
             else _no_worse(floor, ceiling, margin)
         )
     return Trial(
-        test=test,
+        **test._asdict(),
         p_holm=p_holm,
         bootstrap=(low, high),
         one_sided=(floor, ceiling),
         detectable=detectable,
+        margin=margin,
         verdict=verdict,
     )
 

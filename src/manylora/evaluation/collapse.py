@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.data import TaskData, encode
 from manylora.errors import ConfigError
-from manylora.evaluation.generation import NO_LIMIT
+from manylora.evaluation.generation import NO_LIMIT, context_of
 from manylora.evaluation.score import Estimate, Scores, estimate
 from manylora.files import Record
 
@@ -62,7 +62,6 @@ def collapse_router(
     import torch
 
     from manylora.adapters import Collapse
-    from manylora.training import context_of
 
     layers = _routed_layers(model)
     groups = _groups({name: Collapse(bank, how).memory() for name, bank in layers.items()}, memory)
@@ -134,7 +133,7 @@ def _counting(
     """Gives a function that has the model read a batch; the layers in `sums` count its tokens."""
     import torch
 
-    from manylora.training.finite import check_output
+    from manylora.evaluation.finite import check_output
 
     mask_T = torch.zeros(0, dtype=torch.bool)
 

@@ -18,7 +18,7 @@ from manylora.errors import ConfigError, DataError, RoutingError
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -147,11 +147,17 @@ def _limits(max_new_tokens: int | Sequence[int], n: int) -> list[int]:
     return limits
 
 
+def context_of(config: PretrainedConfig) -> int | None:
+    """Tokens that a model reads, of its text part where it has several; None where nothing says."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def _prompt(
     model: Model, tokenizer: PreTrainedTokenizerBase, example: Example, limit: int, max_length: int | None
 ) -> tuple[list[int], bool]:
     """Prompt ids that leave room for `limit` tokens in the model's context, and whether they were cut."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     max_length = NO_LIMIT if max_length is None else max_length
     if context is not None:
         if limit >= context:
@@ -186,7 +192,7 @@ def _generate_batch(
     import torch
     from transformers import LogitsProcessorList
 
-    from manylora.training.finite import refuse_output
+    from manylora.evaluation.finite import refuse_output
 
     longest = max(map(len, prompts))
     stops = stop_token_ids(model, tokenizer)
@@ -298,7 +304,7 @@ def _stream(
 ) -> Iterator[str]:
     import torch
 
-    from manylora.training.finite import refuse_output
+    from manylora.evaluation.finite import refuse_output
 
     stops = stop_token_ids(model, tokenizer)
     routing: dict[str, Any] = {}

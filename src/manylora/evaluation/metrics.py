@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import regex
 
+from manylora.data import Words
 from manylora.evaluation.rules import AnswerRule
-from manylora.training.settings import Words
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer

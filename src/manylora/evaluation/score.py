@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from manylora.data import Example, TaskData, answer_text, options_of, prompt_text
+from manylora.data import Example, TaskData, Words, answer_text, options_of, prompt_text
 from manylora.errors import DataError
 from manylora.evaluation.metrics import Answered, has_word, leading_metric, measure_row, metric_label
 from manylora.evaluation.rules import AnswerRule, rules_for
 from manylora.evaluation.statistics import standard_error
 from manylora.files import NanFloat, Record, Several, json_text, read_record, write_json, write_text
-from manylora.training.settings import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Baselines = dict[str, dict[str, float]]
+"""What something simpler reaches: its name → task → score."""
 _FIELDS = ("task", "index", "origin", "prompt", "prediction", "reference", "answer")
 """What a line of predictions.jsonl has beside its metrics."""
 
@@ -240,19 +241,30 @@ def score_task(
         )
     rules: Sequence[AnswerRule | None] = rules_for(task, _answers(task, examples)) or [None] * len(examples)
     strictly = any(rule is not None and rule.read_strictly is not None for rule in rules)
-    rows = tuple(
-        _score_example(
-            task,
-            index,
-            example,
-            prediction.strip(),
-            rule,
-            strictly=strictly,
+    rows = []
+    for index, (example, prediction, rule) in enumerate(zip(examples, predictions, rules, strict=True)):
+        answered = Answered(
+            prediction=prediction.strip(),
             reference=_reference(task, index, example, tokenizer),
+            prompt=(prompt := prompt_text(example)),
+            options=options_of(prompt),
+            answer=example.answer,
+            rule=rule,
+            strictly=strictly,
             rouge=rouge,
         )
-        for index, (example, prediction, rule) in enumerate(zip(examples, predictions, rules, strict=True))
-    )
+        rows.append(
+            ScoredExample(
+                task=task,
+                index=index,
+                prompt=prompt,
+                prediction=answered.prediction,
+                reference=answered.reference,
+                answer=example.answer,
+                metrics=measure_row(answered),
+                origin=example.origin,
+            )
+        )
     return sum_examples(task, rows)
 
 
@@ -343,42 +355,6 @@ def _reference(task: str, index: int, example: Example, tokenizer: PreTrainedTok
             "Give one or remove the row."
         )
     return reference
-
-
-def _score_example(
-    task: str,
-    index: int,
-    example: Example,
-    prediction: str,
-    rule: AnswerRule | None,
-    *,
-    strictly: bool,
-    reference: str,
-    rouge: Words,
-) -> ScoredExample:
-    prompt = prompt_text(example)
-    metrics = measure_row(
-        Answered(
-            prediction=prediction,
-            reference=reference,
-            prompt=prompt,
-            options=options_of(prompt),
-            answer=example.answer,
-            rule=rule,
-            strictly=strictly,
-            rouge=rouge,
-        )
-    )
-    return ScoredExample(
-        task=task,
-        index=index,
-        prompt=prompt,
-        prediction=prediction,
-        reference=reference,
-        answer=example.answer,
-        metrics=metrics,
-        origin=example.origin,
-    )
 
 
 def estimate(values: Sequence[float]) -> Estimate:

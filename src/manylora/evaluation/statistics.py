@@ -148,11 +148,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def lower_bound(first: Sequence[float], second: Sequence[float], *, level: float = LEVEL) -> float:
-    """One-sided bound: the mean difference first − second is above it with this confidence; NaN for one pair."""
-    return paired_t(first, second, level=2 * level - 1).low
-
-
 def smallest_detectable(deviation: float, n: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
     """The true difference that a two-sided paired t test over n pairs finds with this power.
 
@@ -222,21 +217,6 @@ def bootstrap_means(examples: Examples, *, draws: int = DRAWS, seed: int = 0) ->
     drawn = (weights * means).sum(axis=1)
     stretch = math.sqrt(n / (n - 1)) if n > 1 else 1.0
     return centre + stretch * (drawn - centre)
-
-
-def bootstrap_interval(
-    examples: Examples, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of `bootstrap_means`; of paired differences it is one of the difference.
-
-    Raises:
-        DataError: see `bootstrap_means`.
-    """
-    import numpy as np
-
-    tail = (1 - level) / 2
-    low, high = np.quantile(bootstrap_means(examples, draws=draws, seed=seed), [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def _resampled_means(rows: Sequence[Sequence[float]], draws: int, generator: Any) -> np.ndarray:

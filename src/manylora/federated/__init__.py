@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from manylora.federated.config import SCHEDULES, FederateConfig
+from manylora.federated.config import FederateConfig
 
 if TYPE_CHECKING:
     from manylora.federated.client import Client
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from manylora.federated.personal import ClientData, cut_prompts
     from manylora.federated.progress import RoundsDisplay
     from manylora.federated.rounds import Rounds
-    from manylora.federated.strategies import STRATEGIES, strategy_for
     from manylora.federated.strategy import Strategy
     from manylora.federated.wire import Message, pack, unpack
     from manylora.federated.workbench import Workbench
@@ -39,15 +38,12 @@ _HOME = {
     "personal": ("ClientData", "cut_prompts"),
     "progress": ("RoundsDisplay",),
     "rounds": ("Rounds",),
-    "strategies": ("STRATEGIES", "strategy_for"),
     "strategy": ("Strategy",),
     "wire": ("Message", "pack", "unpack"),
     "workbench": ("Workbench",),
 }
 
 __all__ = [
-    "SCHEDULES",
-    "STRATEGIES",
     "Client",
     "ClientData",
     "Clients",
@@ -62,7 +58,6 @@ __all__ = [
     "client_data",
     "cut_prompts",
     "pack",
-    "strategy_for",
     "unpack",
 ]
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from manylora.errors import ConfigError
 from manylora.federated.parts import PARTS, PLAIN, sent_as
@@ -31,8 +30,7 @@ PUBLISHED_RANKS = (64, 64, 32, 32, 16, 16, 8, 8)
 """The unequal ranks of the eight clients."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
+class Traffic(NamedTuple):
     """What one client sends and receives in a round."""
 
     parameters_up: float
@@ -52,11 +50,7 @@ class Traffic:
         return self.bytes_up + self.bytes_down
 
 
-_TRAFFIC = ("parameters_up", "parameters_down", "bytes_up", "bytes_down")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedFigure:
+class PublishedFigure(NamedTuple):
     """One figure of the paper, with the rule that gives it."""
 
     model: str
@@ -95,22 +89,20 @@ def published_parameters(rule: str, layers: Layers, ranks: Sequence[int], *, r: 
 
 
 _EIGHT = (8,) * 8
-PUBLISHED: tuple[PublishedFigure, ...] = tuple(
-    PublishedFigure(model=model, strategy=strategy, ranks=ranks, r=r, rule=rule, millions=millions)
-    for model, strategy, ranks, r, rule, millions in (
-        ("llama2-7b", "fedit", _EIGHT, 8, "A and B, both ways", 8.39),
-        ("llama2-7b", "fed-alora", _EIGHT, 8, "B, both ways", 4.19),
-        ("qwen2-7b", "fedit", _EIGHT, 8, "A and B, both ways", 6.42),
-        ("qwen2-7b", "fed-alora", _EIGHT, 8, "B, both ways", 3.21),
-        ("llama2-7b", "zero-padding", PUBLISHED_RANKS, 16, "A and B, up at each rank, down at the largest", 49.28),
-        (
-            "llama2-7b", "fed-alora", PUBLISHED_RANKS, 16,
-            "B2 up, B0 down, and the r × rank terms of B1 and M", 12.12,
-        ),
-        ("qwen2-7b", "zero-padding", PUBLISHED_RANKS, 16, "A and B, up at each rank, down at the largest", 37.73),
-        ("qwen2-7b", "fed-alora", PUBLISHED_RANKS, 16, "B2 up, B0 down", 9.23),
-    )
-)  # fmt: skip
+_PADDED, _WITH_TERMS = (
+    "A and B, up at each rank, down at the largest",
+    "B2 up, B0 down, and the r × rank terms of B1 and M",
+)
+PUBLISHED = (
+    PublishedFigure("llama2-7b", "fedit", _EIGHT, 8, "A and B, both ways", 8.39),
+    PublishedFigure("llama2-7b", "fed-alora", _EIGHT, 8, "B, both ways", 4.19),
+    PublishedFigure("qwen2-7b", "fedit", _EIGHT, 8, "A and B, both ways", 6.42),
+    PublishedFigure("qwen2-7b", "fed-alora", _EIGHT, 8, "B, both ways", 3.21),
+    PublishedFigure("llama2-7b", "zero-padding", PUBLISHED_RANKS, 16, _PADDED, 49.28),
+    PublishedFigure("llama2-7b", "fed-alora", PUBLISHED_RANKS, 16, _WITH_TERMS, 12.12),
+    PublishedFigure("qwen2-7b", "zero-padding", PUBLISHED_RANKS, 16, _PADDED, 37.73),
+    PublishedFigure("qwen2-7b", "fed-alora", PUBLISHED_RANKS, 16, "B2 up, B0 down", 9.23),
+)
 """The eight figures (arXiv 2509.25414, federated tables)."""
 
 
@@ -134,7 +126,7 @@ def as_sent(
         down = [(part, rank) for part in strategy.down]
         if strategy.restarts:
             down = [(part, sum(ranks)) for part in PLAIN]
-        totals = [0, 0, 0, 0]
+        totals = [0, 0, 0, 0]  # in the order of `Traffic`
         for layer, count in layers.items():
             forms = [sent_as(part, layer=layer, rank=rank, intermediate=r) for part in strategy.up]
             up = [(part, rank) for form in forms for part in form]
@@ -144,15 +136,13 @@ def as_sent(
                     totals[way] += count * math.prod(shape)
                     components = shape[PARTS[part].components]
                     totals[2 + way] += count * payload_bytes(shape, wire, components=components)
-        traffic.append(Traffic(**dict(zip(_TRAFFIC, totals, strict=True))))
+        traffic.append(Traffic(*totals))
     return traffic
 
 
 def mean_traffic(clients: Sequence[Traffic]) -> Traffic:
     """The mean over clients."""
-    return Traffic(
-        **{name: math.fsum(getattr(one, name) for one in clients) / len(clients) for name in _TRAFFIC}
-    )
+    return Traffic(*(math.fsum(column) / len(clients) for column in zip(*clients, strict=True)))
 
 
 def parse_dimensions(text: str) -> Layers:

@@ -4,19 +4,20 @@ Every function takes what the clients received, and the answers that count as (p
 run in float64 in the order given, one answer at a time: the caller gives them sorted by client, and the result
 does not depend on the order in which they arrived, nor memory on their number (FLoRA's stack apart).
 
+torch is imported where it is used, as the strategies' names, which stand above these in `--help`, must not wait for it.
+
 Shape letters: D in, O out, R the shared rank, K_k a client's rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from manylora.federated.parts import UPDATE, State, component_axis, split_name
 
+if TYPE_CHECKING:
+    from torch import Tensor
 Answers: TypeAlias = "Iterable[tuple[float, State]]"
 
 
@@ -24,6 +25,8 @@ def mean(received: State, answers: Answers, scaling: float) -> dict[str, Tensor]
     """Σ p_k X_k for every matrix X that travels: Fed-ALoRA (X = B, arXiv 2509.25414, section 4.2), FedSA-LoRA
     (X = A, 2410.01463), FedIT (both apart, 2305.05644), FFA-LoRA (X = B, 2403.12313).
     """
+    import torch
+
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in received.items()}
     for weight, state in answers:
         for name, sum_ in total.items():
@@ -44,6 +47,8 @@ def padded_mean(received: State, answers: Answers, scaling: float) -> dict[str, 
     """Pad A_k (K_k, D) and B_k (O, K_k) with zeros to the largest rank, then average (2401.06432, without its
     pruning and weighting).
     """
+    import torch
+
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in received.items()}
     for weight, state in answers:
         for name, sum_ in total.items():
@@ -54,6 +59,8 @@ def padded_mean(received: State, answers: Answers, scaling: float) -> dict[str, 
 
 def stacked(received: State, answers: Answers, scaling: float) -> dict[str, Tensor]:
     """[p_k s B_k] side by side and [A_k] one above the other: their product is Σ p_k s B_k A_k (2409.05976)."""
+    import torch
+
     columns: dict[str, list[Tensor]] = {}
     for weight, state in answers:
         for name in sorted(state):
@@ -69,6 +76,8 @@ def svd_of_mean(received: State, answers: Answers, scaling: float) -> dict[str, 
     s B A is the sum's best approximation of rank R, with the singular values split evenly between B and A;
     the first K rows and columns are the best approximation of rank K, so a client truncates.
     """
+    import torch
+
     layers = sorted({split_name(name)[0] for name in received})
     total = {
         layer: torch.zeros(

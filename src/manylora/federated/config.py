@@ -6,20 +6,31 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from manylora.data import EMBEDDED, today
 from manylora.errors import ConfigError
 from manylora.federated.faults import shown
+from manylora.federated.strategies import STRATEGIES, strategy_for
 from manylora.files import whole_number
-from manylora.files.settings import Bound, Count, CountOrZero, Positive, Settings, field_types, has_type
+from manylora.files.settings import (
+    Bound,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Settings,
+    field_types,
+    has_type,
+)
 from manylora.training.config import RECIPES, TrainConfig, as_list
-from manylora.training.settings import TrainingSettings
+from manylora.training.settings import Seed, TrainingSettings
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
-StrategyName: TypeAlias = Literal[
-    "fed-alora", "fedsa", "fedit", "ffa", "local", "centralized", "zero-padding", "flora", "flexlora"
-]
+if TYPE_CHECKING:
+    StrategyName: TypeAlias = str
+else:
+    StrategyName = Literal[tuple(STRATEGIES)]
 
 _AT_MOST_1 = Bound(lambda value: 0 <= value <= 1, "a share of at most 1, such as 0.5")
 Fraction: TypeAlias = Annotated[float, _AT_MOST_1]
@@ -101,7 +112,7 @@ class RoundSettings(Settings):
     local_steps: Count | None = None
     """Optimizer steps of a client in a round, in place of --local-epochs. Default: --local-epochs counts."""
     reference: Literal["local", "none"] = "local"
-    """Also train each client alone, with equal steps, to compare with; left out where nothing travels anyway."""
+    """local: also train each client alone, with equal steps, to compare with; left out where nothing travels anyway."""
     scored_clients: CountOrZero | None = None
     """Score the personal models of this many clients, in order; 0 for none. Default: all."""
     keep_rounds: Count = 3
@@ -114,8 +125,8 @@ class AnswerCheckSettings(Settings):
     """What a client's answer may be, and how answers are added up"""
 
     wire: Literal["fp32", "bf16", "int8"] = "int8"
-    """Numbers on the wire. int8 has one scale per rank component; what rounding loses goes into the next message. The
-    default because five seeds show no loss against fp32 (docs/log.md), at a quarter of the bytes."""
+    """Numbers on the wire. int8 has one scale per rank component; what rounding loses goes into the next message. It
+    showed no loss against fp32 in five seeds (docs/log.md), at a quarter of the bytes."""
     quorum: Fraction = 0.5
     """Share of a round's clients whose answers must count; with fewer the run stops."""
     deadline: Positive | None = None
@@ -159,6 +170,23 @@ class EngineSettings(Settings):
 class FederateConfig(TrainingSettings, StrategySettings, RoundSettings, AnswerCheckSettings, EngineSettings):
     """Settings of one federated run. A value left at `None` is filled in by `--schedule`."""
 
+    date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template is told which asks for it, at every client the same. Default: the day
+    on which the run begins."""
+    r: Count = 8
+    """Rank of every client's adapter; beside --ranks the intermediate rank."""
+    target_modules: list[str] | str | None = None
+    """Default: from `--schedule`."""
+    learning_rate: Positive | None = None
+    """Default: from `--schedule`."""
+    warmup: NotNegative | None = None
+    """Warm-up: a share of a client's steps in all rounds where below 1, else a number of steps. Default: from
+    `--schedule`."""
+    batch_size: Count | None = None
+    """Rows per optimizer step of a client. Default: from `--schedule`."""
+    seed: Seed = 0
+    """Seeds initialisation, order and dropout, how rows are dealt out, and which clients take part in a round."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.learning_rate is not None and self.learning_rate > 1:
@@ -192,36 +220,30 @@ class FederateConfig(TrainingSettings, StrategySettings, RoundSettings, AnswerCh
             )
 
     def _check_strategy(self) -> None:
-        from manylora.federated.strategies import STRATEGIES, strategy_for
-
         strategy = strategy_for(self.strategy, unequal=self.ranks is not None)
         if self.ranks is not None and not strategy.unequal:
             able = sorted({"fed-alora", *(name for name, value in STRATEGIES.items() if value.unequal)})
             raise ConfigError(
                 f"strategy {self.strategy} needs one rank for all; leave --ranks out, or choose {', '.join(able)}."
             )
-        for name, usual in (("a_state", "persist"), ("a_init", "common")):
+        linear = ", ".join(sorted(name for name, value in STRATEGIES.items() if value.linear))
+        for name, usual, means_something, why in (
+            ("a_state", "persist", strategy.keeps_a, "whose clients keep no A of their own"),
+            ("a_init", "common", strategy.keeps_a, "whose clients keep no A of their own"),
+            ("personal", "received", strategy.travels, "which sends nothing back"),
+            ("personal", "received", not strategy.restarts, "whose clients start each round anew"),
+            (
+                "robust",
+                "none",
+                strategy.linear,
+                f"whose answers are not added up one by one as those of {linear}",
+            ),
+        ):
             value = getattr(self, name)
-            if value != usual and not strategy.keeps_a:
+            if value != usual and not means_something:
                 raise ConfigError(
-                    f"{name} {value} means nothing to strategy {self.strategy}, whose clients keep no A of their "
-                    "own; leave it out."
+                    f"{name} {value} means nothing to strategy {self.strategy}, {why}; leave it out."
                 )
-        if self.personal == "trained" and not strategy.travels:
-            raise ConfigError(
-                f"personal trained means nothing to strategy {self.strategy}, which sends nothing back; leave it out."
-            )
-        if self.personal == "trained" and strategy.restarts:
-            raise ConfigError(
-                f"personal trained means nothing to strategy {self.strategy}, whose clients start each round anew; "
-                "leave it out."
-            )
-        if self.robust != "none" and not strategy.linear:
-            able = sorted(name for name, value in STRATEGIES.items() if value.linear)
-            raise ConfigError(
-                f"robust {self.robust} means nothing to strategy {self.strategy}, whose answers are not added up one "
-                f"by one; leave it out, or choose {', '.join(able)}."
-            )
         if self.strategy == "centralized" and self.clients not in (None, 1):
             raise ConfigError(
                 f"clients is {self.clients}, but strategy centralized has all rows in one place."

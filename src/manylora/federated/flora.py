@@ -7,20 +7,19 @@ all of them into its base in order. Both check that none is missing, for a base 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, final
 
 from manylora.federated import aggregate
 from manylora.federated.aggregate import Answers
 from manylora.federated.faults import ClientError, Fault, shown
-from manylora.federated.home import DamagedStateError, VersionedState
-from manylora.federated.kept import broken_layer, check_stack
 from manylora.federated.parts import PLAIN, Shapes, State, seed_of, split_name
 from manylora.federated.strategy import Beginning, Parcel, Strategy, Turn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manylora.federated.home import VersionedState
 
 
 @final
@@ -74,6 +73,8 @@ def _whole_stack(turn: Turn, number: int) -> State:
     Raises:
         DamagedStateError: it is not as it was written, or not one of the run's layers.
     """
+    from manylora.federated.kept import check_stack
+
     stack, _ = turn.stacks.read(number)
     check_stack(stack, turn.shapes, source=turn.stacks.file(number))
     return stack
@@ -85,6 +86,8 @@ def _stacks_in(sent: State, shapes: Shapes, *, before: int) -> dict[int, dict[st
     Raises:
         ClientError: a matrix belongs to none, or a stack lacks one.
     """
+    from manylora.federated.kept import broken_layer
+
     arrived: dict[int, dict[str, Tensor]] = {}
     for name, value in sent.items():
         label, _, matrix = name.partition("/")
@@ -101,12 +104,14 @@ def _stacks_in(sent: State, shapes: Shapes, *, before: int) -> dict[int, dict[st
     return arrived
 
 
-def _has_stack(saved: VersionedState, number: int, stack: Mapping[str, Tensor]) -> bool:
+def _has_stack(saved: VersionedState, number: int, stack: State) -> bool:
     """Whether a stack is on disk as it came: a run that went back to an earlier round makes others."""
+    from manylora.federated.home import DamagedStateError
+
     if number not in saved.versions():
         return False
     try:
         there = saved.read(number)[0]
     except DamagedStateError:
         return False
-    return there.keys() == stack.keys() and all(torch.equal(there[name], stack[name]) for name in stack)
+    return there.keys() == stack.keys() and all(there[name].equal(stack[name]) for name in stack)

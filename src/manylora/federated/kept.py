@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from manylora.federated.config import FederateConfig
-from manylora.federated.faults import ClientError, Fault
 from manylora.federated.home import DamagedStateError
 from manylora.federated.parts import PARTS, PLAIN, Shapes, State, split_name
 from manylora.federated.strategy import Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from manylora.federated.config import FederateConfig
 
 RESIDUAL, MOMENTS, TRAINED = "residual/", "moments/", "trained/"
 """Prefixes under which these stand beside the private parts on disk."""
@@ -89,20 +89,6 @@ def check_layout(state: State, due: Layout, *, source: object) -> None:
                 break
     if wrong:
         raise DamagedStateError(f"{source} is damaged ({wrong}); put a copy of it back.")
-
-
-def check_private(state: State, due: Layout, *, source: object) -> None:
-    """`check_layout`, and that every number is finite.
-
-    Raises:
-        DamagedStateError, ClientError: it is not.
-    """
-    check_layout(state, due, source=source)
-    if name := not_finite(state):
-        raise ClientError(
-            Fault.NOT_FINITE,
-            f"{source} holds NaN or infinity, first in {name}; put a copy of it back, or go back to a round before.",
-        )
 
 
 def not_finite(state: State) -> str | None:

@@ -13,10 +13,10 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 State: TypeAlias = "Mapping[str, Tensor]"
 """Name ("layer.part") to matrix."""
@@ -144,6 +144,8 @@ def initial_state(
         seed: of the run.
         who: whose draw it is; "" for the one that all have in common.
     """
+    import torch
+
     state = {}
     for layer in sorted(shapes):
         for name in sorted(parts):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ def score_personal(
         for task in bench.encode(data.train)
     }
     prompts = PromptRecord.of(data.train, bench.tokenizer, date=config.date, max_length=config.max_length)
-    prompts = replace(prompts, base_fingerprint=bench.fingerprint)
+    prompts = prompts.with_mark(bench.fingerprint)
     remove(folder / COMPLETE)  # it speaks of what is about to be replaced
     save_personal(bench, folder / "adapter", stacks=stacks, prompts=prompts)
     write_json(

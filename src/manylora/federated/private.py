@@ -19,7 +19,8 @@ from manylora.federated.kept import (
     MOMENTS,
     RESIDUAL,
     TRAINED,
-    check_private,
+    check_layout,
+    not_finite,
     private_layout,
     with_moments,
     with_prefix,
@@ -121,6 +122,7 @@ def _check(
     rank: int,
     bench: Workbench,
 ) -> None:
+    """Refuse a state that this run cannot go on from."""
     noted = facts.get("moments")
     due = private_layout(
         bench.strategy,
@@ -129,7 +131,13 @@ def _check(
         rank=rank,
         moments=noted if isinstance(noted, list) else None,  # of an earlier version: of every matrix
     )
-    check_private(state, due, source=saved.file(version))
+    source = saved.file(version)
+    check_layout(state, due, source=source)
+    if name := not_finite(state):
+        raise ClientError(
+            Fault.NOT_FINITE,
+            f"{source} holds NaN or infinity, first in {name}; put a copy of it back, or go back to a round before.",
+        )
 
 
 def _moments(bench: Workbench, result: PassResult) -> Mapping[str, Tensor]:

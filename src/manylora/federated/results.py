@@ -75,7 +75,10 @@ class FederatedResult:
         Raises:
             DataError: a score is missing on one side, or one of theirs is 0.
         """
-        return delta_m(mean_by_task(self.clients), mean_by_task(self.alone))
+        return delta_m(
+            mean_by_task(own.by_task() for own in self.clients.values()),
+            mean_by_task(own.by_task() for own in self.alone.values()),
+        )
 
     def left_out(self) -> dict[str, list[tuple[int, str]]]:
         """Client to the rounds in which its answer did not count, and why."""
@@ -121,13 +124,13 @@ def read_rounds(path: Path) -> list[Round]:
     return [check_record(row, _Sent, source=path, remedy=remedy) for row in rows]
 
 
-def mean_by_task(scores: Mapping[str, Scores]) -> dict[str, float]:
-    """Each task's mean over the clients that hold it."""
+def mean_by_task(clients: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Each task's mean over the clients that hold it, by name."""
     found: dict[str, list[float]] = {}
-    for own in scores.values():
-        for task, value in own.by_task().items():
+    for own in clients:
+        for task, value in own.items():
             found.setdefault(task, []).append(value)
-    return {task: _mean(values) for task, values in found.items()}
+    return {task: _mean(values) for task, values in sorted(found.items())}
 
 
 def mean_score(scores: Iterable[Scores]) -> tuple[float, float]:

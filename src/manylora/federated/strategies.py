@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
-
-from torch import Tensor
+from typing import TYPE_CHECKING, final
 
 from manylora.federated import aggregate
 from manylora.federated.aggregate import Answers
 from manylora.federated.flora import FLORA
 from manylora.federated.parts import FACTORED, PLAIN, UPDATE, State, split_name
 from manylora.federated.strategy import Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _A, _B = frozenset({"A"}), frozenset({"B"})
 

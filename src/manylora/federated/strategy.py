@@ -14,14 +14,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from manylora.errors import AnswerError
 from manylora.federated.aggregate import Answers
-from manylora.federated.config import FederateConfig
 from manylora.federated.faults import ClientError, Fault
-from manylora.federated.home import VersionedState
 from manylora.federated.parts import (
     FACTORED,
     PARTS,
@@ -34,6 +31,12 @@ from manylora.federated.parts import (
     split_name,
     truncated,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from manylora.federated.config import FederateConfig
+    from manylora.federated.home import VersionedState
 
 
 @dataclass(frozen=True, kw_only=True)

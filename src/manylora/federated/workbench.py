@@ -12,6 +12,7 @@ from torch import Tensor
 from manylora.adapters import FactoredBank, ManyLoraLinear
 from manylora.data import TaskData, fix_date
 from manylora.errors import ConfigError
+from manylora.evaluation.generation import context_of
 from manylora.federated.config import FederateConfig
 from manylora.federated.faults import clean_text
 from manylora.federated.parts import Shapes, State
@@ -19,7 +20,6 @@ from manylora.federated.strategies import strategy_for
 from manylora.federated.strategy import Strategy
 from manylora.training import (
     base_fingerprint,
-    context_of,
     load_base,
     load_config,
     load_tokenizer,

@@ -23,6 +23,7 @@ from manylora.files.sums import COMPLETE, NOTES, changed_file, check_noted, file
 from manylora.files.writing import (
     append_line,
     json_text,
+    locked,
     make_folder,
     open_own,
     refuse_links,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         check_record,
         forgive_lines,
         forgive_record,
+        read_object,
         read_record,
     )
 
@@ -51,6 +53,7 @@ _RECORDS = (
     "check_record",
     "forgive_lines",
     "forgive_record",
+    "read_object",
     "read_record",
 )
 """Imported on first use: no --help needs pydantic, a third of its time."""
@@ -76,6 +79,7 @@ __all__ = [
     "forgive_lines",
     "forgive_record",
     "json_text",
+    "locked",
     "lone_surrogate",
     "make_folder",
     "noted",
@@ -83,6 +87,7 @@ __all__ = [
     "parse_json",
     "parse_yaml",
     "read_json",
+    "read_object",
     "read_record",
     "read_yaml",
     "reason",

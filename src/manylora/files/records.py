@@ -23,8 +23,8 @@ from pydantic import (
     field_validator,
 )
 
-from manylora.errors import RunError
-from manylora.files.reading import parse_json, read_json, reason
+from manylora.errors import ManyLoraError, RunError
+from manylora.files.reading import parse_json, read_json, read_yaml, reason
 from manylora.files.sums import check_noted
 
 NanFloat = Annotated[
@@ -99,37 +99,57 @@ def _tame(value: Any) -> Any:
 Kind = TypeVar("Kind", bound=Record)
 
 
-def read_record(path: Path, kind: type[Kind], *, remedy: str) -> Kind:
+def read_record(path: Path, kind: type[Kind], *, remedy: str, error: type[ManyLoraError] = RunError) -> Kind:
     """The record in a JSON file of a run.
 
     Args:
         path: of the file.
         kind: what it holds.
         remedy: what to do about a damaged file.
+        error: raised where it is one.
 
     Raises:
-        RunError: it cannot be read, is not the one that its run noted, or lacks a field or has one of another type.
+        RunError: it is not the one that its run noted; or, unless `error` says otherwise, it cannot be read, or lacks a
+            field or has one of another type.
     """
     check_noted(path)
     try:
         value = read_json(path)
+    except (OSError, ValueError) as fault:
+        raise error(f"{path} cannot be read ({reason(fault)}); {remedy}.") from fault
+    return check_record(value, kind, source=path, remedy=remedy, error=error)
+
+
+def read_object(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file, or the settings in a YAML file, of a run.
+
+    Raises:
+        RunError: it cannot be read, is not the one that its run noted, or holds something else.
+    """
+    check_noted(path)
+    try:
+        found = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({reason(error)}); {remedy}.") from error
-    return check_record(value, kind, source=path, remedy=remedy)
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds {type(found).__name__} where an object is expected; {remedy}.")
+    return found
 
 
-def check_record(value: Any, kind: type[Kind], *, source: object, remedy: str) -> Kind:
+def check_record(
+    value: Any, kind: type[Kind], *, source: object, remedy: str, error: type[ManyLoraError] = RunError
+) -> Kind:
     """The record that a value holds.
 
     Raises:
-        RunError: a field is missing or of another type; the message names `source` and the field.
+        RunError: or `error`: a field is missing or of another type; the message names `source` and the field.
     """
     try:
         return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+    except ValidationError as fault:
+        first = fault.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "its value"
-        raise RunError(f"{source} is damaged ({field}: {first['msg'].lower()}); {remedy}.") from error
+        raise error(f"{source} is damaged ({field}: {first['msg'].lower()}); {remedy}.") from fault
 
 
 def forgive_record(value: Any, kind: type[Kind]) -> Kind | None:

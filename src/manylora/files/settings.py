@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     Config = TypeVar("Config", bound=DataclassInstance)
 
+_SHOWN = 60
+"""Characters of a value in an error."""
 _LARGEST_WHOLE = 10**15
 """No count of rows, steps or bytes is larger; beyond 2**63 nothing below Python can hold it."""
 _LARGEST = 1e15
@@ -231,10 +233,8 @@ def _plural(hint: Any) -> str:
     return {int: "whole numbers", float: "numbers", str: "texts"}.get(hint, str(hint))
 
 
-def _shown(value: object, *, width: int = 60) -> str:
-    if (
-        isinstance(value, int) and value.bit_length() > 64 * width
-    ):  # Python itself refuses to write 5,000 digits
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 4000:  # Python itself refuses to write 5,000 digits
         return f"an integer of {value.bit_length()} bits"
     text = "null" if value is None else ascii(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

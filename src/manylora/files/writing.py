@@ -6,12 +6,13 @@ name of a file that is written would turn that into writing somewhere else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,20 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file, made if need be, for this process; waits for another that holds it, which its end, however it comes,
+    releases. On Windows nothing is held, as nothing there releases it after a kill.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_own(path, os.O_WRONLY) as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

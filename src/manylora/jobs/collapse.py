@@ -12,7 +12,8 @@ from manylora.data import DataNotes, TaskData, available_splits, load_examples, 
 from manylora.errors import ConfigError, NotMergeableError
 from manylora.evaluation import Loss, Scores, collapse_router, paired_loss
 from manylora.files import write_json
-from manylora.jobs.subject import Writer, config_of_run, load_writer, score_rows
+from manylora.jobs.subject import Subject, load_writer, score_rows
+from manylora.training import Writing, config_of_run
 from manylora.training.config import as_list
 from manylora.training.prepared import all_rows
 
@@ -43,7 +44,7 @@ def collapse(
     count = sum(map(len, measured.values()))
     collapsed = collapse_router(
         writer.model,
-        writer.tokenizer,
+        writer.kind.tokenizer,
         measured,
         how=config.collapse,
         max_length=writer.kind.max_length,
@@ -89,8 +90,7 @@ def _rows(config: ExportConfig, source: Path, progress: Progress) -> tuple[TaskD
             )
             for split in ("train", "validation" if "validation" in splits else "train")
         )
-        for note in notes.lines():
-            progress.show_line(f"note: {note}")
+        progress.show_notes(notes.lines())
         origin = f"{'the validation rows of ' if 'validation' in splits else ''}{config.data}"
         return measured, {task: scored[task] for task in measured if task in scored}, origin
     run = config_of_run(str(source))
@@ -118,7 +118,11 @@ def _rows(config: ExportConfig, source: Path, progress: Progress) -> tuple[TaskD
 
 
 def _compare(
-    config: ExportConfig, writer: Writer, loras: Mapping[str, PlainLora], scored: TaskData, progress: Progress
+    config: ExportConfig,
+    writer: Subject[Writing],
+    loras: Mapping[str, PlainLora],
+    scored: TaskData,
+    progress: Progress,
 ) -> tuple[Scores, Scores]:
     """Scores of the adapter and of the LoRAs, which stand beside it as the experts of a second adapter."""
     model = writer.model

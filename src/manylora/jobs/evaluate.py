@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manylora.errors import ConfigError
+from manylora.files.settings import Count
 from manylora.training.settings import (
     AdapterAnswerSettings,
     BatchSettings,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from manylora.evaluation import Scores
     from manylora.jobs.progress import Progress
     from manylora.jobs.subject import Subject
+    from manylora.training import TaskKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,9 @@ class EvaluateConfig(ModelSettings, DataSettings, AdapterAnswerSettings, Scoring
     model: str | None = None
     """Default: the one the adapter was trained on, else the embedded one."""
     data: str | None = None
-    """Default: the test rows of the adapter's run, with its --tasks, --task-column and --limit, else the embedded
-    suite."""
+    """Default: the test rows of the adapter's run, with its --tasks and --task-column, else the embedded suite."""
+    limit: Count | None = None
+    """Default: that of the adapter's run for its test rows, else all."""
     out: str | None = None
     """Folder for predictions.jsonl and scores.json; must not exist. Default: nothing is written."""
 
@@ -51,7 +54,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
 
     with reserved_folder(config.out) as folder:
         source, limit, test, notes = _rows(config)
-        _show_notes(notes, progress)
+        progress.show_notes(notes)
         subject = load_subject(config.adapter, model=config.model, dtype=config.dtype, device=config.device)
         kind = subject.kind.with_settings(
             source=str(config.adapter),
@@ -60,7 +63,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
                 for name in ("batch_size", "max_length", "max_new_tokens", "rouge")
             },
         )
-        _show_notes([*_gaps(subject, config, test), *kind.remarks(test)], progress)
+        progress.show_notes([*_gaps(subject, config, test), *kind.remarks(test)])
         scores = score_rows(kind, subject.model, test, progress=progress)
         baselines, beneath = kind.baselines(test, source=source, limit=limit), list[str]()
         if config.adapter is not None:  # of a bare model nobody expects that it has learnt
@@ -72,12 +75,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
     return scores
 
 
-def _show_notes(notes: list[str], progress: Progress) -> None:
-    for note in notes:
-        progress.show_line(f"note: {note}")
-
-
-def _gaps(subject: Subject, config: EvaluateConfig, test: TaskData) -> list[str]:
+def _gaps(subject: Subject[TaskKind], config: EvaluateConfig, test: TaskData) -> list[str]:
     """Sentences on what the rows lack, or ask in another form than the adapter was trained on."""
     from manylora.data import missing_tasks, single_answers
 
@@ -101,7 +99,8 @@ def _rows(config: EvaluateConfig) -> tuple[str, int | None, TaskData, list[str]]
         ConfigError: the run has no test rows, or there is no run to ask.
     """
     from manylora.data import EMBEDDED, DataNotes, available_splits, load_examples
-    from manylora.jobs.subject import client_of, config_of_run
+    from manylora.jobs.subject import client_of
+    from manylora.training import config_of_run
     from manylora.training.config import as_list
 
     if config.data is None and (client := client_of(config.adapter)) is not None:

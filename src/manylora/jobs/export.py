@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -47,7 +48,7 @@ class ExportConfig(ModelSettings, DataSettings, BatchSettings):
     model: str | None = None
     """Base model to name in what is written. Default: the one the adapter was trained on."""
     data: str | None = None
-    """Token router: rows of its tasks, of which --limit may take a sample, to fit the LoRAs and to score them on.
+    """Token router: rows of its tasks, in the formats of train --data, to fit the LoRAs and to score them on.
     Default: the run's training rows for the fit and its validation rows for the scores."""
     collapse: Literal["fit", "mean"] = "fit"
     """Token router: what stands for it. fit: the LoRA of the same rank that is nearest to the adapter on the task's
@@ -146,19 +147,22 @@ def _placed(to: str) -> Iterator[Path]:
 
 def _export(config: ExportConfig, for_scoring: str, folder: Path, *, progress: Progress) -> dict[str, str]:
     """Fill `folder`; task to the place of its LoRA in it."""
-    from manylora.adapters import expert_names, export_lora, read_adapter, read_settings
+    from manylora.adapters import expert_names, export_lora, read_adapter, read_lora, read_settings
     from manylora.data import find_prompts
-    from manylora.training import adapter_base_name, adapter_folder, adapter_task_type, check_layers
+    from manylora.training import adapter_base_name, adapter_folder, check_layers, kind_of_adapter
     from manylora.training.config import as_list
 
     source = adapter_folder(str(config.adapter))
-    if adapter_task_type(source) == "SEQ_CLS":
-        raise ModelError(
-            f"{config.adapter} classifies: it has a head that a plain LoRA has no place for; load it with PEFT."
-        )
-    base = config.model or adapter_base_name(source)
+    if reason := kind_of_adapter(str(source)).cannot_export:
+        raise ModelError(f"{config.adapter} {reason}; load it with PEFT.")
+    base, prompts = config.model or adapter_base_name(source), find_prompts(source)
+    write = partial(_write, config, folder, base=base, prompts=prompts, progress=progress)
     if config.merge and read_settings(source).get("peft_type") == "LORA":
-        return _merge_lora(config, folder, source, for_scoring, base=base, progress=progress)
+        # as PEFT saves it, such as a client's personal model
+        if other := for_scoring or (f"--tasks {config.tasks}" if config.tasks else ""):
+            raise ConfigError(f"{config.adapter} is one plain LoRA, merged exactly; leave out {other}.")
+        lora, mark = read_lora(source), prompts.base_fingerprint if prompts else None
+        return write({"": lora}, {}, trained=lora.config, mark=mark)
     adapter, weights = read_adapter(source)
     adapter.base_model_name_or_path = _outside_name(base)
     if not check_layers(adapter, weights, base=base, source=str(config.adapter)):
@@ -185,40 +189,7 @@ def _export(config: ExportConfig, for_scoring: str, folder: Path, *, progress: P
         from manylora.jobs.collapse import collapse
 
         loras, notes = collapse(config, source, adapter, weights, report_to=folder, progress=progress)
-    return _write(
-        config,
-        folder,
-        loras,
-        notes,
-        base=base,
-        trained=adapter,
-        prompts=find_prompts(source),
-        mark=adapter.base_fingerprint,
-        progress=progress,
-    )
-
-
-def _merge_lora(
-    config: ExportConfig, folder: Path, source: Path, for_scoring: str, *, base: str, progress: Progress
-) -> dict[str, str]:
-    """A LoRA as PEFT saves it, such as a client's personal model, written into its base."""
-    from manylora.adapters import read_lora
-    from manylora.data import find_prompts
-
-    if other := for_scoring or (f"--tasks {config.tasks}" if config.tasks else ""):
-        raise ConfigError(f"{config.adapter} is one plain LoRA, merged exactly; leave out {other}.")
-    lora, prompts = read_lora(source), find_prompts(source)
-    return _write(
-        config,
-        folder,
-        {"": lora},
-        {},
-        base=base,
-        trained=lora.config,
-        prompts=prompts,
-        mark=prompts.base_fingerprint if prompts else None,
-        progress=progress,
-    )
+    return write(loras, notes, trained=adapter, mark=adapter.base_fingerprint)
 
 
 def _write(
@@ -259,7 +230,7 @@ def _write(
                 place.rmdir()
             write_folder(place, lora.config, lora.weights, card=card)
         # A merged model has become a base of its own.
-        own = replace(prompts or PromptRecord(tasks={}), base_fingerprint=None if config.merge else mark)
+        own = (prompts or PromptRecord(tasks={})).with_mark(None if config.merge else mark)
         if prompts is not None or own.base_fingerprint is not None:
             own.only([task]).write(place)
         what = "merged model" if config.merge else f"LoRA of rank {lora.rank}"

@@ -67,26 +67,30 @@ def resume(
     """
     folder = RunFolder.open(path)
     config = folder.config(FederateConfig, verb="federate").resolved()
-    if folder.state["state"] == "finished" and from_round is None and not reset:
-        missing = _missing(folder, config)
-        if missing is None:
-            return FederatedRun(folder.path)
-        progress.show_line(f"{path} was finished, but its {missing} is gone; what is missing is made again.")
+    if from_round is None and not reset:
+        if (run := finished_run(path)) is not None:
+            return run
+        if folder.state["state"] == "finished":
+            missing = _missing(folder, config)
+            progress.show_line(
+                f"{path} was finished, but its {missing} is gone; what is missing is made again."
+            )
     with Session.resume(path, kind="federate", progress=progress) as session:
         session.folder.set_state("running")
         _work(config, _data(config, progress), session, from_round=from_round, reset=reset, progress=progress)
     return FederatedRun(session.path)
 
 
-def is_whole(path: str | Path) -> bool:
-    """Whether a run is finished and its results are all there.
+def finished_run(path: str | Path) -> FederatedRun | None:
+    """A run that is finished and whose results are all there; None where `resume` has something to do.
 
     Raises:
         RunError: `path` is no run of `federate`; or one of its results is not what the run noted.
     """
     folder = RunFolder.open(path)
     config = folder.config(FederateConfig, verb="federate").resolved()
-    return folder.state["state"] == "finished" and _missing(folder, config) is None
+    whole = folder.state["state"] == "finished" and _missing(folder, config) is None
+    return FederatedRun(folder.path) if whole else None
 
 
 def _missing(folder: RunFolder, config: FederateConfig) -> str | None:
@@ -114,21 +118,17 @@ def _data(config: FederateConfig, progress: Progress) -> dict[str, ClientData]:
         return {}
     notes: list[str] = []
     data = client_data(config, notes=notes)
-    for note in notes:
-        progress.show_line(f"note: {note}")
+    progress.show_notes(notes)
     return data
 
 
 def _check_test(config: FederateConfig, data: Mapping[str, ClientData], progress: Progress) -> None:
     """Refuse, before anything is trained, test rows that could not be scored afterwards."""
-
     tokenizer = load_tokenizer(config.model) if data else None
     if tokenizer is not None:
         parts = (part for client in data.values() for part in (client.train, client.test))
-        for note in unread_note(
-            (row for part in parts for found in part.values() for row in found), tokenizer
-        ):
-            progress.show_line(f"note: {note}")
+        every = (row for part in parts for found in part.values() for row in found)
+        progress.show_notes(unread_note(every, tokenizer))
     seen: set[str] = set()
     for client in data.values():
         for task, rows in client.test.items():

@@ -7,14 +7,20 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from manylora.errors import ConfigError, RunError
+from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
 from manylora.federated.engines.flower import FlowerClients
 from manylora.federated.engines.flower_link import FlowerLink
-from manylora.files import read_json
+from manylora.files import Record, read_record, write_json
 
 _PATIENCE = 600.0
 """Seconds that a run without a deadline waits for a client whose node is away."""
+
+
+class _About(Record):
+    """What flower.json holds."""
+
+    run: str
 
 
 @contextlib.contextmanager
@@ -29,8 +35,6 @@ def flower_clients(
         inside: the run's reference, whose private state the clients keep apart.
         say: told what the run waits for.
     """
-    from manylora.files import write_json
-
     assert config.superlink is not None
     keys = None if config.node_keys is None else _keys(Path(config.node_keys))
     expected = config.clients or len(keys or {})
@@ -41,10 +45,7 @@ def flower_clients(
     about = folder / "flower.json"
     if not about.exists():
         write_json(about, {"run": uuid.uuid4().hex})
-    try:
-        run = str(read_json(about)["run"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{about} is damaged ({error}); put a copy of it back.") from error
+    run = read_record(about, _About, remedy="put a copy of it back").run
     link = FlowerLink(config.superlink, certificate=Path(config.certificate) if config.certificate else None)
     failed = "the server ended"
     try:

@@ -12,7 +12,6 @@ from manylora.analysis import (
     Analysis,
     Gates,
     Gradients,
-    LabelReader,
     RandomBaseline,
     Reader,
     Source,
@@ -26,29 +25,24 @@ from manylora.data import (
     DataNotes,
     TaskData,
     available_splits,
-    encode,
     load_examples,
     sample_rows,
     sample_tasks,
 )
 from manylora.data.sources import pick_tasks
 from manylora.errors import ConfigError, ManyLoraError
-from manylora.evaluation import Choosing, Writing
-from manylora.evaluation.generation import NO_LIMIT
 from manylora.files import write_json
-from manylora.jobs.subject import client_of, client_rows, config_of_run, load_subject
-from manylora.training import adapter_base_name, context_of, encode_labelled
+from manylora.jobs.subject import client_of, client_rows, load_subject
+from manylora.training import adapter_base_name, config_of_run
 from manylora.training.config import as_list
 from manylora.training.prepared import all_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from manylora.data import Encoded
     from manylora.jobs.analyze import AnalyzeConfig
     from manylora.jobs.progress import Progress
     from manylora.jobs.session import Session
-    from manylora.jobs.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +139,15 @@ def _measure_one(
     if not with_gates and not with_gradients:
         return [], [], notes if wanted.asked else []
     subject = load_subject(str(source.folder), model=config.model, dtype=config.dtype, device=config.device)
-    rows, reader = _read(subject, examples, batch_size=config.batch_size, routed=source.router == "task")
-    model = subject.model
+    model, kind = subject.model, subject.kind
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rows = {task.name: task.rows for task in kind.encode(examples, vocabulary=vocabulary)}
+    reader = Reader(
+        pad_token_id=kind.tokenizer.pad_token_id or 0,
+        experts=kind.experts,
+        batch_size=config.batch_size,
+        loss_of=kind.loss,
+    )
     if config.step is not None:
         _put_snapshot(model, source, config.step)
     count = sum(map(len, rows.values()))
@@ -158,35 +159,6 @@ def _measure_one(
         show = partial(progress.show_count, f"{source.name}: gates of rows", total=count)
         gates += measure_gates(model, rows, reader, source=source.name, on_progress=show)
     return gradients, gates, notes if wanted.asked else []
-
-
-def _read(
-    subject: Subject, examples: TaskData, *, batch_size: int, routed: bool
-) -> tuple[dict[str, list[Encoded]], Reader]:
-    """The rows as the subject reads them, and how."""
-    model, tokenizer, kind = subject.model, subject.tokenizer, subject.kind
-    context = context_of(model.config)
-    if isinstance(kind, Choosing):
-        tasks = encode_labelled(
-            examples, tokenizer, kind.labels, max_length=kind.max_length, context_length=context
-        )
-        numbers = {task: number for number, task in enumerate(kind.labels.tasks)}
-        return {task.name: task.rows for task in tasks}, LabelReader(
-            pad_token_id=tokenizer.pad_token_id,
-            experts=numbers if routed else None,
-            batch_size=batch_size,
-            labels=kind.labels,
-        )
-    assert isinstance(kind, Writing)
-    read = partial(
-        encode,
-        tokenizer=tokenizer,
-        max_length=kind.max_length or context or NO_LIMIT,
-        context_length=context,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
-    )
-    rows = {task: [read(row) for row in given] for task, given in examples.items()}
-    return rows, Reader(pad_token_id=tokenizer.pad_token_id or 0, experts=kind.experts, batch_size=batch_size)
 
 
 def _rows(source: Source, config: AnalyzeConfig, notes: DataNotes) -> TaskData:

@@ -74,11 +74,11 @@ def predict(config: PredictConfig, prompts: Sequence[str], *, progress: Progress
     experts = [predictor.expert(question) for question in questions]
     answers = generate_answers(
         predictor.writer.model,
-        predictor.writer.tokenizer,
+        predictor.kind.tokenizer,
         questions,
         max_length=predictor.kind.max_length,
         max_new_tokens=[predictor.kind.longest_answer(question.task) for question in questions],
-        expert_ids=None if predictor.writer.kind.experts is None else [int(one or 0) for one in experts],
+        expert_ids=None if predictor.kind.experts is None else [int(one or 0) for one in experts],
         on_cut=lambda places: progress.show_warning(
             f"note: {len(places)} of {len(prompts)} prompts were cut"
         ),
@@ -103,13 +103,13 @@ class Predictor:
 
         self.config, self._progress = config, progress
         self.writer = load_writer(
-            config.adapter, model=config.model, dtype=config.dtype, device=config.device
+            str(config.adapter), model=config.model, dtype=config.dtype, device=config.device
         )
         self.kind = self.writer.kind.with_settings(
             source=str(config.adapter), max_length=config.max_length, max_new_tokens=config.max_new_tokens
         )
         if config.task is not None:
-            self.writer.check_task(config.task)
+            self.kind.check_task(config.task)
 
     def question(self, text: str) -> Example:
         """The text in the form that was asked for, else in that of the adapter's training.
@@ -138,8 +138,8 @@ class Predictor:
         return parse_rows(lines, source=source, asked=self.config.task, prompts=self.writer.prompts)
 
     def expert(self, example: Example) -> int | None:
-        """The expert that answers a row; see `Writer.expert`."""
-        return self.writer.expert(self.config.task or example.task or None)
+        """The expert that answers a row; see `Writing.expert`."""
+        return self.kind.expert(self.config.task or example.task or None)
 
     def stream(self, example: Example, *, on_cut: Callable[[int], None]) -> Iterator[str]:
         """The answer as it is generated, piece by piece.
@@ -152,7 +152,7 @@ class Predictor:
 
         return stream_answer(
             self.writer.model,
-            self.writer.tokenizer,
+            self.kind.tokenizer,
             example,
             max_new_tokens=self.kind.longest_answer(example.task),
             max_length=self.kind.max_length,

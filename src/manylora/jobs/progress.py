@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,11 @@ class Progress:
 
     def show_line(self, line: str) -> None:
         """A sentence that belongs to the result."""
+
+    def show_notes(self, notes: Iterable[str]) -> None:
+        """Sentences on what a reader of the result should know of its rows."""
+        for note in notes:
+            self.show_line(f"note: {note}")
 
     def show_warning(self, line: str) -> None:
         """A sentence beside the result."""

@@ -80,7 +80,7 @@ class Session:
             path = None if out is None else Path(out).expanduser()
             if path is not None and or_resume:
                 if (path / "state.json").is_file():
-                    return _locked(RunFolder.open(path)), True
+                    return RunFolder.open(path).lock(), True
                 if path.is_dir() and _was_killed_early(path, config):
                     _clear(path)
             place = None if path is None else str(path)
@@ -98,7 +98,7 @@ class Session:
             RunError: `path` is no run folder, or another process works on it.
         """
         folder = RunFolder.open(path)
-        return cls._held(lambda: (_locked(folder), True), launch, kind=kind, progress=progress)
+        return cls._held(lambda: (folder.lock(), True), launch, kind=kind, progress=progress)
 
     @classmethod
     def _held(
@@ -143,11 +143,6 @@ class Session:
             self._progress.show_line(_GO_ON[self._kind].format(run=shlex.quote(str(self.path))))
 
 
-def _locked(folder: RunFolder) -> RunFolder:
-    folder.lock()
-    return folder
-
-
 def _was_killed_early(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether a run with these settings was killed in this folder while it began, before it had done anything.
 
@@ -174,7 +169,7 @@ def _clear(path: Path) -> None:
     Raises:
         RunError: it was not killed, but is just beginning in another process.
     """
-    with _locked(RunFolder(path)):
+    with RunFolder(path).lock():
         for name in reversed(_WRITTEN_FIRST):  # the lock goes last, while it is held
             for found in (path / f"{name}.partial", path / name):
                 found.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manylora.evaluation import Scores, kind_of, write_scores
+from manylora.evaluation import Scores, write_scores
 from manylora.jobs.run import Run
 from manylora.jobs.session import ALONE, Session, check_same_settings, with_date_of
 from manylora.jobs.subject import score_rows
@@ -98,26 +98,32 @@ def resume(path: str | Path, *, progress: Progress, launch: Launch = ALONE) -> R
     """
     folder = RunFolder.open(path)
     config = folder.config(TrainConfig, verb="train")
+    if (run := finished_run(path)) is not None:
+        return run
     if folder.state["state"] == "finished":
-        missing = folder.missing_result()
-        if missing is None:
-            return Run(folder.path)
-        progress.show_line(f"{path} was finished, but its {missing} is gone; it is made again.")
+        progress.show_line(
+            f"{path} was finished, but its {folder.missing_result()} is gone; it is made again."
+        )
     with Session.resume(path, progress=progress, launch=launch) as session:
         train_prepared(prepare(config), session, progress=progress)
     return Run(session.path)
 
 
-def is_whole(path: str | Path) -> bool:
-    """Whether a run is finished and its results are all there.
+def finished_run(path: str | Path) -> Run | None:
+    """A run that is finished and whose results are all there; None where `resume` has something to do.
 
     Raises:
-        RunError: one of them is not what the run noted.
+        RunError: `path` is no run of `train`, or one of its results is not what the run noted.
     """
-    if not (Path(path) / "state.json").is_file():
-        return False
     folder = RunFolder.open(path)
-    return folder.state["state"] == "finished" and folder.missing_result() is None
+    folder.config(TrainConfig, verb="train")
+    whole = folder.state["state"] == "finished" and folder.missing_result() is None
+    return Run(folder.path) if whole else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a `finished_run` in a folder, which may not be there yet."""
+    return (path / "state.json").is_file() and finished_run(path) is not None
 
 
 def train_prepared(prepared: Prepared, session: Session, *, progress: Progress) -> None:
@@ -155,7 +161,7 @@ def train_and_score(
     began, cpu = time.monotonic(), time.process_time()
     model = finetune(prepared, session.folder, report=progress.show_step, model=model, callbacks=callbacks)
     trained, cpu = time.monotonic(), time.process_time() - cpu
-    scores = score_rows(kind_of(prepared), model, test, progress=progress) if test else None
+    scores = score_rows(prepared.kind, model, test, progress=progress) if test else None
     return Trained(
         model=model,
         scores=scores,
@@ -167,7 +173,7 @@ def train_and_score(
 
 def write_judged(prepared: Prepared, session: Session, scores: Scores, *, progress: Progress) -> None:
     """Write scores of the test rows and what they are to be compared with: predictions.jsonl and scores.json."""
-    config, splits, kind = prepared.config, prepared.splits, kind_of(prepared)
+    config, splits, kind = prepared.config, prepared.splits, prepared.kind
     baselines = kind.baselines(splits.test, source=config.test or config.data, limit=config.limit)
     notes = kind.notes(scores, baselines, splits.test, train=splits.train, router=config.router)
     write_scores(session.path, scores, baselines, notes)
@@ -178,5 +184,5 @@ def _check_test(prepared: Prepared, progress: Progress) -> None:
     """Refuse, before anything is trained, test rows that could not be scored afterwards."""
     config = prepared.config
     vocabulary = token_rows(load_config(config.model, task_type=config.task_type))
-    for line in kind_of(prepared).check(prepared.splits.test, vocabulary=vocabulary):
+    for line in prepared.kind.check(prepared.splits.test, vocabulary=vocabulary):
         progress.show_line(line)

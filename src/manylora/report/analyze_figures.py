@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from manylora.analysis.records import Change, Conflict, Gates, GradientNorm, PairSimilarity
@@ -137,14 +138,6 @@ def short_kinds(modules: list[str]) -> tuple[str, ...]:
 # ---- change
 
 
-def _measure(key: str) -> Callable[[Change], float | None]:
-    return lambda change: {
-        "similarity": change.similarity,
-        "magnitude": change.magnitude,
-        "direction": change.direction,
-    }[key]
-
-
 def change_layers_figure(changes: Sequence[Change]) -> Figure | None:
     """Change over the longest span that is known of each adapter and matrix, layer by layer."""
     spans: dict[tuple[str, str], tuple[int, int]] = {}
@@ -155,7 +148,7 @@ def change_layers_figure(changes: Sequence[Change]) -> Figure | None:
     panels = []
     for key in MEASURES:
         lines = _kept(
-            layer_line(matrix, [one for one in longest if one.matrix == matrix], _measure(key))
+            layer_line(matrix, [one for one in longest if one.matrix == matrix], attrgetter(key))
             for matrix in MATRICES
         )
         if lines:
@@ -186,7 +179,7 @@ def change_steps_figure(changes: Sequence[Change]) -> Figure | None:
     """Change from the first known step to each later one."""
     panels = []
     for key in MEASURES:
-        lines = _kept(_steps_line(matrix, changes, _measure(key)) for matrix in MATRICES)
+        lines = _kept(_steps_line(matrix, changes, attrgetter(key)) for matrix in MATRICES)
         if lines:
             panels.append(_measure_panel(key, lines))
     if not panels:

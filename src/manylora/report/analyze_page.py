@@ -18,8 +18,8 @@ from manylora.analysis.tables import (
     similarity_table,
     sources_table,
 )
-from manylora.files import forgive_record
 from manylora.report.analyze_figures import (
+    MATRICES,
     change_layers_figure,
     change_steps_figure,
     conflict_figure,
@@ -34,15 +34,13 @@ from manylora.report.common import (
     counted,
     first_few,
     mean,
-    read_object,
+    read_if_there,
     read_recipe,
     signed,
     text,
 )
 from manylora.report.page import Figure, Page, Section
 from manylora.table import Table
-
-MATRICES = ("A", "B")
 
 
 def analyze_page(folder: Path) -> Page:
@@ -51,13 +49,22 @@ def analyze_page(folder: Path) -> Page:
     Raises:
         RunError: analysis.json, or another file, is broken.
     """
-    found = forgive_record(read_object(folder / "analysis.json"), Findings) or Findings()
+    found = read_if_there(folder / "analysis.json", Findings) or Findings()
     recipe = read_recipe(folder)
     gates = [one for one in found.gates if one.task != ALL]
     sections = (
-        _sources_section(found) if found.sources else None,
-        _similarity_section(found) if found.similarity else None,
-        _change_section(found) if found.change else None,
+        _section("What was analyzed", [], sources_table(found.sources, paths=True)),
+        _section(
+            "Similarity",
+            [similarity_layers_figure(found.similarity), similarity_maps_figure(found.similarity)],
+            similarity_table(found.similarity),
+            similarity_by_module_table(found.similarity),
+        ),
+        _section(
+            "Change during training",
+            [change_layers_figure(found.change), change_steps_figure(found.change)],
+            change_table(found.change, per_module=len(found.sources) == 1),
+        ),
         *_gradient_sections(found),
         *_gates_sections(found),
     )
@@ -126,31 +133,15 @@ def _limits(found: Findings) -> tuple[str, ...]:
 # ---- sections
 
 
-def _section(title: str, figures: list[Figure | None], *tables: Table) -> Section:
+def _section(title: str, figures: list[Figure | None], *tables: Table) -> Section | None:
+    """What there is to show; None where that is nothing."""
+    drawn = tuple(figure for figure in figures if figure)
     kept = tuple(table for table in tables if table.rows)
     folded = any(len(table.rows) > FOLDED for table in kept)
-    return Section(
-        title=title, figures=tuple(figure for figure in figures if figure), tables=kept, folded=folded
-    )
+    return Section(title=title, figures=drawn, tables=kept, folded=folded) if drawn or kept else None
 
 
-def _sources_section(found: Findings) -> Section:
-    return _section("What was analyzed", [], sources_table(found.sources, paths=True))
-
-
-def _similarity_section(found: Findings) -> Section:
-    pairs = found.similarity
-    figures = [similarity_layers_figure(pairs), similarity_maps_figure(pairs)]
-    return _section("Similarity", figures, similarity_table(pairs), similarity_by_module_table(pairs))
-
-
-def _change_section(found: Findings) -> Section:
-    figures = [change_layers_figure(found.change), change_steps_figure(found.change)]
-    table = change_table(found.change, per_module=len(found.sources) == 1)
-    return _section("Change during training", figures, table)
-
-
-def _gradient_sections(found: Findings) -> list[Section]:
+def _gradient_sections(found: Findings) -> list[Section | None]:
     """One section for every adapter and matrix whose gradients were measured."""
     parts = [
         (one, matrix)
@@ -175,7 +166,7 @@ def _gradient_sections(found: Findings) -> list[Section]:
     return sections
 
 
-def _gates_sections(found: Findings) -> list[Section]:
+def _gates_sections(found: Findings) -> list[Section | None]:
     """One section for every adapter whose gates were measured."""
     sources = list(dict.fromkeys(one.source for one in found.gates))
     sections = []

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
-from manylora.errors import RunError
-from manylora.files import Record, Several, check_noted, forgive_record, read_json, read_yaml, reason
+from manylora.files import Record, Several, forgive_record, read_object
 from manylora.report.plots import Point
 from manylora.table import clean
 
@@ -68,20 +67,13 @@ class Settings(Record):
     engine: str | None = None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+def read_page_file(path: Path) -> dict[str, Any]:
+    """The object in a JSON or YAML file; an absent one is empty.
 
     Raises:
-        RunError: it is missing, broken, or holds something else.
+        RunError: the file is broken, or holds something else than an object.
     """
-    check_noted(path)
-    try:
-        found = read_json(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({reason(error)}); mend or remove it.") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path} holds {type(found).__name__} where an object is expected; mend or remove it.")
-    return found
+    return read_object(path, remedy="mend or remove it") if path.is_file() else {}
 
 
 def read_if_there(path: Path, kind: type[Kind]) -> Kind | None:
@@ -90,25 +82,7 @@ def read_if_there(path: Path, kind: type[Kind]) -> Kind | None:
     Raises:
         RunError: the file is broken, or holds something else than an object.
     """
-    return forgive_record(read_object(path), kind) if path.is_file() else None
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A YAML file of settings; an absent one is empty.
-
-    Raises:
-        RunError: it is broken or holds no settings.
-    """
-    if not path.is_file():
-        return {}
-    check_noted(path)
-    try:
-        found = read_yaml(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({reason(error)}); mend or remove it.") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path} holds no settings; mend or remove it.")
-    return found
+    return forgive_record(read_page_file(path), kind) if path.is_file() else None
 
 
 # ---- how to repeat a run
@@ -140,7 +114,7 @@ def read_recipe(folder: Path, *, environment: Environment | None = None) -> Reci
     Raises:
         RunError: one of them is broken.
     """
-    config = read_settings(folder / "config.yaml")
+    config = read_page_file(folder / "config.yaml")
     found = read_if_there(folder / "environment.json", Environment) or environment or Environment()
     state = read_if_there(folder / "state.json", State) or State()
     values = forgive_record(config, Settings) or Settings()
@@ -197,11 +171,11 @@ def interval(value: float, standard_error: float) -> Point:
     return Point(value=value, low=max(0.0, value - half), high=min(100.0, value + half))
 
 
-def between(point: Point, *, digits: int = 1) -> str:
+def between(point: Point) -> str:
     """An interval in words."""
     if point.low is None or point.high is None:
         return "no interval known"
-    return f"95 % interval {signed(point.low, digits)} to {signed(point.high, digits)}"
+    return f"95 % interval {signed(point.low)} to {signed(point.high)}"
 
 
 def mean(values: Iterable[float]) -> float | None:

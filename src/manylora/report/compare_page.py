@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from manylora.files import forgive_record
@@ -10,7 +11,7 @@ from manylora.report.common import (
     counted,
     first_few,
     mean,
-    read_object,
+    read_page_file,
     read_recipe,
     signed,
     text,
@@ -26,7 +27,7 @@ from manylora.report.plots import (
     Series,
     Spot,
 )
-from manylora.studies.config import MEAN
+from manylora.studies.config import MEAN, SCREENING
 from manylora.studies.costs import CELL_METRICS
 from manylora.studies.records import ClaimTrial, CurveMean, Interval, Summary
 from manylora.studies.tables import (
@@ -40,9 +41,6 @@ from manylora.studies.tables import (
     scores_table,
 )
 
-_SCREENING = 5
-"""Fewer seeds than this are a first look."""
-
 
 def compare_page(folder: Path) -> Page:
     """The page of a study's folder.
@@ -50,7 +48,7 @@ def compare_page(folder: Path) -> Page:
     Raises:
         RunError: study.json, or another file, is broken.
     """
-    found = read_object(folder / "study.json")
+    found = read_page_file(folder / "study.json")
     study = forgive_record(found, Summary) or Summary()
     recipe = read_recipe(folder, environment=forgive_record(found.get("environment"), Environment))
     sections = (
@@ -132,9 +130,9 @@ def _limits(study: Summary) -> tuple[str, ...]:
         found.append(
             "Undecided is not “no difference”: the study could hardly have seen one below “detectable”."
         )
-    if sizes and min(sizes) < _SCREENING and not study.notes:  # which have the study's own words on it
+    if sizes and min(sizes) < SCREENING and not study.notes:  # which have the study's own words on it
         found.append(
-            f"With fewer than {_SCREENING} seeds this is a screening: it can point at a difference, not confirm one."
+            f"With fewer than {SCREENING} seeds this is a screening: it can point at a difference, not confirm one."
         )
     against = f", against {study.reference}" if study.reference else ""
     found.append(
@@ -147,25 +145,26 @@ def _limits(study: Summary) -> tuple[str, ...]:
 
 
 def _point(row: Interval | ClaimTrial, value: float) -> Point:
+    if math.isnan(row.low) or math.isnan(row.high):
+        return Point(value=value)
     return Point(value=value, low=row.low, high=row.high)
 
 
 def _claims_section(study: Summary) -> Section:
     sentences = tuple((claim.verdict.capitalize(), claim.text) for claim in study.claims)
     drawn = [
-        (f"{number}. {claim.claim or claim.text}", claim, claim.difference)
+        (f"{number}. {claim.claim or claim.text}", claim)
         for number, claim in enumerate(study.claims, 1)
-        if claim.difference is not None
+        if not math.isnan(claim.difference)
     ]
     figure = Figure(
         name="claims",
         title="The difference behind each claim",
         caption="Mean difference over paired seeds and its 95 % interval; the line is no difference.",
-        alt="; ".join(f"{c.claim or c.text}: {signed(difference, 2)}" for _, c, difference in drawn[:12])
-        + ".",
+        alt="; ".join(f"{c.claim or c.text}: {signed(c.difference, 2)}" for _, c in drawn[:12]) + ".",
         plot=Intervals(
-            rows=tuple(name for name, _, _ in drawn),
-            series=(Series(name="difference", points=tuple(_point(c, value) for _, c, value in drawn)),),
+            rows=tuple(name for name, _ in drawn),
+            series=(Series(name="difference", points=tuple(_point(c, c.difference) for _, c in drawn)),),
             xlabel="difference in points",
             zero=True,
             sentences=True,
@@ -249,15 +248,13 @@ def _curves_section(study: Summary) -> Section:
 
 
 def _line(name: str, points: list[tuple[float, Interval]]) -> Line:
-    lows = tuple(row.low for _, row in points if row.low is not None)
-    highs = tuple(row.high for _, row in points if row.high is not None)
-    known = len(lows) == len(highs) == len(points)
+    known = not any(math.isnan(row.half) for _, row in points)
     return Line(
         name=name,
         x=tuple(x for x, _ in points),
         y=tuple(row.mean for _, row in points),
-        low=lows if known else (),
-        high=highs if known else (),
+        low=tuple(row.low for _, row in points) if known else (),
+        high=tuple(row.high for _, row in points) if known else (),
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -63,6 +64,7 @@ _THEME = {
     "paper": (PAPER, "#15191d"),
     **{f"mark-{index}": (mark.light, mark.dark) for index, mark in enumerate(MARKS)},
 }
+_VARIABLES = {light: f"var(--{name})" for name, (light, _) in _THEME.items()}
 
 
 @cache
@@ -79,18 +81,16 @@ def css_variables(*, dark: bool) -> str:
 
 def sequential() -> Colormap:
     """Colours for values from low to high, readable without colour vision (cividis)."""
-    return _colormap("cividis")
+    import matplotlib
+
+    return matplotlib.colormaps["cividis"]
 
 
 def diverging() -> Colormap:
     """Colours for values to either side of zero (orange below, purple above)."""
-    return _colormap("PuOr")
-
-
-def _colormap(name: str) -> Colormap:
     import matplotlib
 
-    return matplotlib.colormaps[name]
+    return matplotlib.colormaps["PuOr"]
 
 
 def short(name: str, limit: int) -> str:
@@ -109,8 +109,8 @@ def short_names(names: Sequence[str], limit: int) -> list[str]:
     if len({names[index] for index in alike}) < 2:
         return found
     lines = [" ".join(clean(names[index]).split()) for index in alike]
-    before = _shared(lines)
-    after = _shared([line[before:][::-1] for line in lines])
+    before = len(commonprefix(lines))  # noqa: RUF071 - letter by letter is what is meant
+    after = len(commonprefix([line[before:][::-1] for line in lines]))  # noqa: RUF071
     for index, line in zip(alike, lines, strict=True):
         middle = line[before : len(line) - after]
         room = limit - len(middle) - 2  # for what is shared, and two dots
@@ -120,17 +120,9 @@ def short_names(names: Sequence[str], limit: int) -> list[str]:
     return found
 
 
-def _shared(lines: Sequence[str]) -> int:
-    """Characters that all lines begin with."""
-    return next(
-        (at for at, signs in enumerate(zip(*lines, strict=False)) if len(set(signs)) > 1),
-        min(map(len, lines)),
-    )
-
-
-def wrap(words: str, width: int, *, lines: int = 3) -> list[str]:
-    """`words` in at most `lines` lines of `width` characters."""
-    return textwrap.wrap(" ".join(clean(words).split()), width, max_lines=lines, placeholder=" …") or [""]
+def wrap(words: str, width: int) -> list[str]:
+    """`words` in at most three lines of `width` characters."""
+    return textwrap.wrap(" ".join(clean(words).split()), width, max_lines=3, placeholder=" …") or [""]
 
 
 def label(line: str) -> str:
@@ -154,48 +146,46 @@ def drawing() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser has more fonts
         warnings.filterwarnings("ignore", message="constrained_layout not applied")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_settings())
+        matplotlib.rcParams.update(_SETTINGS)
         yield
 
 
-@cache
-def _settings() -> dict[str, Any]:
-    return {
-        "font.family": "DejaVu Sans",  # comes with matplotlib
-        "font.size": 11.5,
-        "axes.titlesize": 12,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.labelsize": 11.5,
-        "xtick.labelsize": 11,
-        "ytick.labelsize": 11,
-        "legend.fontsize": 11,
-        "text.color": INK,
-        "text.parse_math": False,  # a task may be called "$x$"
-        "axes.labelcolor": SOFT,
-        "axes.edgecolor": RULE,
-        "axes.facecolor": "none",
-        "axes.grid": False,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.unicode_minus": True,
-        "grid.color": RULE,
-        "grid.linewidth": 0.8,
-        "xtick.color": RULE,
-        "ytick.color": RULE,
-        "xtick.labelcolor": SOFT,
-        "ytick.labelcolor": INK,
-        "legend.frameon": False,
-        "legend.labelcolor": INK,
-        "hatch.linewidth": 0.7,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 5.5,
-        "svg.fonttype": "none",
-        "svg.image_inline": True,
-        "figure.constrained_layout.h_pad": 0.06,
-        "figure.constrained_layout.w_pad": 0.04,
-    }
+_SETTINGS: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 11.5,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11.5,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 11,
+    "text.color": INK,
+    "text.parse_math": False,  # a task may be called "$x$"
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": RULE,
+    "axes.facecolor": "none",
+    "axes.grid": False,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.unicode_minus": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "hatch.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+    "svg.fonttype": "none",
+    "svg.image_inline": True,
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.04,
+}
 
 
 # ---- ticks and legends: as much as there is room for
@@ -358,9 +348,4 @@ def _tag(element: ElementTree.Element) -> str:
 
 
 def _themed(value: str) -> str:
-    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: _variables().get(found[0].lower(), found[0]), value)
-
-
-@cache
-def _variables() -> dict[str, str]:
-    return {pair[0]: f"var(--{name})" for name, pair in _THEME.items()}
+    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: _VARIABLES.get(found[0].lower(), found[0]), value)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from manylora.errors import ModelError, RunError
-from manylora.report.common import State, read_if_there, read_settings
+from manylora.report.common import State, read_if_there, read_page_file
 from manylora.report.page import Page, write_page
 
 _FILE = "adapter_model.safetensors"
@@ -77,7 +77,7 @@ def kind_of(folder: Path) -> str:
     state = read_if_there(folder / "state.json", State)
     if state is not None and state.kind in ("train", "federate"):
         return state.kind
-    return "federate" if "strategy" in read_settings(folder / "config.yaml") else "train"
+    return "federate" if "strategy" in read_page_file(folder / "config.yaml") else "train"
 
 
 def check_adapters(folder: Path) -> None:

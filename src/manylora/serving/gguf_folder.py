@@ -11,10 +11,11 @@ from manylora.errors import ConfigError
 from manylora.serving.gguf import write_lora, write_model
 from manylora.serving.gguf_types import Quantisation, check_quantisation
 from manylora.serving.ollama import PromptForm, chat_parts, modelfile
+from manylora.training.fingerprint import base_fingerprint
 from manylora.training.gguf_base import find_gguf
 from manylora.training.gguf_format import family_of
-from manylora.training.merge import check_mergeable, merged
-from manylora.training.models import base_fingerprint, load_base, load_config, load_tokenizer
+from manylora.training.merge import merged
+from manylora.training.models import load_base, load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,9 +65,6 @@ def write_gguf_folder(
     family_of(config)
     if prompt == "chat":
         chat_parts(tokenizer)
-    for lora in loras.values():
-        if merge:
-            check_mergeable(base, lora)
     folder.mkdir(parents=True, exist_ok=True)
     if merge and quantisation is not None:
         return _write_merged(folder, base, loras, tokenizer, quantisation, prompt=prompt, device=device)

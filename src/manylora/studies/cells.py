@@ -10,22 +10,25 @@ OUT/cells/final/METHOD/seedN/           scored on test rows
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from manylora.data import check_date, today
 from manylora.errors import RunError
-from manylora.files import check_record, read_json, reason, write_json, write_text
+from manylora.files import locked, read_object, read_record, write_json, write_text
 from manylora.studies.config import Study
 from manylora.studies.costs import measure_cell
-from manylora.studies.kinds import Job, held, kind_of
+from manylora.studies.kinds import Job, kind_of
+from manylora.studies.records import Screened
 from manylora.studies.results import CellResult, Stage, pack_scores
 
 WORKERS = "MANYLORA_STUDY_WORKERS"
 """Environment variable in which the runner tells a cell how many ran side by side."""
+_REMEDY = "remove it to run the cell again"
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -56,22 +59,7 @@ class Cell:
         path = self.folder(out) / "result.json"
         if not path.is_file():
             return None
-        return check_record(_read(path), CellResult, source=path, remedy="remove it to run the cell again")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """An object that a cell wrote.
-
-    Raises:
-        RunError: the file is broken.
-    """
-    try:
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-        return found
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({reason(error)}); remove it to run the cell again.") from error
+        return read_record(path, CellResult, remedy=_REMEDY)
 
 
 def screening_cells(study: Study) -> list[Cell]:
@@ -86,33 +74,50 @@ def screening_cells(study: Study) -> list[Cell]:
     ]
 
 
-def final_cells(study: Study, rates: Mapping[str, float | None]) -> list[Cell]:
-    """The cells that count; those of one seed stand together, so that a study that is cut short is balanced."""
+def final_cells(study: Study, rates: Mapping[str, float | None] | None = None) -> list[Cell]:
+    """The cells that count, without their learning rates where `rates` are not chosen yet; those of one seed stand
+    together, so that a study that is cut short is balanced."""
     return [
-        Cell(stage="final", method=name, seed=seed, learning_rate=rates[name])
+        Cell(stage="final", method=name, seed=seed, learning_rate=rates[name] if rates else None)
         for seed in study.seeds
         for name in study.names
     ]
 
 
-def choose_rates(study: Study, results: Sequence[CellResult]) -> dict[str, float | None]:
-    """Per method the rate with the best mean validation score; of equals the smaller one.
+def screened(study: Study, results: Iterable[CellResult]) -> list[Screened]:
+    """Mean validation scores of every method and rate of which a cell is done."""
+    scores: dict[tuple[str, float], list[float]] = {}
+    for row in results:
+        if row.stage == "screen" and row.learning_rate is not None:
+            scores.setdefault((row.method, row.learning_rate), []).append(row.mean)
+    return [
+        Screened(method=name, learning_rate=rate, validation=math.fsum(found) / len(found), n=len(found))
+        for name in study.names
+        for rate in study.learning_rates
+        if (found := scores.get((name, rate)))
+    ]
+
+
+def screened_methods(study: Study, results: Iterable[CellResult]) -> dict[str, float | None]:
+    """Per method the rate with the best mean validation score, of equals the smaller one; a method without a rate that
+    was tried with every screening seed is left out."""
+    if len(study.learning_rates) < 2:
+        return dict.fromkeys(study.names, study.learning_rates[0] if study.learning_rates else None)
+    full = [row for row in screened(study, results) if row.n == len(study.screening_seeds)]
+    worst_first = sorted(full, key=lambda row: (row.validation, -row.learning_rate))
+    best = {row.method: row.learning_rate for row in worst_first}
+    return {name: best[name] for name in study.names if name in best}
+
+
+def choose_rates(study: Study, results: Iterable[CellResult]) -> dict[str, float | None]:
+    """`screened_methods`, all of which must have a rate.
 
     Raises:
         RunError: a method has no finished screening cell.
     """
-    if len(study.learning_rates) < 2:
-        return dict.fromkeys(study.names, study.learning_rates[0] if study.learning_rates else None)
-    chosen: dict[str, float | None] = {}
-    for name in study.names:
-        scores: dict[float, list[float]] = {}
-        for row in results:
-            if row.stage == "screen" and row.method == name and row.learning_rate is not None:
-                scores.setdefault(row.learning_rate, []).append(row.mean)
-        full = {rate: sum(s) / len(s) for rate, s in scores.items() if len(s) == len(study.screening_seeds)}
-        if not full:
-            raise RunError(f"method {name} has no learning rate yet: none of its screening cells is done.")
-        chosen[name] = max(sorted(full), key=lambda rate: full[rate])
+    chosen = screened_methods(study, results)
+    if lost := [name for name in study.names if name not in chosen]:
+        raise RunError(f"method {lost[0]} has no learning rate yet: none of its screening cells is done.")
     return chosen
 
 
@@ -126,11 +131,7 @@ def at_the_edge(study: Study, rates: Mapping[str, float | None]) -> list[str]:
 
 def results_of(study: Study, out: Path) -> list[CellResult]:
     """The results that lie in a study's folder, in the order of the study."""
-    found = [cell.result(out) for cell in screening_cells(study)]
-    for seed in study.seeds:
-        for name in study.names:
-            cell = Cell(stage="final", method=name, seed=seed, learning_rate=None)
-            found.append(cell.result(out))
+    found = (cell.result(out) for cell in (*screening_cells(study), *final_cells(study)))
     return [result for result in found if result is not None]
 
 
@@ -145,7 +146,7 @@ def run_cell(study: Study, cell: Cell, out: Path) -> None:
     method = study.method(cell.method)
     folder = cell.folder(out)
     settings = cell_settings(study, cell)
-    with held(folder):
+    with locked(folder / ".held"):  # a runner that was killed leaves its cells running: wait for them here
         check_same(folder, settings)
         if cell.result(out) is not None:
             return
@@ -181,7 +182,7 @@ def run_cell(study: Study, cell: Cell, out: Path) -> None:
 def study_date(out: Path) -> str:
     """The day that chat templates are told in all cells of a study: the one on which its first cell ran."""
     path = out / "shared" / "date.txt"
-    with held(path.parent):
+    with locked(path.parent / ".held"):
         if not path.is_file():
             write_text(path, today())
         date = path.read_text(encoding="utf-8").strip()
@@ -212,7 +213,7 @@ def check_folder(study: Study, out: Path) -> None:
     for cell in final_cells(study, rates):
         path, settings = cell.folder(out) / "cell.json", cell_settings(study, cell)
         if len(study.learning_rates) > 1 and path.is_file():  # not chosen yet; the cell itself will look
-            settings["learning_rate"] = _read(path).get("learning_rate")
+            settings["learning_rate"] = read_object(path, remedy=_REMEDY).get("learning_rate")
         check_same(cell.folder(out), settings)
 
 
@@ -225,7 +226,7 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / "cell.json"
     if not path.is_file():
         return
-    known, wanted = _read(path), json.loads(json.dumps(settings))
+    known, wanted = read_object(path, remedy=_REMEDY), json.loads(json.dumps(settings))
     if known == wanted:
         return
     if not isinstance(known.get("settings"), dict):

@@ -25,7 +25,8 @@ class CompareConfig(Settings):
     """Which study, where, and what to do with it."""
 
     study: str = ""
-    """YAML file of the study (docs/compare.md). Default: a small study of the embedded suite."""
+    """YAML file of the study (docs/compare.md); also without "--study". Default: a small study of the embedded
+    suite."""
     out: str | None = None
     """Folder of the study; one that is there is continued. Default: runs/compare-NAME."""
     model: str | None = None
@@ -140,7 +141,7 @@ def run_study_in(opened: OpenStudy, config: CompareConfig, *, progress: Progress
     from manylora.studies.runner import run_study
 
     study, out = opened.study, opened.path
-    outcome = run_study(
+    failed = run_study(
         study,
         out,
         study_file=out / "study.yaml",
@@ -148,7 +149,7 @@ def run_study_in(opened: OpenStudy, config: CompareConfig, *, progress: Progress
         launcher=config.launcher,
         progress=progress,
     )
-    return sum_up(opened, failed=outcome.failed)
+    return sum_up(opened, failed=failed)
 
 
 def compare(config: CompareConfig, *, progress: Progress | None = None) -> Comparison:

@@ -19,6 +19,9 @@ from manylora.studies.presets import PRESETS
 MEAN = "mean"
 """Where a task may be named: the mean over all tasks."""
 
+SCREENING = 5
+"""Fewer seeds than this are a first look, and the page says so."""
+
 _MOST_SEEDS = 10_000
 _REMEDY = "see docs/compare.md"
 
@@ -191,7 +194,7 @@ def parse_study(values: object) -> Study:
         study = dataclasses.replace(study, reference=first)
     for where, name in _named(study):
         if name not in names:
-            raise ConfigError(_unknown_method(where, name, names))
+            raise ConfigError(f"{where} is {name!r}, which is no method of this study{guess(name, names)}.")
     return study
 
 
@@ -218,10 +221,6 @@ def _named(study: Study) -> list[tuple[str, str]]:
     for contrast in study.contrasts:
         named += [("a contrast's first", contrast.first), ("a contrast's second", contrast.second)]
     return [(where, name) for where, name in named if name is not None]
-
-
-def _unknown_method(where: str, name: str, names: Sequence[str]) -> str:
-    return f"{where} is {name!r}, which is no method of this study{guess(name, names)}."
 
 
 def refuse_unknown(values: Mapping[Any, Any], known: Collection[str], where: str) -> None:
@@ -255,7 +254,7 @@ def _methods(value: object, common: Mapping[str, Any]) -> tuple[Method, ...]:
 
 
 def _method(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Method:
-    from manylora.studies.kinds import KINDS, check_settings
+    from manylora.studies.kinds import KINDS
 
     if not name or "/" in name or name.startswith("."):
         raise ConfigError(f"method {name!r} cannot be a folder's name; leave out / and a leading dot.")
@@ -276,10 +275,20 @@ def _method(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Met
         )
     merged = {**common, **settings, **own}
     try:
-        check_settings(kind, merged, own=set(own))
+        _check_settings(kind, merged, own=own)
     except ConfigError as error:
         raise ConfigError(f"method {name}: {error}") from error
     return Method(name=name, kind=kind, settings=merged, single=None if single is None else str(single))
+
+
+def _check_settings(kind: str, settings: Mapping[str, Any], *, own: Collection[str]) -> None:
+    """Refuse settings that a kind does not know, or that cannot be; those of the method's own are named first."""
+    from manylora.studies.kinds import kind_of
+
+    module = kind_of(kind)
+    refuse_unknown({key: settings[key] for key in own}, module.SETTINGS, f"kind {kind}")
+    refuse_unknown(settings, module.SETTINGS, f"kind {kind} (settings of the whole study)")
+    module.check(settings)
 
 
 def _check_one_metric(methods: Sequence[Method]) -> None:

@@ -11,7 +11,6 @@ import torch
 from transformers import TrainerCallback
 
 from manylora.errors import RunError
-from manylora.evaluation import kind_of
 from manylora.files import append_line, check_record, json_text, parse_json
 from manylora.studies.results import CurvePoint
 
@@ -56,7 +55,7 @@ class Curve(TrainerCallback):
         was_training = model.training
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
-            scores = kind_of(self.prepared).score(model, self.test).by_task()
+            scores = self.prepared.kind.score(model, self.test).by_task()
         model.train(was_training)
         epoch = self.steps[state.global_step]
         append_line(self.path, json_text({"step": state.global_step, "epoch": epoch, "scores": scores}))

@@ -47,13 +47,11 @@ def _step_seconds(study: Study) -> float:
 
     known = {field.name for field in dataclasses.fields(TrainConfig)} - {"method", "router", "num_experts"}
     settings = {key: value for key, value in study.methods[0].settings.items() if key in known}
-    prepared = prepare(
-        TrainConfig(**settings, epochs=1.0) if "epochs" not in settings else TrainConfig(**settings)
-    )
+    prepared = prepare(TrainConfig(**{"epochs": 1.0, **settings}))
     model = build_model(prepared).train()
     rows = EncodedRows.of(prepared.train, prepared.task_names, prepared.order)
     size = min(prepared.config.rows_per_step, len(rows))
-    collate, times = Collator(pad_token_id=prepared.tokenizer.pad_token_id), []
+    collate, times = Collator(pad_token_id=prepared.kind.tokenizer.pad_token_id), []
     for _ in range(3):
         inputs = collate([rows[index] for index in range(size)])
         began = time.process_time()

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.errors import RunError
 from manylora.federated.config import FederateConfig
+from manylora.federated.results import mean_by_task, read_rounds
 from manylora.files import build_config
 from manylora.files.settings import field_types, settings_of
-from manylora.studies.kinds import Job, Measured
+from manylora.studies.kinds import Job
+from manylora.studies.results import Measured
 from manylora.studies.settings import FederateCellSettings
 
 if TYPE_CHECKING:
@@ -91,9 +93,12 @@ def run(job: Job) -> Measured:
         write_client_scores(path, scores, {})
         session.finish(seconds=round(middle - began, 1))
     return Measured(
-        scores=by_task(scores),
+        scores=mean_by_task(own.by_task() for own in scores.values()),
         metrics={task.task: task.metric for own in scores.values() for task in own.tasks},
-        others=_others(scores),
+        others={
+            name: mean_by_task(own.other_metrics().get(name, {}) for own in scores.values())
+            for name in dict.fromkeys(name for own in scores.values() for name in own.other_metrics())
+        },
         examples=_examples(path / "clients", scores),
         parameters=sum(p.numel() for p in bench.model.parameters() if p.requires_grad) * len(data),
         seconds=middle - began,
@@ -104,44 +109,15 @@ def run(job: Job) -> Measured:
     )
 
 
-def by_task(scores: Mapping[str, Scores]) -> dict[str, float]:
-    """Each task's mean over the clients that hold it, in the order of the tasks' first appearance."""
-    found: dict[str, list[float]] = {}
-    for own in scores.values():
-        for task, value in own.by_task().items():
-            found.setdefault(task, []).append(value)
-    return {task: math.fsum(values) / len(values) for task, values in sorted(found.items())}
-
-
-def _others(scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
-    """Further metrics: name to each task's mean over the clients that hold it."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for own in scores.values():
-        for name, values in own.other_metrics().items():
-            for task, value in values.items():
-                found.setdefault(name, {}).setdefault(task, []).append(value)
-    return {
-        name: {task: math.fsum(values) / len(values) for task, values in by_task.items()}
-        for name, by_task in found.items()
-    }
-
-
 def _for_split(config: FederateConfig, job: Job) -> dict[str, ClientData]:
     """Every client's rows, to be tested on those of the cell's split: the validation rows are the data's own, or cut
     off the client's training rows."""
-    from manylora.data import cut_validation, load_splits
+    from manylora.data import cut_validation
     from manylora.federated import ClientData, client_data
+    from manylora.federated.dealing import all_rows
 
     clients = client_data(config)
-    splits = load_splits(
-        data=config.data,
-        test=config.test,
-        tasks=config.tasks if isinstance(config.tasks, list) else None,
-        task_column=config.task_column,
-        seed=config.seed,
-        validation_fraction=0,
-        limit=job.settings.get("limit"),
-    )
+    splits = all_rows(dataclasses.replace(config, limit=job.settings.get("limit")))
     found = {}
     for name, own in clients.items():
         train, rows = own.train, splits.validation if job.split == "validation" else splits.test
@@ -175,9 +151,9 @@ def _examples(home: Path, scores: Mapping[str, Scores]) -> dict[str, list[float]
 
 def _traffic(path: Path) -> dict[str, Any]:
     """Mean bytes per client and round, up and down."""
-    sums: dict[str, list[int]] = {"up": [], "down": []}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for way, sizes in sums.items():
-            sizes.extend(row[way].values())
-    return {f"bytes_{way}": math.fsum(sizes) / len(sizes) if sizes else 0.0 for way, sizes in sums.items()}
+    rounds = read_rounds(path)
+    sums = {
+        "bytes_up": [size for one in rounds for size in one.up.values()],
+        "bytes_down": [size for one in rounds for size in one.down.values()],
+    }
+    return {name: math.fsum(sizes) / len(sizes) if sizes else 0.0 for name, sizes in sums.items()}

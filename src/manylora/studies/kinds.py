@@ -1,27 +1,15 @@
-"""Kinds of cells: each is one module with `check` and `run`, so that a new one is a file and a line here.
-
-A kind's module has
-
-    SETTINGS: frozenset[str]                      the settings it knows
-    check(settings) -> None                       refuse values that cannot be (ConfigError), without loading torch
-    tasks(settings) -> list[str]                  what its scores are called
-    work(settings) -> tuple[int, int]             optimizer steps and answers of a cell, for an estimate of its time
-    run(job: Job) -> Measured                     train and score; called again after a kill, it goes on or begins anew
-"""
+"""Kinds of cells: each is one module that is a `Kind`, so that a new one is a file and a line here."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from pydantic import Field
-
-from manylora.files import Record, open_own
+if TYPE_CHECKING:
+    from manylora.studies.results import Measured
 
 KINDS: Mapping[str, str] = {
     "train": "manylora.studies.train_cells",
@@ -45,80 +33,28 @@ class Job:
     folder: Path
     """The cell's own; run folders go into it."""
     shared: Path
-    """One folder for all cells of the study; hold what is made there (`held`)."""
-
-
-class Measured(Record):
-    """What a cell found, also as the measured.json of a run folder of it."""
-
-    scores: dict[str, float]
-    """Task to score, 0 to 100."""
-    examples: dict[str, list[float]]
-    """Task to every test row's score, in the order of the rows."""
-    parameters: int
-    """Trained ones, of all adapters together."""
-    seconds: float
-    """Of training alone."""
-    cpu_seconds: float = 0.0
-    """Processor time of training, which other programs on the machine disturb less."""
-    evaluation_seconds: float = 0.0
-    metrics: dict[str, str] = Field(default_factory=dict)
-    """Task to what its score measures (`TaskScore.metric`)."""
-    others: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Further metrics: name to task to mean."""
-    resumed: bool = False
-    """Whether the cell went on after a kill, so that `seconds` are not all of it."""
-    extra: dict[str, Any] = Field(default_factory=dict)
-    """Anything else worth keeping, such as the scores after each epoch under "curve"."""
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, made if need be; waits for another that holds it, which its end, however it
-    comes, releases. A runner that was killed leaves its cells running: the next one waits for them here."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        yield
-        return
-    with open_own(folder / ".held", os.O_WRONLY) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """One folder for all cells of the study; hold what is made there (`manylora.files.locked`)."""
 
 
 class Kind(Protocol):
     """What the module of a kind has."""
 
     SETTINGS: frozenset[str]
+    """The settings it knows."""
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse values that cannot be."""
+        """Refuse values that cannot be (ConfigError), without loading torch."""
 
     def tasks(self, settings: Mapping[str, Any]) -> list[str]:
-        """Names of a cell's scores."""
+        """What a cell's scores are called."""
 
     def work(self, settings: Mapping[str, Any]) -> tuple[int, int]:
-        """Optimizer steps and answers of a cell."""
+        """Optimizer steps and answers of a cell, for an estimate of its time."""
 
     def run(self, job: Job) -> Measured:
-        """Train and score one cell."""
+        """Train and score one cell; called again after a kill, it goes on or begins anew."""
 
 
 def kind_of(name: str) -> Kind:
     """The module of a kind."""
     return cast(Kind, importlib.import_module(KINDS[name]))
-
-
-def check_settings(kind: str, settings: Mapping[str, Any], *, own: Collection[str]) -> None:
-    """Refuse settings that a kind does not know, or that cannot be.
-
-    Raises:
-        ConfigError: with a guess at what was meant.
-    """
-    from manylora.studies.config import refuse_unknown
-
-    module = kind_of(kind)
-    refuse_unknown({key: settings[key] for key in own if key in settings}, module.SETTINGS, f"kind {kind}")
-    refuse_unknown(settings, module.SETTINGS, f"kind {kind} (settings of the whole study)")
-    module.check(settings)

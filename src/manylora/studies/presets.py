@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from manylora.federated.strategies import STRATEGIES
+
 PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     # kind, settings
     "lora": ("train", {"method": "lora"}),
@@ -17,10 +19,7 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "alora": ("train", {"method": "alora"}),
     "alora-task": ("train", {"method": "alora", "router": "task"}),
     "alora-uniform": ("train", {"method": "alora", "router": "uniform"}),
-    **{
-        name: ("federate", {"strategy": name})
-        for name in ("fed-alora", "fedsa", "fedit", "ffa", "zero-padding", "flora", "flexlora")
-    },
+    **{name: ("federate", {"strategy": name}) for name, strategy in STRATEGIES.items() if strategy.travels},
     "fed-local": ("federate", {"strategy": "local"}),
     "fed-centralized": ("federate", {"strategy": "centralized"}),
     "transfer-b": ("transfer", {"frozen": "B"}),

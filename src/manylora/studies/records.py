@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from manylora.files import Record, Several
+from manylora.evaluation.claims import Trial
+from manylora.files import NanFloat, Record, Several
 from manylora.studies.config import MEAN
 from manylora.studies.costs import Costs
 from manylora.studies.results import CellResult
@@ -17,17 +18,17 @@ _HEAVY = frozenset({"examples", "stage", "curve"})
 
 
 class Interval(Record):
-    """A mean over seeds and its 95 % interval, which one seed does not have."""
+    """A mean over seeds and its 95 % interval, NaN for one seed, which has none."""
 
     mean: float
-    low: float | None = None
-    high: float | None = None
+    low: NanFloat = math.nan
+    high: NanFloat = math.nan
     n: int | None = None
 
     @property
     def half(self) -> float:
         """Half of the interval's width; NaN where there is none."""
-        return math.nan if self.low is None or self.high is None else (self.high - self.low) / 2
+        return (self.high - self.low) / 2
 
 
 class _OfMethod(Record):
@@ -74,9 +75,7 @@ class Screened(Record):
     n: int
 
 
-class ClaimTrial(Record):
-    """A claim, and what the cells say of it; numbers that do not exist, such as p of one seed, are `None`."""
-
+class _Claim(Record):
     text: str = ""
     """Claim, verdict and numbers in a sentence."""
     claim: str = ""
@@ -84,17 +83,10 @@ class ClaimTrial(Record):
     first: str = ""
     second: str = ""
     task: str = MEAN
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    bootstrap: tuple[float | None, float | None] = Field(default=(None, None), strict=False)
-    one_sided: tuple[float | None, float | None] = Field(default=(None, None), strict=False)
-    detectable: float | None = None
-    margin: float | None = None
-    n: int | None = None
-    verdict: str = "undecided"
+
+
+class ClaimTrial(Trial, _Claim):
+    """A claim, and what the cells say of it."""
 
 
 class Summary(Record):

@@ -6,18 +6,20 @@ OUT/cells.jsonl     one line for the study, then one for each cell, per-example 
 from __future__ import annotations
 
 import base64
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from manylora.errors import ConfigError, RunError
-from manylora.files import Record, Several, json_text, parse_json, reason, write_text
+from manylora.files import Record, Several, check_record, json_text, parse_json, reason, write_text
 from manylora.studies.config import Study
 
 Stage: TypeAlias = Literal["screen", "final"]
+_REMEDY = "give a study's cells.jsonl"
 
 
 class CurvePoint(Record):
@@ -27,16 +29,19 @@ class CurvePoint(Record):
     scores: dict[str, float]
 
 
-class CellResult(Record):
-    """A cell's result.json, and a line of cells.jsonl. What else a kind of cells keeps stays with it."""
-
-    model_config = ConfigDict(extra="allow")
+class _Which(Record):
+    """Which cell of a study it is."""
 
     stage: Stage = "final"
     method: str
     seed: int | None = None
     learning_rate: float | None = None
     """None: the kind's own."""
+
+
+class _Found(Record):
+    """What a cell found, in memory and on disk."""
+
     scores: dict[str, float] = Field(min_length=1)
     """Task to main score, 0 to 100."""
     parameters: int | None = None
@@ -44,13 +49,32 @@ class CellResult(Record):
     seconds: float | None = None
     """Of training alone."""
     cpu_seconds: float = 0.0
+    """Processor time of training, which other programs on the machine disturb less."""
     evaluation_seconds: float = 0.0
     metrics: dict[str, str] = Field(default_factory=dict)
-    """Task to what its score measures."""
+    """Task to what its score measures (`TaskScore.metric`)."""
     others: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Further metrics: name to task to mean."""
     resumed: bool = False
-    """Whether it went on after a kill, so that `seconds` are not all of it."""
+    """Whether the cell went on after a kill, so that `seconds` are not all of it."""
+
+
+class Measured(_Found):
+    """What a kind of cells returns, also as the measured.json of a run folder of it."""
+
+    examples: dict[str, list[float]]
+    """Task to every test row's score, in the order of the rows."""
+    parameters: int
+    seconds: float
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Anything else worth keeping, such as the scores after each epoch under "curve"."""
+
+
+class CellResult(_Found, _Which):
+    """A cell's result.json, and a line of cells.jsonl. What else a kind of cells keeps stays with it."""
+
+    model_config = ConfigDict(extra="allow")
+
     peak_bytes: int | None = None
     threads: int = 1
     workers: int = 1
@@ -66,7 +90,7 @@ class CellResult(Record):
     @property
     def mean(self) -> float:
         """Over tasks."""
-        return sum(self.scores.values()) / len(self.scores)
+        return math.fsum(self.scores.values()) / len(self.scores)
 
     def to_dict(self, *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
         """As it stands in a file, so that what an earlier version wrote comes out as it was."""
@@ -97,23 +121,18 @@ def read_cells(path: Path) -> tuple[dict[str, Any], list[CellResult]]:
     """
     try:
         rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a study's cells.jsonl.") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({reason(error)}); give a study's cells.jsonl.") from error
+    except (OSError, ValueError) as error:
+        how = "cannot be read" if isinstance(error, OSError) else "is damaged"
+        raise ConfigError(f"{path} {how} ({reason(error)}); {_REMEDY}.") from error
     head = rows[0] if rows and isinstance(rows[0], dict) else {}
     if head.get("kind") != "cells" or not isinstance(head.get("study"), dict):
         raise ConfigError(f"{path} is no cells file; give a cells.jsonl that manylora compare wrote.")
     cells: list[CellResult] = []
     for number, row in enumerate(rows[1:], start=1):
         try:
-            cells.append(_Line.model_validate(row))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            wrong = f"{'.'.join(map(str, first['loc'])) or 'its value'}: {first['msg'].lower()}"
-            raise ConfigError(
-                f"{path} is damaged (cell {number}: {wrong}); give a study's cells.jsonl."
-            ) from error
+            cells.append(check_record(row, _Line, source=f"cell {number} of {path}", remedy=_REMEDY))
+        except RunError as error:
+            raise ConfigError(str(error)) from error
     return head, cells
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from manylora.studies.cells import (
     choose_rates,
     final_cells,
     results_of,
+    screened_methods,
     screening_cells,
 )
 from manylora.studies.config import Study
@@ -35,29 +37,22 @@ _POLL = 0.1
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-@dataclass(kw_only=True)
 class Progress:
-    """What is told while a study runs."""
+    """What is told while a study runs. This one shows nothing; another overrides what it shows."""
 
-    began: Callable[[Cell, int, int], None] = lambda cell, number, total: None
-    """A cell starts; its number among the cells of this stage, and how many they are."""
-    ended: Callable[[Cell, float, float], None] = lambda cell, seconds, left: None
-    """A cell is done; its seconds, and those left for the stage."""
-    failed: Callable[[Cell, Path], None] = lambda cell, log: None
-    """A cell failed; its log."""
+    def began(self, cell: Cell, number: int, total: int) -> None:
+        """A cell starts; its number among the cells of this stage, and how many they are."""
 
+    def ended(self, cell: Cell, seconds: float, left: float) -> None:
+        """A cell is done; its seconds, and those left for the stage."""
 
-@dataclass(kw_only=True)
-class Outcome:
-    """How a study ended."""
-
-    failed: dict[str, Path] = field(default_factory=dict)
-    """Cell to its log."""
+    def failed(self, cell: Cell, log: Path) -> None:
+        """A cell failed; its log."""
 
 
-def default_workers(cells: int, *, memory: int = MEMORY_PER_CELL) -> int:
+def default_workers(cells: int) -> int:
     """As many cells side by side as there are cores and memory for."""
-    able = min(usable_cores(), int(0.8 * psutil.virtual_memory().available) // memory)
+    able = min(usable_cores(), int(0.8 * psutil.virtual_memory().available) // MEMORY_PER_CELL)
     return max(1, min(able, cells))
 
 
@@ -121,8 +116,7 @@ def find_cell(study: Study, out: Path, cell_id: str) -> Cell:
     screening = {cell.id: cell for cell in screening_cells(study)}
     if cell_id in screening:
         return screening[cell_id]
-    known = {cell.id for cell in final_cells(study, dict.fromkeys(study.names))}
-    if cell_id not in known:
+    if cell_id not in {cell.id for cell in final_cells(study)}:
         raise ConfigError(f"the study has no cell {cell_id!r}; --print-cells shows them.")
     rates = choose_rates(study, results_of(study, out))
     return next(cell for cell in final_cells(study, rates) if cell.id == cell_id)
@@ -136,38 +130,26 @@ def run_study(
     workers: int,
     launcher: str | None = None,
     progress: Progress | None = None,
-) -> Outcome:
+) -> dict[str, Path]:
     """Run what is not done: the screening, then the final cells.
 
     A cell that fails is reported and left; the others run on. A method whose screening failed wholly has no final
     cells.
 
+    Returns:
+        The cells that failed, each with its log.
+
     Raises:
         RunError: see `pending`.
     """
-    progress, outcome = progress or Progress(), Outcome()
-    for stage in ("screen", "final"):
-        cells = screening_cells(study) if stage == "screen" else _chosen_cells(_with_rates(study, out), out)
-        todo = [cell for cell in cells if cell.result(out) is None]
-        _Pool(out, study_file, workers, launcher, progress, outcome).run(todo)
-    return outcome
-
-
-def _with_rates(study: Study, out: Path) -> Study:
-    """The study without the methods whose screening failed."""
-    import dataclasses
-
-    cells = screening_cells(study)
-    lost = {name for name in study.names if cells and not _any_rate(study, cells, name, out)}
-    return dataclasses.replace(study, methods=tuple(m for m in study.methods if m.name not in lost))
-
-
-def _any_rate(study: Study, cells: Sequence[Cell], name: str, out: Path) -> bool:
-    rates: dict[float | None, int] = {}
-    for cell in cells:
-        if cell.method == name and cell.result(out) is not None:
-            rates[cell.learning_rate] = rates.get(cell.learning_rate, 0) + 1
-    return len(study.screening_seeds) in rates.values()
+    pool = _Pool(
+        out=out, study_file=study_file, workers=workers, launcher=launcher, progress=progress or Progress()
+    )
+    pool.run([cell for cell in screening_cells(study) if cell.result(out) is None])
+    known = screened_methods(study, results_of(study, out))
+    rest = dataclasses.replace(study, methods=tuple(m for m in study.methods if m.name in known))
+    pool.run([cell for cell in _chosen_cells(rest, out) if cell.result(out) is None])
+    return pool.failed
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -178,23 +160,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.terminate()
 
 
+@dataclass(kw_only=True)
 class _Pool:
-    def __init__(
-        self,
-        out: Path,
-        study_file: Path,
-        workers: int,
-        launcher: str | None,
-        progress: Progress,
-        outcome: Outcome,
-    ):
-        self.out, self.study_file, self.workers, self.launcher = out, study_file, workers, launcher
-        self.progress, self.outcome = progress, outcome
-        self.running: dict[Cell, tuple[subprocess.Popen[bytes], float]] = {}
-        self.times: list[float] = []
+    out: Path
+    study_file: Path
+    workers: int
+    launcher: str | None
+    progress: Progress
+    running: dict[Cell, tuple[subprocess.Popen[bytes], float]] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+    failed: dict[str, Path] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> None:
         queue, total = list(cells), len(cells)
+        self.times = []
         try:
             while queue or self.running:
                 while queue and len(self.running) < self.workers:
@@ -239,5 +218,5 @@ class _Pool:
             self.progress.ended(cell, seconds, left)
         else:
             log = cell.folder(self.out) / "log.txt"
-            self.outcome.failed[cell.id] = log
+            self.failed[cell.id] = log
             self.progress.failed(cell, log)

@@ -10,8 +10,8 @@ from typing import Any
 from manylora.errors import DataError, RunError
 from manylora.evaluation.claims import Trial, try_claims
 from manylora.evaluation.statistics import delta_m, mean_interval
-from manylora.studies.cells import at_the_edge
-from manylora.studies.config import MEAN, Contrast, Study
+from manylora.studies.cells import at_the_edge, screened
+from manylora.studies.config import MEAN, SCREENING, Contrast, Study
 from manylora.studies.costs import costs_of
 from manylora.studies.records import (
     ClaimTrial,
@@ -20,13 +20,9 @@ from manylora.studies.records import (
     Interval,
     OtherScore,
     Score,
-    Screened,
     Summary,
 )
 from manylora.studies.results import CellResult, unpack_scores
-
-SCREENING = 5
-"""Fewer seeds than this are a first look, and the page says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +111,7 @@ def summarise(study: Study, results: Sequence[CellResult], facts: Mapping[str, A
         learning_rates=rates,
         grid=study.learning_rates,
         at_the_edge=tuple(at_the_edge(study, rates)),
-        screening=tuple(_screening(study, results)),
+        screening=tuple(screened(study, results)),
         cells=tuple(cell for cells in grid.cells.values() for cell in cells.values()),
         missing=tuple(
             f"{m} seed {s}" for m in study.names for s in study.seeds if s not in grid.cells.get(m, {})
@@ -136,29 +132,7 @@ def summarise(study: Study, results: Sequence[CellResult], facts: Mapping[str, A
 
 
 def _interval(values: Sequence[float]) -> dict[str, Any]:
-    mean, low, high, n = mean_interval(values)
-    return {"mean": mean, "low": _or_none(low), "high": _or_none(high), "n": n}
-
-
-def _or_none(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
-
-
-def _screening(study: Study, results: Sequence[CellResult]) -> list[Screened]:
-    """Validation scores of every method and rate."""
-    rows = []
-    for name in study.names:
-        for rate in study.learning_rates:
-            scores = [
-                math.fsum(row.scores.values()) / len(row.scores)
-                for row in results
-                if row.stage == "screen" and row.method == name and row.learning_rate == rate
-            ]
-            if scores:
-                mean = math.fsum(scores) / len(scores)
-                rows.append(Screened(method=name, learning_rate=rate, validation=mean, n=len(scores)))
-    return rows
+    return mean_interval(values)._asdict()
 
 
 def _others(grid: Grid) -> list[OtherScore]:
@@ -239,53 +213,36 @@ def claims(grid: Grid) -> list[ClaimTrial]:
         [grid.paired(c.first, c.second, c.task, s) for c, s in zip(tried, seeds, strict=True)],
         margin=study.margin,
     )
-    return [_claim(contrast, trial, study) for contrast, trial in zip(tried, trials, strict=True)]
-
-
-def _claim(contrast: Contrast, trial: Trial, study: Study) -> ClaimTrial:
-    test = trial.test
-    return ClaimTrial(
-        text=f"{contrast.sentence}: {trial.verdict}. {_reading(contrast, trial, study)}",
-        claim=contrast.sentence,
-        kind=contrast.claim,
-        first=contrast.first,
-        second=contrast.second,
-        task=contrast.task,
-        difference=test.difference,
-        low=_or_none(test.low),
-        high=_or_none(test.high),
-        p=_or_none(test.p),
-        p_holm=_or_none(trial.p_holm),
-        bootstrap=(_or_none(trial.bootstrap[0]), _or_none(trial.bootstrap[1])),
-        one_sided=(_or_none(trial.one_sided[0]), _or_none(trial.one_sided[1])),
-        detectable=_or_none(trial.detectable),
-        margin=study.margin,
-        n=test.n,
-        verdict=trial.verdict,
-    )
-
-
-def _reading(contrast: Contrast, trial: Trial, study: Study) -> str:
-    """The numbers behind a verdict, as a sentence."""
-    test = trial.test
-    if test.n < 2:
-        return f"The difference is {test.difference:+.2f} points with one seed, which cannot tell chance from effect."
-    if not math.isfinite(trial.detectable):
-        return (
-            f"The difference is {test.difference:+.2f} points in each of {test.n} seeds, without any spread; "
-            "nothing is known of chance."
+    return [
+        ClaimTrial(
+            **trial.model_dump(),
+            text=f"{contrast.sentence}: {trial.verdict}. {_reading(contrast, trial)}",
+            claim=contrast.sentence,
+            kind=contrast.claim,
+            first=contrast.first,
+            second=contrast.second,
+            task=contrast.task,
         )
-    seen = (
-        f"The difference is {test.difference:+.2f} points (95 % over {test.n} seeds {test.low:+.2f} to "
-        f"{test.high:+.2f}"
-    )
-    if math.isfinite(trial.bootstrap[0]):
-        seen += f"; over seeds and test rows {trial.bootstrap[0]:+.2f} to {trial.bootstrap[1]:+.2f}"
+        for contrast, trial in zip(tried, trials, strict=True)
+    ]
+
+
+def _reading(contrast: Contrast, trial: Trial) -> str:
+    """The numbers behind a verdict, as a sentence."""
+    seen = f"The difference is {trial.difference:+.2f} points"
+    if trial.n == 1:
+        return f"{seen} with one seed, which cannot tell chance from effect."
+    if math.isnan(trial.detectable):
+        return f"{seen} in each of {trial.n} seeds, without any spread; nothing is known of chance."
+    seen += f" (95 % over {trial.n} seeds {trial.low:+.2f} to {trial.high:+.2f}"
+    low, high = trial.bootstrap
+    if not math.isnan(low):
+        seen += f"; over seeds and test rows {low:+.2f} to {high:+.2f}"
     if contrast.claim == "better":
         found = f"this study finds {trial.detectable:.1f} or more"
-        return f"{seen}; p {test.p:.3g}, after Holm {trial.p_holm:.3g}); {found}."
+        return f"{seen}; p {trial.p:.3g}, after Holm {trial.p_holm:.3g}); {found}."
     loss = max(0.0, -trial.one_sided[0])
-    return f"{seen}); with 95 % confidence it loses less than {loss:.2f} (margin {study.margin:g})."
+    return f"{seen}); with 95 % confidence it loses less than {loss:.2f} (margin {trial.margin:g})."
 
 
 def notes(study: Study, grid: Grid, rates: Mapping[str, float | None]) -> list[str]:

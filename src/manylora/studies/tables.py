@@ -6,7 +6,7 @@ import math
 
 from manylora.evaluation.metrics import metric_label
 from manylora.studies.costs import CELL_METRICS, costs_of
-from manylora.studies.records import DeltaM, Score, Summary
+from manylora.studies.records import ClaimTrial, DeltaM, Interval, Score, Summary
 from manylora.table import Column, Spread, Table, Value
 
 DELTA = "Δm%"
@@ -38,14 +38,7 @@ def scores_table(summary: Summary) -> Table:
 def long_table(summary: Summary) -> Table:
     """The same, one line per method and task, for files."""
     rows: list[dict[str, Value]] = [
-        {
-            "method": row.method,
-            "task": row.task,
-            "mean": row.mean,
-            "low": row.low,
-            "high": row.high,
-            "n": row.n,
-        }
+        {"method": row.method, "task": row.task, "mean": row.mean, **_bounds(row), "n": row.n}
         for row in summary.table
     ]
     return Table.of("scores-long", "The same, one line per method and task", rows, hidden=True)
@@ -66,8 +59,7 @@ def others_table(summary: Summary) -> Table:
 def delta_table(summary: Summary) -> Table:
     """Δm% of each method."""
     rows: list[dict[str, Value]] = [
-        {"method": row.method, DELTA: row.mean, "low": row.low, "high": row.high, "n": row.n}
-        for row in summary.delta_m
+        {"method": row.method, DELTA: row.mean, **_bounds(row), "n": row.n} for row in summary.delta_m
     ]
     return Table.of("delta-m", "Δm% with its 95 % interval", rows)
 
@@ -102,8 +94,7 @@ def curves_table(summary: Summary) -> Table:
             "method": row.method,
             "epoch": row.epoch,
             "mean": row.mean,
-            "low": row.low,
-            "high": row.high,
+            **_bounds(row),
             DELTA: None if row.delta_m is None else row.delta_m.mean,
         }
         for row in summary.curves
@@ -119,8 +110,7 @@ def claims_table(summary: Summary) -> Table:
             "claim": one.claim or one.text,
             "verdict": one.verdict,
             "difference": one.difference,
-            "low": one.low,
-            "high": one.high,
+            **_bounds(one),
             "p": one.p,
             "p (Holm)": one.p_holm,
             "bootstrap low": one.bootstrap[0],
@@ -157,3 +147,7 @@ def cells_table(summary: Summary) -> Table:
 
 def _spread(row: Score | DeltaM) -> Spread:
     return Spread(row.mean, row.half)
+
+
+def _bounds(row: Interval | ClaimTrial) -> dict[str, Value]:
+    return {"low": row.low, "high": row.high}

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from manylora.errors import RunError
 from manylora.files import build_config, read_record
 from manylora.files.settings import field_types, settings_of
-from manylora.studies.kinds import Job, Measured
+from manylora.studies.kinds import Job
 from manylora.studies.presets import PRESETS
+from manylora.studies.results import Measured
 from manylora.studies.settings import TrainCellSettings
 from manylora.training.config import TrainConfig
 
@@ -173,8 +174,7 @@ def trainable(config: TrainConfig, *, tasks: int) -> int:
     if config.num_experts is None:
         config = dataclasses.replace(config, num_experts=tasks)
     names = [f"task {index}" for index in range(tasks)]
-    labels = 2 if config.task_type == "SEQ_CLS" else 0  # the head, of whatever size, is not counted
-    model = shadow_model(config, adapter_config(config, task_names=names), labels=labels)
+    model = shadow_model(config, adapter_config(config, task_names=names))
     return sum(value.numel() for name, value in model.named_parameters() if "manylora_experts" in name)
 
 

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, ModelError
-from manylora.files import build_config
+from manylora.files import build_config, locked
 from manylora.files.settings import field_types, settings_of
-from manylora.studies.kinds import Job, Measured, held
+from manylora.studies.kinds import Job
+from manylora.studies.results import Measured
 from manylora.studies.settings import TransferCellSettings
 from manylora.studies.train_cells import joined, one_run, only, shortened
 from manylora.training.config import TrainConfig
@@ -113,7 +114,7 @@ def _donor(job: Job, splits: Splits, task: str) -> dict[str, Tensor]:
     facts = [config.to_dict(), task, cell.train_limit]
     mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = job.shared / f"donor-{mark}"
-    with held(job.shared / f"donor-{mark}.lock"):
+    with locked(job.shared / f"donor-{mark}.lock" / ".held"):
         others = only(splits, [name for name in splits.train if name != task])
         others = shortened(others, cell.train_limit)
         other_job = dataclasses.replace(job, settings={}, split="validation")

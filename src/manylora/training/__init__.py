@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from manylora.training.facts import TaskFacts, read_task_facts
     from manylora.training.fingerprint import base_fingerprint, comparable, same_base
     from manylora.training.job import build_model, finetune
-    from manylora.training.labels import LabelSets, encode_labelled, label_of, predict_labels
-    from manylora.training.layers import check_layers
+    from manylora.training.kinds import KINDS, Choosing, TaskKind, Writing, kind_of_adapter
+    from manylora.training.labels import LabelSets
     from manylora.training.memory import MemoryPlan
     from manylora.training.merge import write_merged
     from manylora.training.models import (
         adapter_base_name,
         adapter_folder,
-        adapter_task_type,
         base_location,
-        context_of,
+        check_layers,
+        config_of_run,
         load_adapter,
         load_base,
         load_classifier,
@@ -43,16 +43,16 @@ _HOME = {
     "facts": ("TaskFacts", "read_task_facts"),
     "job": ("build_model", "finetune"),
     "fingerprint": ("base_fingerprint", "comparable", "same_base"),
-    "labels": ("LabelSets", "encode_labelled", "label_of", "predict_labels"),
-    "layers": ("check_layers",),
+    "kinds": ("KINDS", "Choosing", "TaskKind", "Writing", "kind_of_adapter"),
+    "labels": ("LabelSets",),
     "memory": ("MemoryPlan",),
     "merge": ("write_merged",),
     "models": (
         "adapter_base_name",
         "adapter_folder",
-        "adapter_task_type",
+        "config_of_run",
         "base_location",
-        "context_of",
+        "check_layers",
         "load_adapter",
         "load_base",
         "load_classifier",
@@ -68,8 +68,10 @@ _HOME = {
 }
 
 __all__ = [
+    "KINDS",
     "METHODS",
     "RECIPES",
+    "Choosing",
     "ExpertCollator",
     "LabelSets",
     "MemoryPlan",
@@ -78,29 +80,28 @@ __all__ = [
     "Processes",
     "RunFolder",
     "TaskFacts",
+    "TaskKind",
     "TaskPlan",
     "TrainConfig",
+    "Writing",
     "adapter_base_name",
     "adapter_folder",
-    "adapter_task_type",
     "base_fingerprint",
     "base_location",
     "build_model",
     "check_layers",
     "comparable",
-    "context_of",
-    "encode_labelled",
+    "config_of_run",
     "environment",
     "find_snapshots",
     "finetune",
-    "label_of",
+    "kind_of_adapter",
     "load_adapter",
     "load_base",
     "load_classifier",
     "load_config",
     "load_tokenizer",
     "plan_lines",
-    "predict_labels",
     "prepare",
     "read_task_facts",
     "same_base",

@@ -67,6 +67,43 @@ class EncodedRows(Dataset):
         return (self.rows[row].origin or f"row {row}") if row >= 0 else "an empty row"
 
 
+def longest_first(order: Sequence[int], lengths: Sequence[int], *, step: int) -> list[int]:
+    """The same rows in every optimizer step, by falling length, so that rows of like length share a forward pass.
+
+    Args:
+        order: indices of rows over a whole run.
+        lengths: tokens of each row.
+        step: rows per optimizer step.
+    """
+    return [
+        row
+        for start in range(0, len(order), step)
+        for row in sorted(order[start : start + step], key=lambda row: -lengths[row])
+    ]
+
+
+def rows_of_a_pass(order: Sequence[int], lengths: Sequence[int], *, step: int, overhead: float) -> int:
+    """How many rows should share a forward pass so that all of them take the least time.
+
+    Few rows of like length have little padding, but every pass costs something by itself.
+
+    Args:
+        order: see `longest_first`, as it orders.
+        lengths: tokens of each row.
+        step: rows per optimizer step.
+        overhead: what a pass costs by itself, in tokens.
+
+    Returns:
+        A divisor of `step`.
+    """
+
+    def cost(rows: int) -> float:
+        starts = range(0, len(order), rows)
+        return sum(lengths[order[start]] * len(order[start : start + rows]) + overhead for start in starts)
+
+    return min((rows for rows in range(step, 0, -1) if step % rows == 0), key=cost)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collator:
     """Pad rows on the right to the longest of a batch.
@@ -169,18 +206,18 @@ def encode_tasks(
     ]
 
 
-def data_fingerprint(tasks: Sequence[EncodedTask], *, labelled: bool = False) -> str:
+def data_fingerprint(tasks: Sequence[EncodedTask], *, mark: Callable[[Encoded], object]) -> str:
     """Short hash of the encoded rows, so that a resumed run notices changed data.
 
     Args:
         tasks: the rows.
-        labelled: whether a row's answer is its label, and not a part of its tokens.
+        mark: what of a row counts besides its tokens.
     """
     digest = hashlib.sha256()
     for task in tasks:
         digest.update(task.name.encode())
         for row in task.rows:
-            digest.update(repr((row.input_ids, row.labels if labelled else row.prompt_length)).encode())
+            digest.update(repr((row.input_ids, mark(row))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -19,6 +19,39 @@ Recipe: TypeAlias = Literal[
     "auto", "embedded", "standard", "classification", "published-commonsense", "published-flan"
 ]
 TaskType: TypeAlias = Literal["CAUSAL_LM", "SEQ_CLS"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskTypeSettings:
+    """Which settings fit a task type."""
+
+    recipes: Sequence[Recipe]
+    """Those that may be named."""
+    unfit: str
+    """What is said of another recipe."""
+    auto: Recipe
+    """The recipe where none is named and the base is not the embedded one."""
+    auto_embedded: Recipe
+    """The same for the embedded base."""
+    unused: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that would do nothing, at the values with which they say nothing."""
+
+
+TASK_TYPES: Mapping[TaskType, TaskTypeSettings] = {
+    "CAUSAL_LM": TaskTypeSettings(
+        recipes=("auto", "embedded", "standard", "published-commonsense", "published-flan"),
+        unfit="is for task_type SEQ_CLS; give that too, or another recipe.",
+        auto="standard",
+        auto_embedded="embedded",
+    ),
+    "SEQ_CLS": TaskTypeSettings(
+        recipes=("auto", "classification"),
+        unfit="trains a model to write; leave it out with task_type SEQ_CLS, or set learning_rate and epochs yourself.",
+        auto="classification",
+        auto_embedded="classification",
+        unused={"loss_on": "answer", "max_new_tokens": None, "rouge": "all"},
+    ),
+}
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "alora": {"share": "B", "num_experts": 3},
@@ -128,25 +161,14 @@ class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSe
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_task_type()
-
-    def _check_task_type(self) -> None:
-        if self.task_type != "SEQ_CLS":
-            if self.recipe == "classification":
-                raise ConfigError(
-                    "recipe classification is for task_type SEQ_CLS; give that too, or another recipe."
-                )
-            return
-        if self.recipe not in ("auto", "classification"):
-            raise ConfigError(
-                f"recipe {self.recipe} trains a model to write; leave it out with task_type SEQ_CLS, or set "
-                "learning_rate and epochs yourself."
-            )
-        for name, silent in (("loss_on", "answer"), ("max_new_tokens", None), ("rouge", "all")):
+        fitting = TASK_TYPES[self.task_type]
+        if self.recipe not in fitting.recipes:
+            raise ConfigError(f"recipe {self.recipe} {fitting.unfit}")
+        for name, silent in fitting.unused.items():
             if getattr(self, name) != silent:
                 raise ConfigError(
-                    f"{name} {getattr(self, name)} is about written answers, but with task_type SEQ_CLS none are "
-                    "written; leave it out."
+                    f"{name} {getattr(self, name)} is about written answers, but with task_type {self.task_type} none "
+                    "are written; leave it out."
                 )
 
     @property
@@ -166,11 +188,9 @@ class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSe
 
         `num_experts` stays `None` under the task router until the tasks are known.
         """
-        name = self.recipe
+        name, fitting = self.recipe, TASK_TYPES[self.task_type]
         if name == "auto":
-            name = "embedded" if self.model == EMBEDDED else "standard"
-            if self.task_type == "SEQ_CLS":
-                name = "classification"
+            name = fitting.auto_embedded if self.model == EMBEDDED else fitting.auto
         filled: dict[str, Any] = {**RECIPES[name], **METHODS[self.method]}
         if self.router == "task" and self.method != "lora":
             filled.pop("num_experts")

@@ -16,72 +16,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from manylora.errors import NonFiniteError
-from manylora.training.fingerprint import PLAIN
+from manylora.evaluation.finite import BFLOAT16_ON_CPU, SHOWN, broken_weight, in_bfloat16_on_cpu
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PATIENCE = 20
 """Steps on end that float16's loss scaler may skip: it halves its 65,536 each time, and below 1 it no longer helps."""
-BFLOAT16_ON_CPU = (
-    "On a CPU with AMX, bfloat16 can take NaN from other memory: give --dtype float32, or set "
-    "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment."
-)
-"""oneDNN's product reads beyond the columns of a matrix whose number is no multiple of 32, and multiplies what it finds
-there by zero (its issue 5717, mended by pull request 5723 in August 2026; torch 2.13 has the older one)."""
-_SHOWN = 3
-
-
-def broken_weight(model: torch.nn.Module) -> str:
-    """A sentence on the first weight of a model that is not finite; empty where all are."""
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in PLAIN and not bool(parameter.detach().isfinite().all()):
-            short = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            return (
-                f"The model's weight {short!r} itself holds such values; take another copy of the base model, or "
-                "leave out the rows that use them."
-            )
-    return ""
-
-
-def in_bfloat16_on_cpu(model: torch.nn.Module) -> bool:
-    """Whether a model computes in a type that some CPUs get wrong."""
-    return any(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in model.parameters())
-
-
-def check_output(model: torch.nn.Module, logits: Tensor, mask_BT: Tensor, what: str) -> None:
-    """Refuse logits that are NaN where something was read.
-
-    Args:
-        model: whose they are.
-        logits: (B, T, V), or a classifier's (B, C).
-        mask_BT: which tokens are no padding, whose logits mean nothing.
-        what: was read, for the error.
-
-    Raises:
-        NonFiniteError: some are.
-    """
-    bad = logits.isnan().any(-1)
-    if bool((bad if bad.dim() == 1 else bad & mask_BT.bool()).any()):
-        refuse_output(model, [what])
-
-
-def refuse_output(model: torch.nn.Module, origins: Sequence[str]) -> None:
-    """Say that a model's output is not finite.
-
-    Args:
-        model: whose output it is.
-        origins: where the rows come from.
-
-    Raises:
-        NonFiniteError: always.
-    """
-    cause = broken_weight(model) or (
-        BFLOAT16_ON_CPU if in_bfloat16_on_cpu(model) else "Give --dtype float32, or leave these rows out."
-    )
-    more = len(origins) - _SHOWN
-    shown = ", ".join(origins[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-    raise NonFiniteError(f"The model's output for {shown} is not a number (NaN). {cause}")
 
 
 class FiniteGuard(TrainerCallback):
@@ -216,11 +157,11 @@ def _listed(found: Sequence[tuple[str, str]]) -> str:
     for task, origin in found:
         by_task.setdefault(task, []).append(origin)
     parts = []
-    for task, origins in list(by_task.items())[:_SHOWN]:
-        more = len(origins) - _SHOWN
-        shown = ", ".join(origins[:_SHOWN]) + (
+    for task, origins in list(by_task.items())[:SHOWN]:
+        more = len(origins) - SHOWN
+        shown = ", ".join(origins[:SHOWN]) + (
             f" and {more} more row{'' if more == 1 else 's'}" if more > 0 else ""
         )
         parts.append(f"task {task!r} ({shown})")
-    others = len(by_task) - _SHOWN
+    others = len(by_task) - SHOWN
     return ", ".join(parts) + (f" and {others} more task{'' if others == 1 else 's'}" if others > 0 else "")

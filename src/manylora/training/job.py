@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,28 +14,21 @@ from transformers import set_seed
 
 from manylora.adapters import put_weights, read_weights
 from manylora.errors import ManyLoraError, RunError
-from manylora.files import remove
+from manylora.files import remove, write_json
 from manylora.training.batches import Collator, EncodedRows, data_fingerprint
 from manylora.training.fingerprint import base_fingerprint, comparable, same_base, weakness
-from manylora.training.labels import LabelCollator, LabelTrainer
-from manylora.training.models import (
-    first_line,
-    head_modules,
-    load_base,
-    load_classifier,
-)
-from manylora.training.plan import (
-    adapter_config,
-)
+from manylora.training.heads import head_of
+from manylora.training.models import first_line
+from manylora.training.plan import adapter_config
 from manylora.training.prepared import Prepared
 from manylora.training.processes import Processes, wait_for_all
-from manylora.training.result import save_result
 from manylora.training.runs import RunFolder, step_of
 from manylora.training.snapshots import SnapshotRecorder, snapshot_steps
 from manylora.training.trainer import (
     ManyTaskTrainer,
     Reporter,
     RunRecorder,
+    save_adapter,
     training_arguments,
 )
 
@@ -56,19 +48,10 @@ def build_model(prepared: Prepared) -> PeftModel:
     """The base with a fresh adapter, initialised from the run's seed."""
     config = prepared.config
     adapter = adapter_config(config, task_names=prepared.task_names)
-    if prepared.labels:
-        base = load_classifier(
-            config.model,
-            labels=prepared.labels.count,
-            pad_token_id=prepared.tokenizer.pad_token_id,
-            seed=config.seed,
-            dtype=config.dtype,
-            device=config.device,
-        )
-        adapter.modules_to_save = head_modules(base)
-    else:
-        base = load_base(config.model, dtype=config.dtype, device=config.device)
-    adapter.base_fingerprint = base_fingerprint(base, without=adapter.modules_to_save or ())
+    base = prepared.kind.load_base(config)
+    if parts := head_of(config.task_type).parts(base):
+        adapter.modules_to_save = parts
+    adapter.base_fingerprint = base_fingerprint(base, without=parts)
     set_seed(config.seed)
     model = get_peft_model(base, adapter)
     model.peft_config["default"].base_model_name_or_path = config.model
@@ -102,7 +85,7 @@ def finetune(
     model = build_model(prepared) if model is None else model
     rows = [*prepared.train, *prepared.validation]
     prints = {
-        "data": data_fingerprint(rows, labelled=prepared.labels is not None),
+        "data": data_fingerprint(rows, mark=prepared.kind.mark),
         "base": model.active_peft_config.base_fingerprint,
     }
     _check_unchanged(run, model, prints)
@@ -139,7 +122,7 @@ def finetune(
     if prepared.config.keep == "best" and step is not None:
         _load_best(run, step, model)
     if first:
-        save_result(prepared, run, model)
+        _save_result(prepared, run, model)
     return model
 
 
@@ -192,11 +175,6 @@ def _trainer(
 ) -> ManyTaskTrainer:
     config, plan = prepared.config, prepared.plan
     recorder = RunRecorder(run, keep_best=config.keep == "best")
-    kind, collate = (
-        (partial(LabelTrainer, labels=prepared.labels), LabelCollator)
-        if prepared.labels
-        else (ManyTaskTrainer, Collator)
-    )
     arguments = training_arguments(
         config,
         run,
@@ -208,9 +186,10 @@ def _trainer(
     # A layer of an expert of the base may get no token of a step; to look for such layers takes DDP time.
     text = model.config.get_text_config()
     arguments.ddp_find_unused_parameters = any(hasattr(text, name) for name in _EXPERTS_OF_THE_BASE)
-    return kind(
+    return ManyTaskTrainer(
         task_names=prepared.task_names,
         route_by_task=config.routes_by_task,
+        loss=prepared.kind.loss,
         model=model,
         args=arguments,
         train_dataset=EncodedRows.of(
@@ -222,6 +201,23 @@ def _trainer(
         eval_dataset=EncodedRows.of(prepared.validation, prepared.task_names)
         if prepared.validation
         else None,
-        data_collator=collate(pad_token_id=prepared.tokenizer.pad_token_id),
+        data_collator=Collator(pad_token_id=prepared.kind.tokenizer.pad_token_id),
         callbacks=[recorder, *([Reporter(report)] if report else []), *callbacks],
     )
+
+
+def _save_result(prepared: Prepared, run: RunFolder, model: PeftModel) -> None:
+    """Place `adapter/` in the run folder, with tokenizer and record of its prompts, and tasks.json beside it."""
+    partial = run.path / "adapter.partial"
+    remove(partial)
+    save_adapter(model, str(partial))
+    config, kind = prepared.config, prepared.kind
+    kind.tokenizer.save_pretrained(str(partial))
+    if (prompts := kind.prompts(prepared.splits.train, date=config.date)) is not None:
+        prompts.write(partial)
+    run.place_folder("adapter", partial)
+    facts = {
+        task.name: {"expert": index, "train_rows": len(task.rows), **kind.facts(task.name)}
+        for index, task in enumerate(prepared.train)
+    }
+    write_json(run.path / "tasks.json", {"max_length": config.max_length, "tasks": facts})

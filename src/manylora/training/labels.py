@@ -1,4 +1,4 @@
-"""Classification: each task's labels, rows that carry one, and a trainer whose loss chooses among the task's own.
+"""Classification: each task's labels, and rows that carry one.
 
 One head serves all tasks. Its outputs are the labels of all tasks laid end to end; a row's loss and its prediction
 look at those of the row's task alone.
@@ -9,22 +9,17 @@ Shape letters: B rows, T tokens, K tasks, C labels of all tasks together.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from manylora.data import Encoded, Example, TaskData, check_token_rows, without_options
 from manylora.errors import DataError
-from manylora.training.batches import Collator, EncodedTask
-from manylora.training.finite import refuse_output
-from manylora.training.models import context_of
-from manylora.training.trainer import ManyTaskTrainer
+from manylora.training.batches import EncodedTask
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 MAX_LABELS = 50
@@ -67,6 +62,11 @@ class LabelSets:
     def count(self) -> int:
         """C: labels of all tasks together."""
         return sum(map(len, self.tasks.values()))
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Task to its place among the tasks, which is its expert under the task router."""
+        return {task: number for number, task in enumerate(self.tasks)}
 
     def first(self, task: str) -> int:
         """The head's output at which the labels of `task` begin."""
@@ -136,7 +136,6 @@ def encode_labelled(
     labels: LabelSets,
     *,
     max_length: int,
-    context_length: int | None,
     vocabulary: int | None = None,
 ) -> list[EncodedTask]:
     """Every row of every task, in order; `labels` of a row holds one number, the head's output for its label.
@@ -146,14 +145,12 @@ def encode_labelled(
         tokenizer: the base's.
         labels: of every task.
         max_length: tokens that a row may have; the end of a longer one is cut.
-        context_length: tokens that the model can read, where it has such a limit.
         vocabulary: rows of the model's embedding; ids beyond are refused.
 
     Raises:
         DataError: a task, or a row's label, is not among `labels`; or a token has no row in the model.
     """
     labels.check(data, what="given")
-    length = min(max_length, context_length or max_length)
     tasks = []
     for task, examples in data.items():
         place = {label: labels.first(task) + number for number, label in enumerate(labels.tasks[task])}
@@ -162,7 +159,7 @@ def encode_labelled(
                 f"A row of task {task!r} has the label {unknown[0][:40]!r}, which the head does not know; it knows "
                 f"{', '.join(place)}."
             )
-        coded = encode_questions(examples, tokenizer, max_length=length)
+        coded = encode_questions(examples, tokenizer, max_length=max_length)
         for example, (ids, _) in zip(examples, coded, strict=True):
             check_token_rows(ids, vocabulary, example, tokenizer)
         rows = [
@@ -177,91 +174,3 @@ def encode_labelled(
         ]
         tasks.append(EncodedTask(name=task, rows=rows))
     return tasks
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelCollator(Collator):
-    """As `Collator`, but `labels` is (B,): the head's output that is right."""
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad and stack; see the class."""
-        batch = super().__call__(rows)
-        return {**batch, "labels": batch["labels"][:, 0]}
-
-
-class LabelTrainer(ManyTaskTrainer):
-    """A `ManyTaskTrainer` of rows that carry one label: an item of the loss is a row, not a token."""
-
-    def __init__(self, *, labels: LabelSets, **options: Any):
-        super().__init__(**options)
-        self.allowed_KC = labels.allowed()
-        self._loss_shifts_labels = False
-
-    def _token_losses(
-        self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of every row among its own task's labels, and the rows' numbers, both (B,)."""
-        routing = {"expert_ids": inputs["task"]} if self.route_by_task else {}
-        logits_BC = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **routing
-        ).logits
-        own = among(logits_BC, inputs["task"], self.allowed_KC)
-        losses = F.cross_entropy(own, inputs["labels"], reduction="none")
-        return losses, torch.arange(len(losses), device=losses.device)
-
-
-def among(logits_BC: torch.Tensor, task_B: torch.Tensor, allowed_KC: torch.Tensor) -> torch.Tensor:
-    """The logits in float32, (B, C), with -inf at other tasks' labels."""
-    return logits_BC.float().masked_fill(~allowed_KC.to(logits_BC.device)[task_B], -torch.inf)
-
-
-@torch.no_grad()
-def predict_labels(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TaskData,
-    labels: LabelSets,
-    *,
-    max_length: int,
-    batch_size: int,
-) -> dict[str, list[str]]:
-    """The most likely label of every row among its task's own, per task and in order.
-
-    Raises:
-        DataError: a task is not among `labels`.
-        NonFiniteError: the model's output is NaN.
-    """
-    labels.check(data, what="test")
-    model.eval()
-    allowed_KC, names = labels.allowed(), [label for own in labels.tasks.values() for label in own]
-    config = model.active_peft_config
-    route = getattr(config, "router", None) == "task" and config.num_experts > 1
-    length = min(max_length, context_of(model.config) or max_length)
-    chosen: dict[str, list[str]] = {}
-    for task, examples in data.items():
-        number = list(labels.tasks).index(task)
-        coded = [ids for ids, _ in encode_questions(examples, tokenizer, max_length=length)]
-        found = [""] * len(coded)
-        for part, batch in _batches(coded, batch_size, pad_token_id=tokenizer.pad_token_id):
-            task_B = torch.full((len(part),), number, device=model.device)
-            routing = {"expert_ids": task_B} if route else {}
-            logits = model(**{name: t.to(model.device) for name, t in batch.items()}, **routing).logits
-            own = among(logits, task_B, allowed_KC)
-            if bad := own.isnan().any(-1).nonzero()[:, 0].tolist():
-                refuse_output(model, [examples[part[row]].origin or f"a row of task {task!r}" for row in bad])
-            for place, best in zip(part, own.argmax(-1).tolist(), strict=True):
-                found[place] = names[best]
-        chosen[task] = found
-    return chosen
-
-
-def _batches(
-    coded: Sequence[list[int]], size: int, *, pad_token_id: int
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Rows of about one length together: where each stands, and what the model reads."""
-    order = sorted(range(len(coded)), key=lambda place: len(coded[place]))
-    collate = Collator(pad_token_id=pad_token_id)
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        batch = collate([{"input_ids": coded[place], "labels": [], "task": 0} for place in part])
-        yield part, {name: batch[name] for name in ("input_ids", "attention_mask")}

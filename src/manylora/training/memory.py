@@ -9,13 +9,13 @@ from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manylora.adapters import load_balance
 from manylora.errors import ConfigError
+from manylora.training.heads import head_of
 from manylora.training.reach import give_shapes, without_data
 
 _ADAM_BYTES = 12
@@ -197,19 +197,13 @@ def check_memory(plan: MemoryPlan, *, device: torch.device) -> None:
 
 def training_loss(model: PeftModel, *, rows: int, length: int, answer: int) -> torch.Tensor:
     """The trainer's loss of a batch of equal rows: over the last `answer` tokens of each, or over one label each."""
+    head = head_of(model.active_peft_config.task_type)
     ids = torch.zeros(rows, length, dtype=torch.long)
-    labelled = model.active_peft_config.task_type == "SEQ_CLS"
-    routing: dict[str, Any] = {} if labelled else {"use_cache": False}
+    routing: dict[str, Any] = {}
     if model.active_peft_config.routes_by_task:
         routing["expert_ids"] = torch.zeros(rows, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # as in any batch of unequal rows: transformers leaves out a mask that hides nothing
     with load_balance(model) as balance:
-        logits = model(input_ids=ids, attention_mask=mask, **routing).logits
-    if labelled:
-        return F.cross_entropy(logits.float(), torch.zeros(rows, dtype=torch.long)) + balance.loss()
-    answer = min(answer, length - 1)
-    row = torch.arange(rows).repeat_interleave(answer)
-    place = torch.arange(length - 1 - answer, length - 1).repeat(rows)
-    loss = F.cross_entropy(logits[:, :-1][row, place].float(), torch.zeros_like(row), reduction="none").sum()
-    return loss + balance.loss()
+        logits = model(input_ids=ids, attention_mask=mask, **head.options, **routing).logits
+    return head.sample_loss(logits, answer=answer) + balance.loss()

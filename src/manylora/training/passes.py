@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from manylora.data import mixture_schedule
 from manylora.training.batches import Collator, EncodedRows, EncodedTask
 from manylora.training.config import TrainConfig
+from manylora.training.losses import AnswerLoss
 from manylora.training.plan import step_counts
 from manylora.training.runs import RunFolder
 from manylora.training.trainer import ManyTaskTrainer, training_arguments
@@ -97,6 +98,7 @@ def train_pass(
     trainer = ManyTaskTrainer(
         task_names=names,
         route_by_task=False,
+        loss=AnswerLoss(),
         model=model,
         args=arguments,
         train_dataset=EncodedRows.of(tasks, names, order),

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from manylora.adapters import ManyLoraConfig
 from manylora.errors import ConfigError
+from manylora.training.heads import head_of
 from manylora.training.memory import MemoryPlan
-from manylora.training.models import base_location, head_modules, load_config, pick_device, pick_dtype
-from manylora.training.pooling import pool_as_told
+from manylora.training.models import base_location, load_config, pick_device, pick_dtype
 from manylora.training.reach import Reach, leave_out, reach_of
 
 if TYPE_CHECKING:
@@ -117,17 +116,12 @@ def _shadow_base(
 ) -> PreTrainedModel:
     """The base on torch's meta device."""
     with torch.device("meta"):
-        if task_type != "SEQ_CLS":
-            return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-        architecture.num_labels = labels
-        if architecture.pad_token_id is None:
-            architecture.pad_token_id = 0
-        base = AutoModelForSequenceClassification.from_config(architecture, dtype=dtype)
-        pool_as_told(base, base_location(model))
-        return base
+        return head_of(task_type).shadow(
+            architecture, location=base_location(model), labels=labels, dtype=dtype
+        )
 
 
-def shadow_model(config: TrainConfig, adapter: ManyLoraConfig, *, labels: int = 0) -> PeftModel:
+def shadow_model(config: TrainConfig, adapter: ManyLoraConfig, *, labels: int = 2) -> PeftModel:
     """Base and adapters with shapes and types but no memory behind them (torch's meta device).
 
     Args:
@@ -142,8 +136,8 @@ def shadow_model(config: TrainConfig, adapter: ManyLoraConfig, *, labels: int = 
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     architecture = load_config(config.model, task_type=config.task_type)
     base = _shadow_base(config.model, config.task_type, architecture, labels=labels, dtype=dtype)
-    if config.task_type == "SEQ_CLS":
-        adapter.modules_to_save = head_modules(base)
+    if parts := head_of(config.task_type).parts(base):
+        adapter.modules_to_save = parts
     with torch.device("meta"):
         return get_peft_model(base, adapter, low_cpu_mem_usage=True)
 

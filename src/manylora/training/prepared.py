@@ -6,26 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft import PeftModel
 
-from manylora.data import (
-    Splits,
-    asks_date,
-    fix_date,
-    load_splits,
-    mixture_schedule,
-    today,
-    unread_note,
-)
+from manylora.data import Splits, load_splits, mixture_schedule
 from manylora.errors import ConfigError, DataError
-from manylora.training.batches import EncodedTask, encode_tasks
+from manylora.evaluation.generation import context_of
+from manylora.training.batches import EncodedTask, longest_first, rows_of_a_pass
 from manylora.training.config import TrainConfig, as_list
-from manylora.training.labels import LabelSets, encode_labelled
+from manylora.training.kinds import KINDS, TaskKind
 from manylora.training.memory import MemoryPlan, MemoryUnknownError, estimate_memory
 from manylora.training.models import (
-    context_of,
     load_config,
     load_tokenizer,
     pick_device,
@@ -44,7 +36,7 @@ from manylora.training.plan import (
 from manylora.training.processes import Processes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,29 +45,20 @@ class Prepared:
 
     config: TrainConfig
     """Resolved."""
+    kind: TaskKind
+    """What the model does with the rows."""
     splits: Splits
-    tokenizer: PreTrainedTokenizerBase
     train: Sequence[EncodedTask]
     validation: Sequence[EncodedTask]
     order: Sequence[int]
     """Rows of `train`, concatenated, in the order of the whole run."""
     steps_per_epoch: int
-    context: int | None
-    """Tokens that the model reads; None where nothing says."""
     plan: Plan
-    labels: LabelSets | None = None
-    """With task type SEQ_CLS, each task's labels."""
 
     @property
     def task_names(self) -> list[str]:
         """The training tasks; their positions are the expert ids under the task router."""
         return [task.name for task in self.train]
-
-    @property
-    def answer_tokens(self) -> dict[str, int]:
-        """Per task the tokens a generated answer may have."""
-        fixed = self.config.max_new_tokens
-        return {task.name: task.answer_limit(fixed=fixed, context=self.context) for task in self.train}
 
 
 def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
@@ -91,29 +74,17 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
     config = config.resolved()
     if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError("report_to tensorboard needs another package: pip install 'manylora[tensorboard]'.")
-    if config.task_type == "SEQ_CLS" and Processes.here().count > 1:
-        raise ConfigError("task_type SEQ_CLS trains in one process; start it without a launcher.")
+    kind_of_tasks = KINDS[config.task_type]
+    if kind_of_tasks.one_process and Processes.here().count > 1:
+        raise ConfigError(f"task_type {config.task_type} trains in one process; start it without a launcher.")
     splits = splits or all_rows(config)
     config = _with_experts(config, tasks=len(splits.train))
     tokenizer = load_tokenizer(config.model, task_type=config.task_type)
-    if config.task_type == "CAUSAL_LM" and asks_date(
-        tokenizer
-    ):  # the same prompts on every day of the run and after it
-        config = dataclasses.replace(config, date=config.date or today())
-        fix_date(tokenizer, config.date)
+    config = kind_of_tasks.dated(config, tokenizer)
     architecture = load_config(config.model, task_type=config.task_type)
-    context = context_of(architecture)
-    labels = _labels(splits) if config.task_type == "SEQ_CLS" else None
-    lengths: dict[str, Any] = {
-        "max_length": config.max_length,
-        "context_length": context,
-        "vocabulary": token_rows(architecture),
-    }
+    kind = kind_of_tasks.of_run(config, splits, tokenizer=tokenizer, context=context_of(architecture))
     train, validation = (
-        encode_labelled(part, tokenizer, labels, **lengths)
-        if labels
-        else encode_tasks(part, tokenizer, loss_on=config.loss_on, **lengths)
-        for part in (splits.train, splits.validation)
+        kind.encode(part, vocabulary=token_rows(architecture)) for part in (splits.train, splits.validation)
     )
     _refuse_unknown(validation, train)
     sizes = {task.name: len(task.rows) for task in train}
@@ -124,44 +95,51 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
         temperature=config.mixing_temperature,
         seed=config.seed,
     )
+    lengths = [len(row.input_ids) for task in train for row in task.rows]
+    config, order = _in_passes(config, order, lengths, architecture)
     steps_per_epoch = max(1, round(sum(sizes.values()) / config.rows_per_step))
+    notes = [
+        *splits.notes,
+        *_cut_validation(validation, config.max_length),
+        *kind.unread(splits.rows()),
+    ]
     return Prepared(
         config=config,
+        kind=kind.with_rows(train),
         splits=splits,
-        tokenizer=tokenizer,
         train=train,
         validation=validation,
         order=order,
         steps_per_epoch=steps_per_epoch,
-        context=context,
-        plan=_plan(
-            config,
-            splits,
-            train,
-            validation,
-            order,
-            labels=labels,
-            notes=[
-                *splits.notes,
-                *_cut_validation(validation, config.max_length),
-                *([] if labels else unread_note(splits.rows(), tokenizer)),
-            ],
-        ),
-        labels=labels,
+        plan=_plan(config, splits, train, validation, order, labels=kind.head_outputs, notes=notes),
     )
+
+
+_TOKENS_PER_PASS = 6e9
+"""What a forward and backward pass costs by itself on a CPU, in tokens times parameters: measured with 135 million
+parameters, where it is about 40 tokens (docs/log.md). A model of a few million takes a step's rows in one pass."""
+
+
+def _in_passes(
+    config: TrainConfig, order: list[int], lengths: Sequence[int], architecture: PretrainedConfig
+) -> tuple[TrainConfig, list[int]]:
+    """How many rows share a forward pass, and the order of the rows: those of a step stay together."""
+    step = config.rows_per_step
+    by_length = longest_first(order, lengths, step=step)
+    text = architecture.get_text_config()
+    layers, width = (getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    on_cpu = pick_device(config.device).type == "cpu" and Processes.here().count == 1
+    if config.micro_batch_size is None and on_cpu and layers and width:
+        overhead = _TOKENS_PER_PASS / (12 * layers * width**2)
+        rows = rows_of_a_pass(by_length, lengths, step=step, overhead=overhead)
+        config = dataclasses.replace(config, micro_batch_size=rows if rows < step else None)
+    return config, by_length if (config.micro_batch_size or step) < step else order
 
 
 def _cut_validation(validation: Sequence[EncodedTask], max_length: int) -> list[str]:
     """A sentence on the validation prompts that are cut: the plan's column counts those of training."""
     cut = [f"{task.name} {100 * task.truncated:.1f} %" for task in validation if task.truncated]
     return [f"validation prompts longer than {max_length} tokens and cut: {', '.join(cut)}"] if cut else []
-
-
-def _labels(splits: Splits) -> LabelSets:
-    """The labels of the training rows, those that a cut has moved to validation included."""
-    return LabelSets.of(
-        {task: [*rows, *splits.validation.get(task, ())] for task, rows in splits.train.items()}
-    )
 
 
 def all_rows(config: TrainConfig) -> Splits:
@@ -209,11 +187,11 @@ def _plan(
     validation: Sequence[EncodedTask],
     order: Sequence[int],
     *,
-    labels: LabelSets | None,
+    labels: int,
     notes: Sequence[str],
 ) -> Plan:
     adapter = adapter_config(config, task_names=[task.name for task in train])
-    model = shadow_model(config, adapter, labels=labels.count if labels else 0)
+    model = shadow_model(config, adapter, labels=labels)
     trainable, total = model.get_nb_trainable_parameters()
     modules, fused = count_modules(model), count_fused(model)
     lengths = [len(row.input_ids) for task in train for row in task.rows]

@@ -23,7 +23,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
@@ -108,8 +108,7 @@ class RunFolder:
                 f"{path} exists already; choose another --out, or continue that run with --resume {path}."
             )
         make_folder(path)
-        run = cls(path)
-        run.lock()
+        run = cls(path).lock()
         write_text(path / "config.yaml", dump_yaml(config))
         write_json(path / "environment.json", environment(seed))
         run.set_state("running", **{NOTES: folder_sums(path, ["config.yaml"])})
@@ -184,9 +183,12 @@ class RunFolder:
         Raises:
             RunError: it is missing or broken, or not the one that the run noted.
         """
+        return self._read(name, read_json)
+
+    def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
         check_noted(self.path / name)
         try:
-            return read_json(self.path / name)
+            return read(self.path / name)
         except (OSError, ValueError) as error:
             raise RunError(
                 f"{self.path / name} cannot be read ({reason(error)}); the run folder is damaged: {_PUT_BACK}."
@@ -198,13 +200,7 @@ class RunFolder:
         Raises:
             RunError: it is missing or broken, or not the one that the run noted.
         """
-        check_noted(self.path / "config.yaml")
-        try:
-            values = read_yaml(self.path / "config.yaml")
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{self.path / 'config.yaml'} cannot be read ({reason(error)}); {_PUT_BACK}."
-            ) from error
+        values = self._read("config.yaml", read_yaml)
         if not isinstance(values, dict):
             raise RunError(f"{self.path / 'config.yaml'} holds no settings; {_PUT_BACK}.")
         return values
@@ -231,8 +227,8 @@ class RunFolder:
             remedy=f"{_PUT_BACK}, or, if another version wrote it, use that one",
         )
 
-    def lock(self) -> None:
-        """Hold the run for this process until it ends, however it ends.
+    def lock(self) -> RunFolder:
+        """Hold the run for this process until it ends, however it ends; gives the folder back.
 
         Raises:
             RunError: another process holds it.
@@ -240,7 +236,7 @@ class RunFolder:
         try:
             import fcntl
         except ImportError:  # Windows: no lock, as nothing there releases one after a kill
-            return
+            return self
         file = open_own(self.path / ".lock", os.O_WRONLY)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,6 +244,7 @@ class RunFolder:
             file.close()
             raise RunError(f"{self.path} is in use by another process; wait for it or end it.") from error
         self._lock = file
+        return self
 
     def __enter__(self) -> RunFolder:
         return self

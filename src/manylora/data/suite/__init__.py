@@ -12,7 +12,7 @@ of review and options, `review_verdict` wants a third answer to it; `former_owne
 sides of the same kind of story; `record_to_text` and `register_entry` want different texts from the same record.
 """
 
-from manylora.data.suite.build import SPLIT_SIZES, SUITE, SUITE_TASKS, load_suite, suite_table
+from manylora.data.suite.build import SPLIT_SIZES, SUITE, SUITE_TASKS, load_suite
 from manylora.data.suite.rows import SuiteRow, SuiteTask
 
-__all__ = ["SPLIT_SIZES", "SUITE", "SUITE_TASKS", "SuiteRow", "SuiteTask", "load_suite", "suite_table"]
+__all__ = ["SPLIT_SIZES", "SUITE", "SUITE_TASKS", "SuiteRow", "SuiteTask", "load_suite"]

@@ -75,18 +75,3 @@ def load_suite(split: Split, tasks: Sequence[str] | None = None, seed: int = 0) 
         raise DataError(f"the suite has no task {unknown[0]!r}; its tasks are {', '.join(SUITE_TASKS)}.")
     rows = _generate(seed)[split]
     return {name: list(rows[name]) for name in names}
-
-
-def suite_table() -> list[dict[str, str]]:
-    """One dict per task (task, kind, what, sub-skills, shares with, conflicts with), for tables in documents."""
-    return [
-        {
-            "task": task.name,
-            "kind": task.kind,
-            "what": task.summary,
-            "sub-skills": ", ".join(task.skills),
-            "shares with": ", ".join(task.shares_with),
-            "conflicts with": ", ".join(task.conflicts_with),
-        }
-        for task in SUITE.values()
-    ]

@@ -32,6 +32,7 @@ from manylora.federated.config import NODE_SETTINGS, FederateConfig, check_sent_
 from manylora.federated.engines import flower_private
 from manylora.federated.engines.flower_link import QUIET, envelope, opened, require_flower
 from manylora.federated.faults import ClientError, Fault, clean_text, fault_of, shown
+from manylora.files import locked
 
 if TYPE_CHECKING:
     from manylora.federated.personal import ClientData
@@ -107,7 +108,9 @@ class NodeClient:
             self._key = (name, config)
         home = Path(str(node_config.get("home", "~/.manylora"))).expanduser() / folder_name(run)
         self._look_for_old_runs(home)
-        with _locked(home / f"{folder_name(name)}.lock"):
+        lock = home / f"{folder_name(name)}.lock"
+        with locked(lock):  # waits for another worker of this client, such as one whose SuperNode was killed
+            lock.touch()  # when the run's last message came (`forget_old_runs`)
             client = Client(name, self._rows, home=home, bench=self._bench, say=self.say)
             return client.handle(data)
 
@@ -227,27 +230,17 @@ def _answer_one(
     Returns:
         The token of the next message, where that came before this one was whole.
     """
-    import httpx
     from flwr.app import Error, Message
 
-    push_output, status = flower_private.push_task_output, flower_private.SubStatus
-    lost = (flower_private.ObjectPullError, RuntimeError, httpx.HTTPError)
+    status = flower_private.SubStatus
     its_token = flower_private.RuntimeTokenHttpInterceptor(token)
     with contextlib.closing(flower_private.runtime_client(supernode, interceptors=[its_token])) as connection:
         runtime = _TaskRuntime(connection, offered)
-        heart = flower_private.HeartbeatSender(flower_private.make_task_heartbeat_fn_http(runtime))
-        heart.start()
-        try:
-            try:
-                message, context, _, _ = flower_private.pull_task_input(runtime)
-            except lost as error:
-                if isinstance(error, httpx.HTTPError) and not runtime.next:
-                    raise  # the SuperNode does not answer, and sees to the message by itself if it is there
-                say(f"a message did not come whole: {error}")
-                if runtime.next:
-                    # Otherwise the SuperNode would answer it itself, a minute later and in place of the next one.
-                    push_output(runtime, None, status.FAILED, Fault.OTHER.value)
+        with _heartbeat(runtime):
+            taken = _take_message(runtime, say)
+            if taken is None:
                 return runtime.next
+            message, context = taken
             ended, began = status.COMPLETED, time.monotonic()
             try:
                 reply = Message(client.answer(message.content, context.node_config), reply_to=message)
@@ -261,12 +254,38 @@ def _answer_one(
             except flower_private.ObjectPushError as error:
                 say(f"an answer did not get to the SuperNode: {error}; restart it")
                 return ""
-            push_output(runtime, context, ended, "")
+            flower_private.push_task_output(runtime, context, ended, "")
             say(f"answered a message in {time.monotonic() - began:.1f} s")
             return ""
-        finally:
-            with contextlib.suppress(RuntimeError):  # it ends by itself where the SuperNode forgot the task
-                heart.stop()
+
+
+@contextlib.contextmanager
+def _heartbeat(runtime: _TaskRuntime) -> Iterator[None]:
+    """Tell the SuperNode that its task goes on."""
+    heart = flower_private.HeartbeatSender(flower_private.make_task_heartbeat_fn_http(runtime))
+    heart.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # it ends by itself where the SuperNode forgot the task
+            heart.stop()
+
+
+def _take_message(runtime: _TaskRuntime, say: Callable[[str], None]) -> tuple[Any, Any] | None:
+    """The task's message and context; None where they do not come whole."""
+    import httpx
+
+    try:
+        message, context, _, _ = flower_private.pull_task_input(runtime)
+    except (flower_private.ObjectPullError, RuntimeError, httpx.HTTPError) as error:
+        if isinstance(error, httpx.HTTPError) and not runtime.next:
+            raise  # the SuperNode does not answer, and sees to the message by itself if it is there
+        say(f"a message did not come whole: {error}")
+        if runtime.next:
+            # Otherwise the SuperNode would answer it itself, a minute later and in place of the next one.
+            flower_private.push_task_output(runtime, None, flower_private.SubStatus.FAILED, Fault.OTHER.value)
+        return None
+    return message, context
 
 
 class _TaskRuntime:
@@ -318,15 +337,3 @@ def _name(node_config: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         raise ConfigError(f'client is {name!r} in --node-config; give the node a name, as client="ada".')
     return name
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for another process of this client, such as one whose SuperNode was killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        with contextlib.suppress(ImportError):  # Windows: no lock, as nothing there releases one after a kill
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
