@@ -179,6 +179,23 @@ def test_what_does_not_go_together_is_refused(run: Run) -> None:
         manylora.predict(run, "x\udc80", progress=False)
 
 
+def test_the_base_is_scored_on_the_same_rows(settings: dict[str, Any], in_empty_folder: Path) -> None:
+    run = manylora.train(**settings, tasks=["swap"], score_base=True, out="run", progress=False)
+    bare = manylora.evaluate(
+        None,
+        model=settings["model"],
+        data=settings["test"],
+        tasks=["swap"],
+        max_new_tokens=4,
+        device="cpu",
+        progress=False,
+    )
+    assert run.gains["swap"].before == bare["swap"].score
+    assert run.notes[0].startswith("Of 6 test rows the model answered")
+    assert manylora.open_run("run").gains == run.gains  # type: ignore[union-attr]
+    assert "before" in run._repr_html_()
+
+
 def test_every_verb_takes_a_configuration(run: Run, tmp_path: Path) -> None:
     scores = manylora.evaluate(run, manylora.EvaluateConfig(device="cpu", limit=2), limit=3, progress=False)
     assert {task.n for task in scores.tasks} == {3}

@@ -12,7 +12,18 @@ from rich.console import Console
 
 from manylora.data import Example, Message
 from manylora.errors import DataError, RunError
-from manylora.evaluation import Estimate, Scores, read_scores, score_all, score_task, scores_table, wordless
+from manylora.evaluation import (
+    Estimate,
+    Gain,
+    Scores,
+    gains_line,
+    gains_of,
+    read_scores,
+    score_all,
+    score_task,
+    scores_table,
+    wordless,
+)
 
 CHOICE = "Is it?\n\nOPTIONS:\n- yes\n- no"
 
@@ -240,3 +251,25 @@ def test_scores_that_lost_a_field_are_damaged(name: str, tmp_path: Path) -> None
     (tmp_path / "scores.json").write_text(json.dumps({"tasks": [row]}), encoding="utf-8")
     with pytest.raises(RunError, match=rf"scores\.json is damaged \(tasks\.0: .*{name} is missing\)"):
         read_scores(tmp_path)
+
+
+def test_what_training_changed_is_counted_row_by_row() -> None:
+    data = {"t": rows("yes", "no", "yes", "no"), "u": rows("a b", "c d")}
+    before = score_all(data, {"t": ["yes", "yes", "no", "?"], "u": ["a x", "c d"]})
+    after = score_all(data, {"t": ["no", "no", "yes", "no"], "u": ["a b", "c d"]})
+    gains = gains_of(before, after)
+    assert gains["t"] == Gain(before=25.0, became_right=75.0, became_wrong=25.0, right=75.0)
+    assert gains["u"] == Gain(before=75.0, became_right=50.0, became_wrong=0.0, right=100.0)
+    assert gains_line(gains, after) == (
+        "Of 6 test rows the model answered 2 rightly before this training and 5 after it: 4 became right, "
+        "1 became wrong."
+    )
+    assert gains_line({}, after) == ""
+    table = scores_table(after, gains=gains)
+    head = [column.name for column in table.columns]
+    assert [table.rows[0][head.index(name)] for name in ("before", "became right", "score")] == [
+        25.0,
+        75.0,
+        75.0,
+    ]
+    assert table.footer[0][head.index("before")] == 50.0

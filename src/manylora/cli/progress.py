@@ -12,7 +12,7 @@ from manylora.cli.console import LiveLine, duration
 from manylora.jobs.progress import Progress
 
 if TYPE_CHECKING:
-    from manylora.evaluation import Baselines, Loss, Scores
+    from manylora.evaluation import Baselines, Gains, Loss, Scores
     from manylora.federated import ClientData, FederateConfig, RoundsDisplay
     from manylora.training import Plan, TrainConfig
 
@@ -53,12 +53,14 @@ class ConsoleProgress(Progress):
             self._count = CountProgress(what, total)
         self._count(done)
 
-    def show_scores(self, scores: Scores, baselines: Baselines, notes: Sequence[str]) -> None:
+    def show_scores(
+        self, scores: Scores, baselines: Baselines, notes: Sequence[str], gains: Gains | None = None
+    ) -> None:
         """The table, and the notes below it."""
         from manylora.cli.tables import console
         from manylora.evaluation import scores_table
 
-        console().print(scores_table(scores, baselines=baselines))
+        console().print(scores_table(scores, baselines=baselines, gains=gains))
         for note in notes:
             print(note)
 

@@ -53,7 +53,7 @@ def _resume(path: str, launch: Launch) -> int:
     if (run := finished_run(path)) is not None:
         print(f"{path} is finished already.")
         if run.has_scores:
-            ConsoleProgress().show_scores(run.scores, run.baselines, run.notes)
+            ConsoleProgress().show_scores(run.scores, run.baselines, run.notes, run.gains)
         draw_report(run.path)
         return 0
     return _conclude(resume(path, progress=ConsoleProgress(), launch=launch), launch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,15 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from manylora.data import Example, TaskData, Words, answer_text, options_of, prompt_text
 from manylora.errors import DataError
-from manylora.evaluation.metrics import Answered, has_word, leading_metric, measure_row, metric_label
+from manylora.evaluation.metrics import (
+    ACCURACY,
+    EXACT_MATCH,
+    Answered,
+    has_word,
+    leading_metric,
+    measure_row,
+    metric_label,
+)
 from manylora.evaluation.rules import AnswerRule, rules_for
 from manylora.evaluation.statistics import standard_error
 from manylora.files import NanFloat, Record, Several, json_text, read_record, write_json, write_text
@@ -162,9 +170,28 @@ class Scores(Record):
         return [example.to_row() for task in self.tasks for example in task.examples]
 
 
+class Gain(Record):
+    """What training changed of one task, against the bare base on the same rows and prompts; all 0 to 100."""
+
+    before: float
+    """The base's main score."""
+    became_right: float
+    """Percentage of the rows that the base answered wrongly and the adapter answers rightly."""
+    became_wrong: float
+    """The reverse."""
+    right: float
+    """Percentage of the rows that are right now."""
+
+
+Gains = Mapping[str, Gain]
+"""Task to what training changed of it; empty where the base was not scored."""
+
+
 class SavedScores(Scores):
     """A run's scores.json."""
 
+    gains: dict[str, Gain] = Field(default_factory=dict)
+    """Task to what training changed of it; empty where the base was not scored (train --score-base)."""
     baselines: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Of what needs no model: name to task to score."""
     notes: Several[str] = ()
@@ -183,11 +210,15 @@ def write_scores(
     scores: Scores,
     baselines: Mapping[str, Mapping[str, float]],
     notes: Sequence[str] = (),
+    gains: Gains | None = None,
 ) -> None:
     """Write predictions.jsonl and then scores.json, with what is to be said of the scores."""
     lines = (json_text(row) + "\n" for row in scores.prediction_rows())
     write_text(folder / "predictions.jsonl", "".join(lines))
-    write_json(folder / "scores.json", {**scores.to_dict(), "baselines": baselines, "notes": list(notes)})
+    saved = {**scores.to_dict(), "baselines": baselines, "notes": list(notes)}
+    if gains:
+        saved["gains"] = {task: gain.model_dump() for task, gain in gains.items()}
+    write_json(folder / "scores.json", saved)
 
 
 def read_scores(folder: Path) -> SavedScores:
@@ -207,6 +238,50 @@ def read_client_scores(folder: Path) -> ClientScores:
         RunError: it is missing or damaged.
     """
     return read_record(folder / "scores.json", ClientScores, remedy="put a copy of it back")
+
+
+def gains_of(before: Scores, after: Scores) -> dict[str, Gain]:
+    """What training changed of each task, row by row.
+
+    A row is right where its label is, by the task's answer rule, else where the text is the reference's (exact match).
+
+    Args:
+        before: of the bare base.
+        after: of the adapter, on the same rows.
+    """
+    found = {}
+    for old, new in zip(before.tasks, after.tasks, strict=True):
+        rows = [
+            (_is_right(one), _is_right(other)) for one, other in zip(old.examples, new.examples, strict=True)
+        ]
+        found[new.task] = Gain(
+            before=old.score,
+            became_right=100 * sum(not was and now for was, now in rows) / len(rows),
+            became_wrong=100 * sum(was and not now for was, now in rows) / len(rows),
+            right=100 * sum(now for _, now in rows) / len(rows),
+        )
+    return found
+
+
+def gains_line(gains: Gains, scores: Scores) -> str:
+    """One sentence on all rows together; empty without gains."""
+    if not gains:
+        return ""
+    rows = {task.task: task.n for task in scores.tasks}
+
+    def count(part: Callable[[Gain], float]) -> int:
+        return round(sum(part(gain) * rows[task] / 100 for task, gain in gains.items()))
+
+    now = count(lambda gain: gain.right)
+    right, wrong = count(lambda gain: gain.became_right), count(lambda gain: gain.became_wrong)
+    return (
+        f"Of {scores.n:,} test rows the model answered {now - right + wrong:,} rightly before this training and "
+        f"{now:,} after it: {right:,} became right, {wrong:,} became wrong."
+    )
+
+
+def _is_right(row: ScoredExample) -> bool:
+    return row.metrics.get(ACCURACY, row.metrics.get(EXACT_MATCH, 0.0)) == 100.0
 
 
 def score_task(

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 
 from manylora.evaluation.collapse import Loss
 from manylora.evaluation.metrics import METRICS, metric_label
-from manylora.evaluation.score import Estimate, Scores
+from manylora.evaluation.score import Estimate, Gains, Scores
 from manylora.table import Column, Table, Value
+
+_RIGHT = "became right"
+"""Heading of the percentage of a task's rows that training has made right."""
 
 
 def scores_table(
@@ -16,6 +19,7 @@ def scores_table(
     *,
     title: str = "test scores",
     baselines: Mapping[str, Mapping[str, float]] | None = None,
+    gains: Gains | None = None,
     every: bool = False,
 ) -> Table:
     """A table with one line per task and, below them, the mean over tasks.
@@ -28,6 +32,8 @@ def scores_table(
         scores: what to show.
         title: line above the table.
         baselines: column name to task to value; "mean" may be given as a task.
+        gains: what training changed: columns "before", the base's score, and "became right", the percentage of the rows
+            that became right.
         every: whether metrics that lead elsewhere, such as ROUGE-1 beside accuracy, have columns, too.
     """
     others = {
@@ -37,6 +43,12 @@ def scores_table(
     }
     order = [name for name in (*METRICS, *others) if name in others]
     beside = {metric_label(name): others[name] for name in order} | dict(baselines or {})
+    if gains:
+        changed = {
+            "before": {task: gain.before for task, gain in gains.items()},
+            _RIGHT: {task: gain.became_right for task, gain in gains.items()},
+        }
+        beside = changed | beside
     rows: list[tuple[Value, ...]] = [
         (
             task.task,
@@ -53,7 +65,10 @@ def scores_table(
     return Table(
         name="scores",
         caption=title,
-        columns=tuple(Column(name=name) for name in ("task", "metric", "score", "s.e.", "n", *beside)),
+        columns=tuple(
+            Column(name=name, digits=0, unit=" %") if name == _RIGHT else Column(name=name)
+            for name in ("task", "metric", "score", "s.e.", "n", *beside)
+        ),
         rows=tuple(rows),
         footer=(("mean", metric, scores.mean, scores.standard_error, scores.n, *means),),
     )

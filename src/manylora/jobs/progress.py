@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from manylora.evaluation import Baselines, Loss, Scores
+    from manylora.evaluation import Baselines, Gains, Loss, Scores
     from manylora.federated import ClientData, FederateConfig, RoundsDisplay
     from manylora.training import Plan, TrainConfig
 
@@ -38,8 +38,10 @@ class Progress:
     def show_count(self, what: str, done: int, total: int) -> None:
         """How much of something countable is done, such as answers."""
 
-    def show_scores(self, scores: Scores, baselines: Baselines, notes: Sequence[str]) -> None:
-        """Scores, baselines as further columns, and what is to be said of them."""
+    def show_scores(
+        self, scores: Scores, baselines: Baselines, notes: Sequence[str], gains: Gains | None = None
+    ) -> None:
+        """Scores, baselines and what training changed as further columns, and what is to be said of them."""
 
     def show_loss(self, before: Scores, after: Scores, loss: Loss, *, title: str) -> None:
         """What is lost where LoRAs stand for a token router: scores of both, and the differences."""

@@ -12,6 +12,7 @@ from manylora.errors import RunError
 from manylora.evaluation import (
     Baselines,
     ClientScores,
+    Gains,
     SavedScores,
     Scores,
     read_client_scores,
@@ -105,6 +106,11 @@ class Run(_AnyRun):
         return self._saved_scores.baselines
 
     @property
+    def gains(self) -> Gains:
+        """Task to what training changed of it; empty where the base was not scored (`score_base`)."""
+        return self._saved_scores.gains
+
+    @property
     def notes(self) -> Sequence[str]:
         """What is to be said of the scores."""
         return self._saved_scores.notes
@@ -122,7 +128,8 @@ class Run(_AnyRun):
     def _repr_html_(self) -> str:
         if not self.has_scores:
             return repr(self)
-        return scores_table(self.scores, title=repr(self), baselines=self.baselines)._repr_html_()
+        table = scores_table(self.scores, title=repr(self), baselines=self.baselines, gains=self.gains)
+        return table._repr_html_()
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manylora.evaluation import Scores, write_scores
+from manylora.evaluation import Scores, gains_line, gains_of, write_scores
 from manylora.jobs.run import Run
 from manylora.jobs.session import ALONE, Session, check_same_settings, with_date_of
 from manylora.jobs.subject import score_rows
@@ -134,7 +134,12 @@ def train_prepared(prepared: Prepared, session: Session, *, progress: Progress) 
     progress.show_folder(session.path)
     trained = train_and_score(prepared, session, prepared.splits.test, progress=progress)
     if trained.scores is not None:
-        write_judged(prepared, session, trained.scores, progress=progress)
+        before = None
+        if prepared.config.score_base:
+            progress.show_line("scoring the base without the adapter")
+            with trained.model.disable_adapter():
+                before = score_rows(prepared.kind, trained.model, prepared.splits.test, progress=progress)
+        write_judged(prepared, session, trained.scores, before=before, progress=progress)
     seconds = {"training": round(trained.seconds, 1), "evaluation": round(trained.evaluation_seconds, 1)}
     session.finish(seconds=seconds)
 
@@ -171,13 +176,25 @@ def train_and_score(
     )
 
 
-def write_judged(prepared: Prepared, session: Session, scores: Scores, *, progress: Progress) -> None:
-    """Write scores of the test rows and what they are to be compared with: predictions.jsonl and scores.json."""
+def write_judged(
+    prepared: Prepared, session: Session, scores: Scores, *, before: Scores | None = None, progress: Progress
+) -> None:
+    """Write scores of the test rows and what they are to be compared with: predictions.jsonl and scores.json.
+
+    Args:
+        prepared: the plan.
+        session: the run.
+        scores: of the adapter.
+        before: of the base on the same rows, where it was scored.
+        progress: shown the table.
+    """
     config, splits, kind = prepared.config, prepared.splits, prepared.kind
     baselines = kind.baselines(splits.test, source=config.test or config.data, limit=config.limit)
     notes = kind.notes(scores, baselines, splits.test, train=splits.train, router=config.router)
-    write_scores(session.path, scores, baselines, notes)
-    progress.show_scores(scores, baselines, notes)
+    gains = gains_of(before, scores) if before else {}
+    notes = [*([gains_line(gains, scores)] if gains else []), *notes]
+    write_scores(session.path, scores, baselines, notes, gains)
+    progress.show_scores(scores, baselines, notes, gains)
 
 
 def _check_test(prepared: Prepared, progress: Progress) -> None:

@@ -120,7 +120,7 @@ def _scores_section(scores: SavedScores) -> Section:
     baselines = {name: values for name, values in scores.baselines.items() if values}
     metric = scores.metric_label
     title = f"Scores on the test rows{f' ({metric})' if metric else ''}, and their standard errors over these rows"
-    table = scores_table(scores, title=title, baselines=baselines, every=True)
+    table = scores_table(scores, title=title, baselines=baselines, gains=scores.gains, every=True)
     points: list[Point | None] = [interval(one.score, one.standard_error) for one in scores.tasks]
     points += [interval(scores.mean, scores.standard_error)] if several else []
     series = [Series(name="adapter", points=tuple(points))]

@@ -141,6 +141,8 @@ class CheckpointSettings(Settings):
     keep_adapters: CountOrZero = 0
     """Keep the adapter's weights for `manylora analyze` at this many evenly spread steps, and with them those at step 0
     and at an early step (5 %)."""
+    score_base: bool = False
+    """Score the base without the adapter on the test rows, too, and say what the training changed."""
     report_to: Literal["none", "tensorboard"] = "none"
     """Where the trainer also reports to, besides metrics.jsonl."""
 
