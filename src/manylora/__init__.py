@@ -278,8 +278,8 @@ def analyze(
     """
     from manylora.jobs.analyze import AnalyzeConfig, analyze
 
-    several = [adapters] if isinstance(adapters, (str, PathLike)) else adapters
-    names = [_path(adapter) for adapter in several] or None
+    several = adapters if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters]
+    names = [_path(adapter) for adapter in several]
     chosen = _config(AnalyzeConfig, config, {**settings, **({"adapters": names} if names else {})})
     found, path = analyze(chosen, progress=_display(progress))
     if report:
@@ -322,7 +322,7 @@ def _config(kind: type[_Config], config: _Config | None, settings: Mapping[str, 
 
     if config is not None and not isinstance(config, kind):
         raise ConfigError(
-            f"config is {config!r:.60}, not a {kind.__name__}; give one, or the settings by name."
+            f"config is of type {type(config).__name__}, not {kind.__name__}; give one, or the settings by name."
         )
     known = {} if config is None else {field.name: getattr(config, field.name) for field in fields(config)}
     plain = {
@@ -339,7 +339,7 @@ def _config(kind: type[_Config], config: _Config | None, settings: Mapping[str, 
 
 def _named(settings: Mapping[str, Any], **places: Place | None) -> dict[str, Any]:
     """Settings, and those of the places that were given."""
-    return {**settings, **{name: fspath(place) for name, place in places.items() if place is not None}}
+    return {**settings, **{name: _path(place) for name, place in places.items() if place is not None}}
 
 
 def _changed(config: DataclassInstance | None) -> set[str]:
@@ -349,8 +349,16 @@ def _changed(config: DataclassInstance | None) -> set[str]:
 
 
 def _path(place: Place | None) -> Any:
-    """A path as text; None stays."""
-    return None if place is None else fspath(place)
+    """A path as text; None stays.
+
+    Raises:
+        ConfigError: it is neither a text nor a path.
+    """
+    from manylora.errors import ConfigError
+
+    if place is None or isinstance(place, (str, PathLike)):
+        return None if place is None else fspath(place)
+    raise ConfigError(f"{place!r:.60} is neither a path nor a run; give the name of a folder.")
 
 
 def _refuse_beside_resume(config: object, out: object, settings: Mapping[str, Any]) -> None:

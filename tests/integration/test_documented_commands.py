@@ -30,7 +30,7 @@ from manylora.jobs.analyze import AnalyzeConfig
 from manylora.jobs.evaluate import EvaluateConfig
 from manylora.jobs.export import ExportConfig
 from manylora.report.__main__ import main as draw_pages
-from manylora.studies import parse_study
+from manylora.studies.config import parse_study
 from tiny_models import bert
 
 ROOT = Path(__file__).parents[2]

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import manylora
@@ -167,7 +168,7 @@ def test_a_configuration_checks_its_types() -> None:
 
 
 def test_what_does_not_go_together_is_refused(run: Run) -> None:
-    with pytest.raises(ConfigError, match="not a FederateConfig"):
+    with pytest.raises(ConfigError, match="of type TrainConfig, not FederateConfig"):
         manylora.federate(manylora.TrainConfig(), progress=False)  # type: ignore[arg-type]
     for about_a_run in ({"from_round": 1}, {"reset_client": "a"}):
         with pytest.raises(ConfigError, match="name it with resume"):
@@ -223,3 +224,32 @@ def test_a_verb_leaves_the_user_s_warnings_alone(run: Run) -> None:
     before = list(warnings.filters)
     manylora.predict(run, "Last of: dog up", task="swap", device="cpu", progress=False)
     assert warnings.filters == before
+
+
+def test_a_configuration_may_leave_the_place_to_the_call(run: Run, tmp_path: Path) -> None:
+    (answer,) = manylora.predict(
+        run, "Last of: dog up", manylora.PredictConfig(task="swap", max_new_tokens=3), progress=False
+    )
+    assert answer.expert is not None
+    exported = manylora.export(
+        run, manylora.ExportConfig(tasks="swap"), to=tmp_path / "loras", progress=False
+    )
+    assert list(exported.folders) == ["swap"]
+    looked = manylora.AnalyzeConfig(measure="none", out=str(tmp_path / "looked"))
+    assert manylora.analyze(run, looked, report=False, progress=False).sources
+    for verb, missing in (
+        (lambda: manylora.export(run, manylora.ExportConfig(), progress=False), "--to is missing"),
+        (lambda: manylora.analyze(progress=False), "nothing to analyze"),
+        (lambda: manylora.evaluate(5, progress=False), "5 is neither a path nor a run"),  # type: ignore[arg-type]
+        (lambda: manylora.analyze([5], progress=False), "5 is neither a path nor a run"),  # type: ignore[list-item]
+        (lambda: manylora.train(resume=5, progress=False), "5 is neither a path nor a run"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigError, match=missing):
+            verb()
+
+
+def test_values_of_python_s_are_taken_as_a_file_would_hold_them(settings: dict[str, Any]) -> None:
+    config = manylora.TrainConfig(data=Path("d") / "train", tasks=("a", "b"), r=np.int64(4))  # type: ignore[arg-type]
+    assert (config.data, config.tasks, config.r) == (str(Path("d") / "train"), ["a", "b"], 4)
+    assert type(config.r) is int
+    assert manylora.FederateConfig(ranks=(2, 4)).ranks == [2, 4]  # type: ignore[arg-type]

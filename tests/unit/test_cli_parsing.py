@@ -94,7 +94,7 @@ def test_a_negative_number_is_a_value_and_then_refused() -> None:
         (["--r", "eight"], r"--r eight: expected int\.$"),
         (["--limit", "some"], r"--limit some: expected int\.$"),
         (["--limit="], r"--limit: expected int\.$"),
-        (["--limit", " "], r"--limit  : expected int\.$"),
+        (["--limit", " "], r"--limit: expected int\.$"),
         (["--dry-run=no"], r"--dry-run no: expected true or false\.$"),
         (["stray"], "stray"),
     ],

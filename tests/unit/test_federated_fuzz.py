@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import federation
 from manylora.data import Example
 from manylora.errors import AnswerError, RunError, WireError
-from manylora.evaluation.score import Estimate
+from manylora.evaluation.scores import Estimate
 from manylora.federated import Client, ClientData, FederateConfig, Message, pack, unpack
 from manylora.federated.check import Member, check_answer, check_joined, expected_shapes, update_limits
 from manylora.federated.faults import Fault

@@ -148,7 +148,9 @@ def _value(name: str, word: str, hint: Any) -> Any:
         return word
     expected = [f"one of {', '.join(map(repr, choices))}"] if choices else []
     expected += [kind.__name__ for kind in kinds if kind in (int, float)]
-    raise ConfigError(f"--{_dashed(name)}{' ' + word if word else ''}: expected {' or '.join(expected)}.")
+    raise ConfigError(
+        f"--{_dashed(name)}{' ' + word if word.strip() else ''}: expected {' or '.join(expected)}."
+    )
 
 
 def _is_option(word: str) -> bool:

@@ -6,7 +6,7 @@ functions that generate import them.
 """
 
 from manylora.evaluation.chance import CONSTANT, chance_notes, constant_scores
-from manylora.evaluation.collapse import Loss, collapse_router, paired_loss
+from manylora.evaluation.collapse import Loss, collapse_router, loss_table, paired_loss
 from manylora.evaluation.generation import (
     generate_answers,
     stop_token_ids,
@@ -22,7 +22,8 @@ from manylora.evaluation.metrics import (
     rouge1,
 )
 from manylora.evaluation.rules import RULES, TASK_RULES, AnswerRule, rules_for
-from manylora.evaluation.score import (
+from manylora.evaluation.score import score_all, score_task, wordless
+from manylora.evaluation.scores import (
     Baselines,
     ClientScores,
     Estimate,
@@ -36,13 +37,10 @@ from manylora.evaluation.score import (
     gains_of,
     read_client_scores,
     read_scores,
-    score_all,
-    score_task,
-    wordless,
+    scores_table,
     write_scores,
 )
 from manylora.evaluation.statistics import delta_m, standard_error
-from manylora.evaluation.table import loss_table, scores_table
 
 __all__ = [
     "CONSTANT",

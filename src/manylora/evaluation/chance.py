@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 from manylora.data import TaskData, Words
-from manylora.evaluation.score import Scores, score_task
+from manylora.evaluation.score import score_task
+from manylora.evaluation.scores import Scores
 
 CONSTANT = "one answer for all rows"
 Z_95 = 1.96

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from manylora.data import TaskData, encode
 from manylora.errors import ConfigError
 from manylora.evaluation.generation import NO_LIMIT, context_of
-from manylora.evaluation.score import Estimate, Scores, estimate
+from manylora.evaluation.score import estimate
+from manylora.evaluation.scores import Estimate, Scores
 from manylora.files import Record
+from manylora.table import Table, Value
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -200,3 +202,17 @@ def paired_loss(before: Scores, after: Scores) -> Loss:
         ]
         lost[old.task] = estimate(differences)
     return Loss(tasks=lost)
+
+
+def loss_table(before: Scores, after: Scores, loss: Loss, *, title: str) -> Table:
+    """Scores of an adapter and of its LoRAs per task, and the points lost with the paired standard error."""
+
+    def row(task: str, old: float, new: float, lost: Estimate | Loss, n: int) -> dict[str, Value]:
+        error = lost.standard_error
+        return {"task": task, "adapter": old, "LoRAs": new, "points lost": lost.mean, "s.e.": error, "n": n}
+
+    rows = [
+        row(one.task, one.score, after[one.task].score, loss.tasks[one.task], one.n) for one in before.tasks
+    ]
+    footer = row("mean", before.mean, after.mean, loss, before.n)
+    return Table.of("loss", title, rows, footer=[footer], digits=1)

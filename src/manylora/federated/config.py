@@ -236,7 +236,7 @@ class FederateConfig(TrainingSettings, StrategySettings, RoundSettings, AnswerCh
                 "robust",
                 "none",
                 strategy.linear,
-                f"whose answers are not added up one by one as those of {linear}",
+                f"whose answers are not added up one by one (choose {linear})",
             ),
         ):
             value = getattr(self, name)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from manylora.errors import AnswerError
-from manylora.evaluation.score import TaskScore
+from manylora.evaluation.scores import TaskScore
 from manylora.federated.faults import FailedError, clean_text, fault_named, shown
 from manylora.federated.parts import Shapes
 from manylora.federated.wire import Message

@@ -96,6 +96,9 @@ def _tame(value: Any) -> Any:
     return [_tame(item) for item in value] if isinstance(value, list) else value
 
 
+_TYPE_NAMES = ("str", "int", "float", "bool", "dict[str,str]", "list[str]")
+"""How pydantic names the branches of a union, which are no fields."""
+
 Kind = TypeVar("Kind", bound=Record)
 
 
@@ -147,9 +150,20 @@ def check_record(
     try:
         return kind.model_validate(value)
     except ValidationError as fault:
-        first = fault.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "its value"
-        raise error(f"{source} is damaged ({field}: {first['msg'].lower()}); {remedy}.") from fault
+        raise error(f"{source} is damaged ({_first_fault(fault)}); {remedy}.") from fault
+
+
+def _first_fault(fault: ValidationError) -> str:
+    """What is wrong with which field, and what stands there."""
+    first = fault.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"] if part not in _TYPE_NAMES) or "its value"
+    said = first["msg"].removeprefix("Value error, ")
+    value = (
+        ""
+        if first["type"] in ("missing", "value_error") or not first["loc"]
+        else f", not {first['input']!r:.60}"
+    )
+    return f"{field}: {said[:1].lower()}{said[1:]}{value}"
 
 
 def forgive_record(value: Any, kind: type[Kind]) -> Kind | None:

@@ -13,6 +13,8 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
+from os import PathLike, fspath
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -76,6 +78,9 @@ class Settings:
         kind: type[DataclassInstance] = type(self)
         for name, hint in field_types(kind).items():
             value = getattr(self, name)
+            if not has_type(value, hint):
+                value = _plain(value)
+                object.__setattr__(self, name, value)
             if isinstance(value, float) and not math.isfinite(value):
                 continue  # of the right type; `check_values` says what is wrong with it
             check_type(name, value, hint, remedy=f"see help({kind.__module__}.{kind.__name__})")
@@ -84,6 +89,17 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `config.yaml`."""
         return dataclasses.asdict(self)
+
+
+def _plain(value: Any) -> Any:
+    """A value of Python's as a file holds it: a path as text, a tuple as a list, a library's whole number as an int."""
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, Integral) else value
 
 
 def build_config(

@@ -61,12 +61,9 @@ class AnalyzeConfig(ModelSettings, DataSettings, BatchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.figures == bool(self.adapters):
+        if self.figures and self.adapters:
             raise ConfigError(
                 "--figures trains its own adapters; leave the folders out, or leave --figures out."
-                if self.figures
-                else "There is nothing to analyze; give runs or adapter folders, such as manylora analyze "
-                "runs/train-001, or --figures."
             )
         unused = [name for name in ("label", "step") if self.figures and getattr(self, name)]
         if unused:
@@ -89,6 +86,11 @@ def analyze(config: AnalyzeConfig, *, progress: Progress) -> tuple[Analysis, Pat
 
     if config.figures:
         return draw_figures(config, progress=progress)
+    if not config.adapters:
+        raise ConfigError(
+            "There is nothing to analyze; give runs or adapter folders, such as manylora analyze runs/train-001, "
+            "or --figures."
+        )
     with reserved_folder(config.out):
         found = analyse(_sources(config), config, progress=progress)
         settings = dataclasses.asdict(config)

@@ -61,16 +61,6 @@ class ExportConfig(ModelSettings, DataSettings, BatchSettings):
     """Type of the base. auto: for merged weights that of the base's files; for scores float32 on CPU, bfloat16 on a
     GPU that has it."""
 
-    def __post_init__(self) -> None:
-        if not self.to:
-            raise ConfigError("--to is missing; give a folder to write, such as --to exported.")
-        super().__post_init__()
-        if (self.adapter is None) == (self.from_loras is None):
-            raise ConfigError(
-                "Give either an adapter to export (manylora export runs/train-001 --to exported) or LoRA folders to "
-                "put into one adapter (--from-loras)."
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
@@ -95,10 +85,17 @@ def export(config: ExportConfig, *, given: Collection[str] = (), progress: Progr
         NotMergeableError: LoRAs in place of a token router lose more than `config.max_loss` points.
         RunError: `config.to` exists, or cannot be written.
     """
+    if not config.to:
+        raise ConfigError("--to is missing; give a folder to write, such as --to exported.")
+    if (config.adapter is None) == (config.from_loras is None):
+        raise ConfigError(
+            "Give either an adapter to export (manylora export runs/train-001 --to exported) or LoRA folders to "
+            "put into one adapter (--from-loras)."
+        )
     for_scoring = _first_of(given, _FOR_TOKEN_ROUTERS)
     if config.from_loras is not None and (unused := _first_of(given, ("tasks", "merge")) or for_scoring):
         raise ConfigError(f"--from-loras does nothing with {unused}; leave it out.")
-    to = Path(str(config.to)).expanduser()
+    to = Path(config.to).expanduser()
     with _placed(str(to)) as folder:
         if config.from_loras is not None:
             combine_loras(config, folder, progress=progress)

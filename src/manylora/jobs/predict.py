@@ -37,8 +37,6 @@ class PredictConfig(ModelSettings, AdapterAnswerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adapter is None:
-            raise ConfigError("--adapter is missing; give a run folder, such as runs/train-001.")
         if self.raw and self.form not in ("auto", "prompt"):
             raise ConfigError(
                 f"--raw is --form prompt, but --form {self.form} was given; leave one of them out."
@@ -95,18 +93,20 @@ class Predictor:
 
     Raises:
         ModelError: unknown model, unknown adapter, or one that classifies.
-        ConfigError: the adapter was not trained on the task.
+        ConfigError: no adapter is given, or it was not trained on the task.
     """
 
     def __init__(self, config: PredictConfig, *, progress: Progress) -> None:
         from manylora.jobs.subject import load_writer
 
+        if config.adapter is None:
+            raise ConfigError("--adapter is missing; give a run folder, such as runs/train-001.")
         self.config, self._progress = config, progress
         self.writer = load_writer(
-            str(config.adapter), model=config.model, dtype=config.dtype, device=config.device
+            config.adapter, model=config.model, dtype=config.dtype, device=config.device
         )
         self.kind = self.writer.kind.with_settings(
-            source=str(config.adapter), max_length=config.max_length, max_new_tokens=config.max_new_tokens
+            source=config.adapter, max_length=config.max_length, max_new_tokens=config.max_new_tokens
         )
         if config.task is not None:
             self.kind.check_task(config.task)

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from manylora.errors import DataError
-from manylora.evaluation.score import ClientScores, Scores
+from manylora.evaluation.scores import ClientScores, Scores
 from manylora.federated.results import (
     FederatedResult,
     Round,

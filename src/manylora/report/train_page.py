@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from manylora.evaluation.metrics import ACCURACY, EXACT_MATCH
-from manylora.evaluation.score import SavedScores, ScoredExample
-from manylora.evaluation.table import scores_table
+from manylora.evaluation.scores import SavedScores, ScoredExample, scores_table
 from manylora.files import forgive_lines
 from manylora.report.common import (
     Recipe,

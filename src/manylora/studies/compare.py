@@ -25,7 +25,7 @@ class CompareConfig(Settings):
     """Which study, where, and what to do with it."""
 
     study: str = ""
-    """YAML file of the study (docs/compare.md); also without "--study". Default: a small study of the embedded
+    """YAML file of the study (docs/compare.md), also as a word by itself. Default: a small study of the embedded
     suite."""
     out: str | None = None
     """Folder of the study; one that is there is continued. Default: runs/compare-NAME."""

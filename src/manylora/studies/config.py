@@ -293,10 +293,13 @@ def _check_settings(kind: str, settings: Mapping[str, Any], *, own: Collection[s
 
 def _check_one_metric(methods: Sequence[Method]) -> None:
     """Refuse methods whose scores are measured differently: their differences would mean nothing."""
-    kinds = {method.name: method.settings.get("rouge", "all") for method in methods}
-    if len(set(kinds.values())) > 1:
-        shown = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
-        raise ConfigError(f"rouge differs between the methods ({shown}); give it once, under settings.")
+    for setting, usual in (("task_type", "CAUSAL_LM"), ("rouge", "all")):
+        kinds = {method.name: method.settings.get(setting, usual) for method in methods}
+        if len(set(kinds.values())) > 1:
+            shown = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+            raise ConfigError(
+                f"{setting} differs between the methods ({shown}); give it once, under settings."
+            )
 
 
 def _contrast(values: Mapping[str, Any]) -> Contrast:
