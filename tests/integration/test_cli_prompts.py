@@ -59,7 +59,12 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     forms["mixed"] = [{**row, "task": task} for task in ("chat", "plain") for row in forms[task]]
     return {
         name: train(
-            base, write(folder / f"{name}.jsonl", rows), folder / f"run-{name}", "--date", "2024-02-29"
+            base,
+            write(folder / f"{name}.jsonl", rows),
+            folder / f"run-{name}",
+            "--date",
+            "2024-02-29",
+            *(["--template", "alpaca"] if name == "alpaca" else []),
         )
         for name, rows in forms.items()
     }
@@ -318,14 +323,14 @@ def test_the_plan_and_evaluate_say_what_is_left_out(
         "training rows of task a have one answer, 'soup'",
     ):
         assert line in out
-    data = write(tmp_path / "chat.jsonl", [{**row, "task": "chat", "id": 3} for row in ALPACA])
+    data = write(tmp_path / "chat.jsonl", [{**row, "task": "chat", "id": 3} for row in PLAIN])
     assert (
         main(["evaluate", "--adapter", str(runs["mixed"]), "--data", str(data), "--max-new-tokens", "2"]) == 0
     )
     out = capsys.readouterr().out
     assert "note: columns not used: id" in out
     assert "note: no test rows for the tasks plain" in out
-    assert "note: the rows of task chat are of the form alpaca, but it was trained on chat" in out
+    assert "note: the rows of task chat are of the form prompt, but it was trained on chat" in out
     assert "note: all 6 test rows of task chat have one answer, 'soup'" in out
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
-from manylora.files.settings import Settings
+from manylora.files.settings import Count, Settings
 from manylora.jobs.predict import PredictConfig
 from manylora.studies.compare import CompareConfig
 from manylora.training.config import TrainConfig
@@ -30,6 +30,9 @@ class RunOptions(Settings):
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(TrainConfig, RunOptions):
     """Settings of the run, and what to do with them."""
+
+    show_rows: Count | None = None
+    """Print this many training rows of each task as the model gets them, what carries loss marked, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
