@@ -28,11 +28,16 @@ class RunOptions(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(TrainConfig, RunOptions):
-    """Settings of the run, and what to do with them."""
+class ShownRows(Settings):
+    """Rows to look at"""
 
     show_rows: Count | None = None
     """Print this many training rows of each task as the model gets them, what carries loss marked, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainConfig, ShownRows, RunOptions):
+    """Settings of the run, and what to do with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
