@@ -132,6 +132,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     config = TrainConfig(
         model=str(folder / "base"),
         data=str(folder / "rows.jsonl"),
+        template="alpaca",
         batch_size=case.rows,
         max_length=case.length,
         lora_dropout=case.dropout,

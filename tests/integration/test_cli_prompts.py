@@ -59,7 +59,12 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     forms["mixed"] = [{**row, "task": task} for task in ("chat", "plain") for row in forms[task]]
     return {
         name: train(
-            base, write(folder / f"{name}.jsonl", rows), folder / f"run-{name}", "--date", "2024-02-29"
+            base,
+            write(folder / f"{name}.jsonl", rows),
+            folder / f"run-{name}",
+            "--date",
+            "2024-02-29",
+            *(["--template", "alpaca"] if name == "alpaca" else []),
         )
         for name, rows in forms.items()
     }
@@ -139,6 +144,118 @@ def test_an_adapter_of_an_earlier_version_is_asked_as_before_and_it_is_said(
     )
 
 
+# ---------------------------------------------------------------- rows of instruction and input
+
+
+@pytest.fixture(scope="module")
+def instructed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run on rows of instruction and input per template, the first by default."""
+    folder = tmp_path_factory.mktemp("templates")
+    rows = write(folder / "menu.jsonl", [{**row, "input": "today"} for row in ALPACA])
+    more = ["--date", "2024-02-29", "--test", str(rows)]
+    return {
+        name: train(base, rows, folder / name, *more, *words)
+        for name, words in {"chat": [], "none": ["--template", "none"]}.items()
+    }
+
+
+INSTRUCTED = {
+    "chat": CHAT_PROMPT.replace("Why?", "Menu 0?\n\ntoday"),
+    "none": "Menu 0?\n\ntoday",
+    "alpaca": "### Instruction:\nMenu 0?\n\n### Input:\ntoday\n\n### Response:\n",
+}
+
+
+@pytest.mark.parametrize("name", ["chat", "none"])
+def test_instruction_rows_are_asked_in_every_verb_as_they_were_trained(
+    name: str, instructed: dict[str, Path], tmp_path: Path, asked: list[str], capsys: Any
+) -> None:
+    run, short = instructed[name], ["--max-new-tokens", "2"]
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert config["template"] == name
+    prepared = prepare(TrainConfig(**config))  # as --resume does
+    rows_read = [row for part in (prepared.train, prepared.validation) for task in part for row in task.rows]
+    prompts = [prepared.kind.tokenizer.decode(row.input_ids[: row.prompt_length]) for row in rows_read]
+    assert INSTRUCTED[name] in prompts
+    rows = run.parent / "menu.jsonl"
+    assert main(["export", str(run), "--to", str(tmp_path / "plain")]) == 0
+    capsys.readouterr()
+    for adapter in (run, tmp_path / "plain"):
+        assert main(["evaluate", "--adapter", str(adapter), "--data", str(rows), *short]) == 0
+        assert sorted(asked) == sorted(prompts)
+        asked.clear()
+        words = ["predict", "--adapter", str(adapter), *short]
+        assert main([*words, "--input", "today", "Menu 0?"]) == 0
+        assert main([*words, "--file", str(rows)]) == 0
+        assert asked[0] == INSTRUCTED[name]
+        assert sorted(asked[1:]) == sorted(prompts)
+        asked.clear()
+    printed = capsys.readouterr()
+    assert "trained on" not in printed.out
+    assert "note" not in printed.err
+
+
+def test_a_template_that_is_named_goes_before_that_of_the_training(
+    instructed: dict[str, Path], asked: list[str], capsys: Any
+) -> None:
+    words = ["--adapter", str(instructed["chat"]), "--max-new-tokens", "2", "--template", "alpaca"]
+    assert main(["predict", *words, "--input", "today", "Menu 0?"]) == 0
+    assert main(["evaluate", *words, "--limit", "1"]) == 0
+    assert asked[0] == INSTRUCTED["alpaca"]
+    assert asked[1].startswith("### Instruction:\nMenu ")
+
+
+def test_a_bare_chat_model_is_asked_in_its_template_and_another_cannot_be(
+    instructed: dict[str, Path], base: Path, tiny_base: Path, asked: list[str], capsys: Any
+) -> None:
+    rows = instructed["chat"].parent / "menu.jsonl"
+    words = [
+        "evaluate",
+        "--data",
+        str(rows),
+        "--limit",
+        "1",
+        "--max-new-tokens",
+        "2",
+        "--device",
+        "cpu",
+        "--model",
+    ]
+    assert main([*words, str(base)]) == 0
+    assert "<|im_start|>user\nMenu " in asked.pop()
+    assert main([*words, str(tiny_base)]) == 0
+    assert asked.pop().startswith("### Instruction:\nMenu ")
+    capsys.readouterr()
+    assert main([*words, str(tiny_base), "--template", "chat"]) == 2
+    command = ["train", "--model", tiny_base, "--data", rows, "--template", "chat", "--dry-run"]
+    assert main(list(map(str, command))) == 2
+    line = "manylora: template is chat, but the tokenizer has no chat template; take a chat model"
+    assert capsys.readouterr().err.count(line) == 2
+
+
+def test_a_run_of_a_version_without_templates_goes_on_in_the_alpaca_form(
+    instructed: dict[str, Path], tmp_path: Path
+) -> None:
+    from manylora.federated import FederateConfig
+    from manylora.training import RunFolder
+
+    old = tmp_path / "old"
+    shutil.copytree(instructed["chat"], old)
+    config = yaml.safe_load((old / "config.yaml").read_text(encoding="utf-8"))
+    del config["template"]
+    (old / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    state = json.loads((old / "state.json").read_text(encoding="utf-8"))
+    state.pop("files")
+    (old / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    found = RunFolder.open(old).config(TrainConfig, verb="train")
+    assert found.template == "alpaca"
+    (trained,) = prepare(found).train
+    prompts = [prepare(found).kind.tokenizer.decode(row.input_ids) for row in trained.rows]
+    assert all("### Instruction:" in prompt for prompt in prompts)
+    sent = {"strategy": "fed-alora"}  # by a server of such a version
+    assert FederateConfig(model="a").accept_settings(sent).template == "alpaca"
+
+
 # ---------------------------------------------------------------- the date
 
 
@@ -188,13 +305,14 @@ def test_personal_models_are_asked_as_their_clients_were_trained(
 ) -> None:
     write(tmp_path / "soups.jsonl", chats())
     write(tmp_path / "notes.jsonl", PLAIN)
+    write(tmp_path / "menus.jsonl", ALPACA)
     command = ["federate", "--model", base, "--data", tmp_path, "--rounds", 1, "--out", tmp_path / "run",
                "--device", "cpu", "--reference", "none", "--date", "2024-02-29", "--max-length", 64]  # fmt: skip
     assert main(list(map(str, command))) == 0
     printed = capsys.readouterr().out
     assert "note: all 6 training rows of task soups have one answer, 'Soup.'" in printed
     assert "longer than 64 tokens and cut to their ends: 100.0 % of soups's training prompts" in printed
-    for client, prompt in (("soups", CHAT_PROMPT), ("notes", "Why?")):
+    for client, prompt in (("soups", CHAT_PROMPT), ("notes", "Why?"), ("menus", CHAT_PROMPT)):
         adapter = tmp_path / "run" / "clients" / client / "adapter"
         assert (
             main(
@@ -318,14 +436,14 @@ def test_the_plan_and_evaluate_say_what_is_left_out(
         "training rows of task a have one answer, 'soup'",
     ):
         assert line in out
-    data = write(tmp_path / "chat.jsonl", [{**row, "task": "chat", "id": 3} for row in ALPACA])
+    data = write(tmp_path / "chat.jsonl", [{**row, "task": "chat", "id": 3} for row in PLAIN])
     assert (
         main(["evaluate", "--adapter", str(runs["mixed"]), "--data", str(data), "--max-new-tokens", "2"]) == 0
     )
     out = capsys.readouterr().out
     assert "note: columns not used: id" in out
     assert "note: no test rows for the tasks plain" in out
-    assert "note: the rows of task chat are of the form alpaca, but it was trained on chat" in out
+    assert "note: the rows of task chat are of the form prompt, but it was trained on chat" in out
     assert "note: all 6 test rows of task chat have one answer, 'soup'" in out
 
 

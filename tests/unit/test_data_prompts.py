@@ -222,7 +222,7 @@ def test_row_without_answer_and_tokenizer_without_end() -> None:
 def test_impossible_settings() -> None:
     with pytest.raises(ConfigError, match="max_length 0"):
         encode_prompt(WORDS, TOKENIZER, max_length=0)
-    with pytest.raises(ConfigError, match=r"loss_on 'prompt' is unknown\. Choose answer or all"):
+    with pytest.raises(ConfigError, match=r"loss_on 'prompt' is unknown\. Choose answer, assistant or all"):
         encode(WORDS, TOKENIZER, max_length=9, context_length=9, loss_on="prompt")  # type: ignore[arg-type]
 
 

@@ -125,7 +125,10 @@ def test_a_folder_without_a_record_says_nothing_or_has_a_tokenizer_beside_a_fore
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}), encoding="utf-8")
     found = find_prompts(tmp_path)
     assert found is not None
-    assert (found.prompts_of(None), found.template) == (TaskPrompts(form="chat"), CHATML)
+    assert (found.prompts_of(None), found.template) == (
+        TaskPrompts(form="chat", instructions="chat"),
+        CHATML,
+    )
 
 
 GOOD = {"version": 1, "tasks": {}, "template": None, "date": None, "max_length": 9}

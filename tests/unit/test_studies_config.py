@@ -179,3 +179,16 @@ def test_the_tables_of_a_committed_study_come_again_from_its_cells(path: Path) -
 def test_every_preset_is_sound() -> None:
     study = with_(methods=[name for name in PRESETS if PRESETS[name][0] == "train"])
     assert len(study.methods) == 10
+
+
+@pytest.mark.parametrize("kind", ["train", "federate", "transfer"])
+def test_cells_are_asked_in_the_alpaca_form_unless_the_study_says_otherwise(kind: str) -> None:
+    from manylora.studies import federated_cells, train_cells, transfer_cells
+
+    config_of = {
+        "train": train_cells.train_config,
+        "federate": federated_cells._config,
+        "transfer": lambda settings: transfer_cells._cell_settings({"frozen": "B", **settings}),
+    }[kind]
+    assert config_of({"model": "a/chat-model"}).template == "alpaca"
+    assert config_of({"model": "a/chat-model", "template": "auto"}).template == "auto"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
-from manylora.files.settings import Settings
+from manylora.files.settings import Count, Settings
 from manylora.jobs.predict import PredictConfig
 from manylora.studies.compare import CompareConfig
 from manylora.training.config import TrainConfig
@@ -28,7 +28,15 @@ class RunOptions(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(TrainConfig, RunOptions):
+class ShownRows(Settings):
+    """Rows to look at"""
+
+    show_rows: Count | None = None
+    """Print this many training rows of each task as the model gets them, what carries loss marked, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainConfig, ShownRows, RunOptions):
     """Settings of the run, and what to do with them."""
 
 

@@ -24,6 +24,7 @@ Without options this is the main job: ALoRA (3 experts, one shared B, rank 8) on
 8 tasks and the embedded base model; a few minutes on two CPU cores.
 
   manylora train --dry-run                                  what would be done, and what it needs
+  manylora train --show-rows 3                              rows as the model gets them, and what carries loss
   manylora train --data flan8/train --test flan8/test       your own rows (JSON, JSONL, CSV, Parquet, Hub id)
   manylora train --model meta-llama/Llama-3.2-1B --r 16     another base model
   manylora train --task-type SEQ_CLS --model DIR --data …   an encoder such as BERT that chooses among labels
@@ -39,12 +40,24 @@ def run(arguments: Sequence[str]) -> int:
             refuse_beside_resume(given, {"resume"})
             return _resume(options.resume, launch)
         config = settings_of(options, TrainConfig)
-        from manylora.jobs.train import plan, train
-
-        if options.dry_run:
-            plan(config, progress=ConsoleProgress())
+        if options.dry_run or options.show_rows:
+            _show(config, options)
             return 0
+        from manylora.jobs.train import train
+
         return _conclude(train(config, out=options.out, progress=ConsoleProgress(), launch=launch), launch)
+
+
+def _show(config: TrainConfig, options: TrainOptions) -> None:
+    """Print the plan, or rows, or both."""
+    from manylora.jobs.train import plan
+    from manylora.training import prepare
+
+    prepared = plan(config, progress=ConsoleProgress()) if options.dry_run else prepare(config)
+    if options.show_rows:
+        from manylora.cli.rows import print_rows
+
+        print_rows(prepared, options.show_rows)
 
 
 def _resume(path: str, launch: Launch) -> int:

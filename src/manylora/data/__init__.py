@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 from manylora.data.examples import Example, Form, Message, TaskData, Words
 from manylora.data.fields import ACCEPTED_FORMS
 from manylora.data.formats import parse_row
+from manylora.data.instructions import (
+    FORM_OF,
+    Template,
+    TemplateChoice,
+    apply_template,
+    check_template,
+    resolve_template,
+)
 from manylora.data.mixing import MIXINGS, Mixing, mixture_schedule, mixture_shares
 from manylora.data.notes import DataNotes, listed
 from manylora.data.options import options_of, without_options
@@ -43,6 +51,7 @@ _RECORD = ("PROMPTS_FILE", "PromptRecord", "TaskPrompts", "find_prompts", "quest
 __all__ = [
     "ACCEPTED_FORMS",
     "EMBEDDED",
+    "FORM_OF",
     "IGNORED_LABEL",
     "MIN_PROMPT_TOKENS",
     "MIXINGS",
@@ -63,11 +72,15 @@ __all__ = [
     "Splits",
     "TaskData",
     "TaskPrompts",
+    "Template",
+    "TemplateChoice",
     "Words",
     "answer_text",
+    "apply_template",
     "asks_date",
     "available_splits",
     "check_date",
+    "check_template",
     "check_token_rows",
     "closing_text",
     "cut_validation",
@@ -87,6 +100,7 @@ __all__ = [
     "prompt_text",
     "question",
     "render_prompt",
+    "resolve_template",
     "sample_rows",
     "sample_tasks",
     "single_answers",

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from manylora.data.examples import Example, Message
-from manylora.data.templates import ChatText, chat_text, origin_of
+from manylora.data.templates import ChatText, chat_text, earlier_turn, marked_tokens, origin_of
 from manylora.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LossOn: TypeAlias = Literal["answer", "all"]
+LossOn: TypeAlias = Literal["answer", "assistant", "all"]
 
 IGNORED_LABEL = -100
 """The label that torch's cross entropy skips by default (`ignore_index`)."""
@@ -132,17 +132,20 @@ def encode(
         max_length: tokens that a row should have at most. The prompt gives way down to `MIN_PROMPT_TOKENS`;
             a row whose answer is so long that this does not suffice is longer than `max_length`.
         context_length: tokens that the model can read, which no row exceeds; None where it has no such limit.
-        loss_on: "answer" counts the answer and the end of sequence; "all" counts the prompt too.
+        loss_on: "answer" counts the answer and the end of sequence; "assistant" also the earlier turns of the
+            assistant's, each with its end, but those that the row marks as not to be learnt; "all" counts the prompt
+            too.
         vocabulary: rows of the model's embedding; ids beyond are refused. None: not looked at.
 
     Raises:
         DataError: the answer is empty, or does not fit `context_length` beside `MIN_PROMPT_TOKENS` of the
-            prompt; a token has no row in the model; or see `render_prompt`.
+            prompt; a token has no row in the model; the tokens of a turn that is to be learnt cannot be told; or see
+            `render_prompt`.
         ModelError: the tokenizer has no end-of-sequence token.
         ConfigError: `max_length` or `loss_on` cannot be.
     """
-    if loss_on not in ("answer", "all"):
-        raise ConfigError(f"loss_on {loss_on!r} is unknown. Choose answer or all.")
+    if loss_on not in ("answer", "assistant", "all"):
+        raise ConfigError(f"loss_on {loss_on!r} is unknown. Choose answer, assistant or all.")
     _check_length(max_length)
     if not example.has_answer:
         raise DataError(f"{origin_of(example)} has no answer to train on. Give one or remove the row.")
@@ -165,9 +168,13 @@ def encode(
     room = max(max_length - len(answer), least)
     if context_length is not None:
         room = min(room, context_length - len(answer))
-    kept = _cut(prompt, room, example, tokenizer)
-    ids = kept + answer
-    labels = list(ids) if loss_on == "all" else [IGNORED_LABEL] * len(kept) + answer
+    learnt = [loss_on == "all"] * len(prompt)
+    if loss_on == "assistant":
+        learnt = _assistant_tokens(example, tokenizer, chat, prompt)
+    labels = [token if own else IGNORED_LABEL for token, own in zip(prompt, learnt, strict=True)]
+    head, tail = _cut(prompt, room, example, tokenizer)
+    kept = prompt[:head] + prompt[tail:]
+    ids, labels = kept + answer, labels[:head] + labels[tail:] + answer
     return Encoded(
         input_ids=ids,
         labels=labels,
@@ -194,7 +201,8 @@ def encode_prompt(
     chat = chat_text(example, tokenizer) if example.form == "chat" else None
     prompt = _prompt_ids(example, tokenizer, chat)
     check_token_rows(prompt, vocabulary, example, tokenizer)
-    kept = _cut(prompt, max_length, example, tokenizer)
+    head, tail = _cut(prompt, max_length, example, tokenizer)
+    kept = prompt[:head] + prompt[tail:]
     return kept, len(kept) < len(prompt)
 
 
@@ -294,14 +302,66 @@ def _without_ends(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     return ids
 
 
-def _cut(prompt: list[int], room: int, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt in at most `room` tokens: its right end, behind its BOS and, if cheap, its header."""
+def _assistant_tokens(
+    example: Example, tokenizer: PreTrainedTokenizerBase, chat: ChatText | None, prompt: list[int]
+) -> list[bool]:
+    """Which of the prompt's tokens are earlier turns of the assistant's that are to be learnt, each with its end."""
+    if example.history:
+        raise DataError(
+            f"{origin_of(example)}: the responses in 'history' have no end in the Alpaca form that could be learnt. "
+            "Take template chat, write the row as messages, or take loss_on answer."
+        )
+    turns = [place for place, turn in enumerate(example.messages) if turn.role == "assistant"]
+    learnt = [False] * len(prompt)
+    if chat is None or not turns:
+        return learnt
+    eos = tokenizer.eos_token_id
+    if all(example.messages[place].learnt for place in turns) and (
+        marked := marked_tokens(example, tokenizer)
+    ):
+        ids, own = marked
+        begun = len(ids) - len(_begun_once(ids, tokenizer.bos_token_id))
+        ids, own = ids[begun:], own[begun:]
+        if _common(ids, prompt) == len(prompt):
+            ends = [token == eos and before for token, before in zip(ids, [False, *own], strict=False)]
+            return [one or end for one, end in zip(own, ends, strict=True)][: len(prompt)]
+    for place in turns:
+        if not example.messages[place].learnt:
+            continue
+        asked, told = earlier_turn(example, place, tokenizer)
+        if not chat.prompt.startswith(told):
+            raise DataError(
+                f"{origin_of(example)}: the chat template writes turn {place} of the conversation otherwise once more "
+                "turns follow, so its tokens cannot be told. Take loss_on answer, or a template with generation marks."
+            )
+        # Where a token spans a border, what the texts have in common ends before it: it belongs to the turn.
+        start, end = (
+            _common(_begun_once(_tokens(text, tokenizer, special=False), tokenizer.bos_token_id), prompt)
+            for text in (asked, told)
+        )
+        if eos in prompt[start:end]:  # templates may write on behind it
+            end = start + _behind_end(prompt[start:end], eos)
+        learnt[start:end] = [True] * (end - start)
+    return learnt
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """How many ids two lists have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _cut(
+    prompt: list[int], room: int, example: Example, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int]:
+    """Where the prompt is cut to have at most `room` tokens: what stands before the first place is kept, its BOS and,
+    if cheap, its header, and what stands behind the second, its right end."""
     if len(prompt) <= room:
-        return prompt
+        return 0, 0
     head = 1 if prompt[0] == tokenizer.bos_token_id and room > 1 else 0
     if example.form == "alpaca":
         header = _tokens(_HEADER, tokenizer, special=False)
         stop = head + len(header)
         if stop <= room // 4 and prompt[head:stop] == header:
             head = stop
-    return prompt[:head] + prompt[len(prompt) - (room - head) :]
+    return head, len(prompt) - (room - head)

@@ -1,18 +1,21 @@
 """Which form a run's prompts had, kept beside its adapter, so that whoever uses it asks as it was trained.
 
-ADAPTER/manylora_prompts.json    per task: form, system text, whether answers think; chat template, date, cut-off;
-                                 beside a plain LoRA, whose settings have no place for it, the mark of its base
+ADAPTER/manylora_prompts.json    per task: form, system text, whether answers think, how instructions were
+                                 asked; chat template, date, cut-off; beside a plain LoRA, whose settings have no
+                                 place for it, the mark of its base
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from manylora.data.examples import Example, Form, Message, TaskData
+from manylora.data.examples import Example, Form, TaskData
+from manylora.data.instructions import Template, apply_template
 from manylora.data.sampling import sample_rows
 from manylora.data.templates import chat_text, check_date, fix_date, plain_template
 from manylora.errors import ConfigError, ModelError
@@ -37,17 +40,24 @@ class TaskPrompts(Record):
     """The system text that all its rows had in common."""
     thinks: bool = False
     """Chat: whether most answers began with a thought of their own (see `Example.thinks`)."""
+    instructions: Template = "alpaca"
+    """How rows of instruction and input were asked; those of earlier versions in the Alpaca form."""
 
     @classmethod
-    def of(cls, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> TaskPrompts:
-        """What the rows of one task have in common."""
+    def of(
+        cls, rows: list[Example], tokenizer: PreTrainedTokenizerBase, *, instructions: Template
+    ) -> TaskPrompts:
+        """What the rows of one task have in common, to which `instructions` has been applied."""
         (form, _), *_ = Counter(row.form for row in rows).most_common(1)
         own = [row for row in rows if row.form == form]
         systems = {_system_of(row) for row in own}
         asked = sample_rows(own, _ASKED, task="") if form == "chat" else []
         thinking = sum(chat_text(row, tokenizer).thinks for row in asked)
         return cls(
-            form=form, system=systems.pop() if len(systems) == 1 else "", thinks=2 * thinking > len(asked) > 0
+            form=form,
+            system=systems.pop() if len(systems) == 1 else "",
+            thinks=2 * thinking > len(asked) > 0,
+            instructions=instructions,
         )
 
 
@@ -74,10 +84,26 @@ class PromptRecord(Record):
 
     @classmethod
     def of(
-        cls, data: TaskData, tokenizer: PreTrainedTokenizerBase, *, date: str | None, max_length: int
+        cls,
+        data: TaskData,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        date: str | None,
+        max_length: int,
+        instructions: Template = "alpaca",
     ) -> PromptRecord:
-        """The record of training rows as this tokenizer writes them."""
-        tasks = {task: TaskPrompts.of(rows, tokenizer) for task, rows in data.items()}
+        """The record of training rows as this tokenizer writes them.
+
+        Args:
+            data: the rows, `instructions` applied to them.
+            tokenizer: of the base.
+            date: that the chat template was told.
+            max_length: tokens that a row might have.
+            instructions: how rows of instruction and input were asked.
+        """
+        tasks = {
+            task: TaskPrompts.of(rows, tokenizer, instructions=instructions) for task, rows in data.items()
+        }
         chat = any(row.form == "chat" for rows in data.values() for row in rows)
         return cls(
             tasks=tasks,
@@ -124,7 +150,16 @@ class PromptRecord(Record):
             form=found[0].form,
             system=same.pop() if len(same) == 1 else "",
             thinks=self.thinks(""),
+            instructions=self.instructions_of(""),
         )
+
+    def instructions_of(self, task: str) -> Template:
+        """How instruction rows of `task` are asked; where it is unknown, as those of all tasks are, else in the Alpaca
+        form."""
+        found = {prompts.instructions for prompts in self.tasks.values()}
+        if task in self.tasks:
+            return self.tasks[task].instructions
+        return found.pop() if len(found) == 1 else "alpaca"
 
     def thinks(self, task: str) -> bool:
         """Whether most answers to chats of `task`, or of any where it is unknown, began with a thought."""
@@ -167,7 +202,8 @@ def find_prompts(folder: Path) -> PromptRecord | None:
     if record is not None or _json_at(folder / "adapter_config.json").get("peft_type") != "LORA":
         return record
     template = _template_beside(folder)
-    return PromptRecord(tasks={"": TaskPrompts(form="chat")}, template=template) if template else None
+    prompts = TaskPrompts(form="chat", instructions="chat")
+    return PromptRecord(tasks={"": prompts}, template=template) if template else None
 
 
 def _template_beside(folder: Path) -> str | None:
@@ -192,20 +228,17 @@ def _json_at(path: Path) -> dict[str, Any]:
 def question(text: str, prompts: TaskPrompts, *, input_text: str = "", task: str = "") -> Example:
     """A text as the prompt that rows of these had.
 
-    Alpaca: the instruction. Chat: one turn of the user's, the input below it. Prompt: as it stands.
+    Alpaca: the instruction. Chat: one turn of the user's, the input below it. Prompt: as it stands; the input below
+    it, where rows of instructions were asked so.
 
     Raises:
         ConfigError: an input beside a prompt that is taken as it stands.
     """
-    origin = "the prompt"
+    asked = Example(task=task, instruction=text, input=input_text, system=prompts.system, origin="the prompt")
+    if prompts.form == "chat":
+        return dataclasses.replace(apply_template(asked, "chat"), thinks=prompts.thinks)
     if prompts.form == "alpaca":
-        return Example(
-            task=task, instruction=text, input=input_text, system=prompts.system, form="alpaca", origin=origin
-        )
-    if prompts.form == "prompt":
-        if input_text:
-            raise ConfigError("--input belongs to Alpaca and chat prompts; write it into the prompt.")
-        return Example(task=task, instruction=text, form="prompt", origin=origin)
-    system = [Message(role="system", content=prompts.system)] if prompts.system else []
-    asked = Message(role="user", content=f"{text}\n\n{input_text}" if input_text else text)
-    return Example(task=task, messages=(*system, asked), thinks=prompts.thinks, form="chat", origin=origin)
+        return asked
+    if input_text and prompts.instructions != "none":
+        raise ConfigError("--input belongs to Alpaca and chat prompts; write it into the prompt.")
+    return apply_template(dataclasses.replace(asked, system=""), "none")

@@ -8,8 +8,10 @@ that the run has.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
+import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +32,8 @@ _CLOCK = "strftime_now"
 """The function by which templates ask for the date; transformers answers it with the machine's clock."""
 
 _DATED = "{#- manylora: the date of the run -#}"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""How a template begins what it marks as the assistant's."""
 _DIRECTIVES = "aAbBcdDeFgGhHIjklmMpPrRsSTuUVwWxXyYzZ"
 _SECONDS = 10.0
 """Of computing, for one row. A long conversation takes milliseconds."""
@@ -219,15 +223,52 @@ def unread_note(rows: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> 
     return [f"the chat template does not read the turns' {', '.join(names)}"] if names else []
 
 
-def _rendered(
+def earlier_turn(example: Example, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the template writes before the assistant's turn at `index`, its opening with it, and that with the turn, as
+    if the conversation ended there.
+
+    Raises:
+        DataError: see `chat_text`.
+    """
+    turn = example.messages[index].to_dict()
+    until = dataclasses.replace(example, messages=example.messages[:index])
+    asked = _rendered(until, tokenizer)
+    told = _rendered(until, tokenizer, answer=turn)
+    opening, _ = _around_answers(until, tokenizer, asked)
+    return asked + opening if told.startswith(asked + opening) else asked, told
+
+
+def marked_tokens(
+    example: Example, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]] | None:
+    """Token ids of a row with its answer, and which of them the template marks as the assistant's; None where it has no
+    such marks.
+
+    Raises:
+        DataError: see `chat_text`.
+    """
+    if not tokenizer.is_fast or not any(map(_GENERATION.search, _templates(tokenizer).values())):
+        return None
+    answer = {"role": "assistant", "content": example.output, **example.answer_fields}
+    found = _applied(example, tokenizer, answer=answer, tokenize=True, return_assistant_tokens_mask=True)
+    return list(found["input_ids"]), list(map(bool, found["assistant_masks"]))
+
+
+def _rendered(example: Example, tokenizer: PreTrainedTokenizerBase, **given: Any) -> str:
+    """The turns as the template writes them: up to where the answer begins, or with `answer`."""
+    return str(_applied(example, tokenizer, **given))
+
+
+def _applied(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
     *,
     answer: Mapping[str, Any] | None = None,
     tools: bool = True,
     without: Sequence[str] = (),
-) -> str:
-    """The turns as the template writes them: up to where the answer begins, or with `answer`."""
+    **options: Any,
+) -> Any:
+    """What `apply_chat_template` makes of the turns: text, unless `options` ask for tokens."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"{origin_of(example)} is a chat row, but the tokenizer has no chat template. Take a chat model, "
@@ -239,13 +280,11 @@ def _rendered(
     ]
     try:
         with _bounded():
-            return str(
-                tokenizer.apply_chat_template(
-                    turns if answer is None else [*turns, dict(answer)],
-                    tools=[dict(tool) for tool in example.tools] if tools and example.tools else None,
-                    add_generation_prompt=answer is None,
-                    tokenize=False,
-                )
+            return tokenizer.apply_chat_template(
+                turns if answer is None else [*turns, dict(answer)],
+                tools=[dict(tool) for tool in example.tools] if tools and example.tools else None,
+                add_generation_prompt=answer is None,
+                **{"tokenize": False, "return_dict": True, **options},
             )
     except _TimeUpError:
         # no DataError: other rows would take as long, and a probe would pass over it

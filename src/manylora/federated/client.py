@@ -55,7 +55,8 @@ class Client:
         bench: Workbench,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.name, self.data, self.bench, self.say = name, data, bench, say
+        self.name, self.bench, self.say = name, bench, say
+        self.data = data.with_template(bench.template)
         self.folder = home / folder_name(name)
         self.private = VersionedState(self.folder)
         self._stacks = VersionedState(home / ".stacks")

@@ -24,7 +24,7 @@ from manylora.files.settings import (
     has_type,
 )
 from manylora.training.config import RECIPES, TrainConfig, as_list
-from manylora.training.settings import Seed, TrainingSettings
+from manylora.training.settings import BEFORE, Seed, TrainingSettings
 
 Schedule: TypeAlias = Literal["auto", "embedded", "standard", "published"]
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ class FederateConfig(TrainingSettings, StrategySettings, RoundSettings, AnswerCh
                 f"the server sets {shown(unknown[0])}, which this version of manylora does not know."
             )
         check_sent_types(settings, "the server")
-        return dataclasses.replace(self, **settings)
+        return dataclasses.replace(self, **{**BEFORE, **settings})
 
 
 def check_sent_types(settings: Mapping[str, Any], who: str) -> None:

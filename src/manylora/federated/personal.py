@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from manylora.data import Example, PromptRecord, encode_prompt
+from manylora.data import Example, PromptRecord, Template, apply_template, encode_prompt
 from manylora.evaluation import generate_answers, score_all
 from manylora.federated.faults import ClientError, Fault
 from manylora.federated.kept import not_finite
@@ -37,6 +37,14 @@ class ClientData:
     train: Mapping[str, list[Example]]
     test: Mapping[str, list[Example]] = field(default_factory=dict)
 
+    def with_template(self, template: Template) -> ClientData:
+        """The same, instruction rows in the form that `template` asks for."""
+        train, test = (
+            {task: [apply_template(row, template) for row in rows] for task, rows in part.items()}
+            for part in (self.train, self.test)
+        )
+        return ClientData(train=train, test=test)
+
 
 def score_personal(
     bench: Workbench, data: ClientData, folder: Path, *, number: int, stacks: Sequence[State] = ()
@@ -45,7 +53,7 @@ def score_personal(
 
     Args:
         bench: with the client's adapter on.
-        data: the client's rows.
+        data: the client's rows, the run's template applied to them.
         folder: the client's own.
         number: of the round, for the note on what was written.
         stacks: what was folded into the base.
@@ -58,7 +66,13 @@ def score_personal(
         task.name: task.answer_limit(fixed=config.max_new_tokens, context=bench.context)
         for task in bench.encode(data.train)
     }
-    prompts = PromptRecord.of(data.train, bench.tokenizer, date=config.date, max_length=config.max_length)
+    prompts = PromptRecord.of(
+        data.train,
+        bench.tokenizer,
+        date=config.date,
+        max_length=config.max_length,
+        instructions=bench.template,
+    )
     prompts = prompts.with_mark(bench.fingerprint)
     remove(folder / COMPLETE)  # it speaks of what is about to be replaced
     save_personal(bench, folder / "adapter", stacks=stacks, prompts=prompts)
@@ -154,7 +168,7 @@ def cut_prompts(bench: Workbench, rows: ClientData) -> str:
     Raises:
         DataError: a row cannot be encoded.
     """
-    length = bench.config.max_length
+    length, rows = bench.config.max_length, rows.with_template(bench.template)
     train = {task.name: sum(row.truncated for row in task.rows) for task in bench.encode(rows.train)}
     test = {
         task: sum(

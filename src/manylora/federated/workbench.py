@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from manylora.adapters import FactoredBank, ManyLoraLinear
-from manylora.data import TaskData, fix_date
+from manylora.data import TaskData, fix_date, resolve_template
 from manylora.errors import ConfigError
 from manylora.evaluation.generation import context_of
 from manylora.federated.config import FederateConfig
@@ -52,6 +52,7 @@ class Workbench:
         self.config = config
         self.strategy = strategy or strategy_for(config.strategy, unequal=config.ranks is not None)
         self.tokenizer = load_tokenizer(config.model)
+        self.template = resolve_template(config.template, self.tokenizer, model=config.model)
         fix_date(self.tokenizer, config.date)
         architecture = load_config(config.model)
         self.context = context_of(architecture)

@@ -45,7 +45,7 @@ def collapse(
     collapsed = collapse_router(
         writer.model,
         writer.kind.tokenizer,
-        measured,
+        writer.kind.apply_template(measured),
         how=config.collapse,
         max_length=writer.kind.max_length,
         on_progress=lambda done, total: progress.show_count("rows read", count * done // total, count),

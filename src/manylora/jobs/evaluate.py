@@ -13,6 +13,7 @@ from manylora.training.settings import (
     DataSettings,
     ModelSettings,
     ScoringSettings,
+    TemplateSettings,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelSettings, DataSettings, AdapterAnswerSettings, ScoringSettings, BatchSettings):
+class EvaluateConfig(
+    ModelSettings, DataSettings, TemplateSettings, AdapterAnswerSettings, ScoringSettings, BatchSettings
+):
     """What to score, on what."""
 
     adapter: str | None = None
@@ -58,6 +61,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress) -> Scores:
         subject = load_subject(config.adapter, model=config.model, dtype=config.dtype, device=config.device)
         kind = subject.kind.with_settings(
             source=str(config.adapter),
+            template=None if config.template == "auto" else config.template,
             **{
                 name: getattr(config, name)
                 for name in ("batch_size", "max_length", "max_new_tokens", "rouge")
@@ -81,7 +85,7 @@ def _gaps(subject: Subject[TaskKind], config: EvaluateConfig, test: TaskData) ->
 
     found = missing_tasks(subject.kind.known_tasks, test) if config.tasks is None else []
     known = subject.prompts.tasks if subject.prompts else {}
-    for task, rows in test.items():
+    for task, rows in subject.kind.apply_template(test).items():
         forms = {row.form for row in rows}
         if task in known and known[task].form not in forms:
             found.append(

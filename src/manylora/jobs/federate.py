@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manylora.data import unread_note
+from manylora.data import resolve_template, unread_note
 from manylora.errors import RunError
 from manylora.evaluation import Scores, score_all
 from manylora.federated import FederateConfig, LocalClients, Rounds, Workbench, client_data, cut_prompts
@@ -40,6 +41,11 @@ def federate(config: FederateConfig, *, out: str | Path | None = None, progress:
     """
     config = config.resolved()
     data = _data(config, progress)
+    if (
+        config.engine == "local"
+    ):  # elsewhere the clients have the base; each sees by its tokenizer what auto means
+        template = resolve_template(config.template, load_tokenizer(config.model), model=config.model)
+        config = dataclasses.replace(config, template=template)
     _check_test(config, data, progress)
     with Session.begin(out, config=config.to_dict(), kind="federate", progress=progress) as session:
         _work(config, data, session, progress=progress)

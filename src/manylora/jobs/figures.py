@@ -106,6 +106,7 @@ def training_config(task: str, seed: int, config: AnalyzeConfig, *, date: str | 
         data=config.data or EMBEDDED,
         tasks=[task],
         task_column=config.task_column,
+        template="alpaca",  # as the figures of every version
         method="lora",
         r=config.r,
         lora_alpha=2.0 * config.r,  # the published runs' ratio: one scaling at every rank

@@ -12,15 +12,15 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from manylora.errors import ConfigError, DataError
 from manylora.files import MOST_BYTES, parse_json, reason
-from manylora.training.settings import AdapterAnswerSettings, ModelSettings
+from manylora.training.settings import AdapterAnswerSettings, ModelSettings, TemplateSettings
 
 if TYPE_CHECKING:
-    from manylora.data import Example, PromptRecord
+    from manylora.data import Example, PromptRecord, TaskPrompts
     from manylora.jobs.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(ModelSettings, AdapterAnswerSettings):
+class PredictConfig(ModelSettings, TemplateSettings, AdapterAnswerSettings):
     """What to answer, and with what."""
 
     adapter: str | None = None
@@ -31,7 +31,7 @@ class PredictConfig(ModelSettings, AdapterAnswerSettings):
     """Task whose expert answers; needed by adapters with a task router, unless the rows name their task."""
     form: Literal["auto", "alpaca", "prompt", "chat"] = "auto"
     """Form of the prompt: an Alpaca instruction; as it stands; one turn of the user's in the chat template. auto: that
-    of the adapter's training rows."""
+    of the adapter's training rows, else as --template says."""
     raw: bool = False
     """The same as --form prompt: give the prompt to the model as it stands."""
 
@@ -106,7 +106,10 @@ class Predictor:
             config.adapter, model=config.model, dtype=config.dtype, device=config.device
         )
         self.kind = self.writer.kind.with_settings(
-            source=config.adapter, max_length=config.max_length, max_new_tokens=config.max_new_tokens
+            source=config.adapter,
+            template=None if config.template == "auto" else config.template,
+            max_length=config.max_length,
+            max_new_tokens=config.max_new_tokens,
         )
         if config.task is not None:
             self.kind.check_task(config.task)
@@ -117,25 +120,39 @@ class Predictor:
         Raises:
             ConfigError: the adapter's tasks were asked in different forms, and none is named.
         """
-        from manylora.data import TaskPrompts, question
+        from manylora.data import question
+
+        return question(text, self._prompts(), input_text=self.config.input, task=self.config.task or "")
+
+    def _prompts(self) -> TaskPrompts:
+        """How to ask a text: by --form, else by --template, else as the adapter was trained."""
+        from manylora.data import FORM_OF, TaskPrompts
 
         config, prompts = self.config, self.writer.prompts
         form = "prompt" if config.raw else config.form
-        known = prompts.prompts_of(config.task) if prompts and form == "auto" else None
         if form != "auto":
-            known = TaskPrompts(form=form)
-        elif known is None:
+            return TaskPrompts(form=form)
+        template = self.kind.template_of(config.task or "")
+        asked = TaskPrompts(form=FORM_OF[template], instructions=template)
+        if config.template != "auto":
+            return asked
+        known = prompts.prompts_of(config.task) if prompts else None
+        if known is None:
+            used = {"chat": "chat template", "alpaca": "Alpaca form", "none": "text as it stands"}[template]
             self._progress.show_warning(
-                f"note: {config.adapter} does not say which form its training prompts had; the Alpaca form is used "
-                "(--form chat, or --form prompt for the text as it stands)"
+                f"note: {config.adapter} does not say which form its training prompts had; the {used} is used "
+                "(--form chat or alpaca, or --form prompt for the text as it stands)"
             )
-        return question(
-            text, known or TaskPrompts(form="alpaca"), input_text=config.input, task=config.task or ""
-        )
+        return known or asked
 
     def read_rows(self, lines: Iterable[bytes], *, source: str) -> Iterator[tuple[dict[str, Any], Example]]:
         """Rows of a JSONL file one by one; see `parse_rows`."""
-        return parse_rows(lines, source=source, asked=self.config.task, prompts=self.writer.prompts)
+        from manylora.data import apply_template
+
+        for row, example in parse_rows(
+            lines, source=source, asked=self.config.task, prompts=self.writer.prompts
+        ):
+            yield row, apply_template(example, self.kind.template_of(example.task))
 
     def expert(self, example: Example) -> int | None:
         """The expert that answers a row; see `Writing.expert`."""

@@ -47,7 +47,7 @@ def _step_seconds(study: Study) -> float:
 
     known = {field.name for field in dataclasses.fields(TrainConfig)} - {"method", "router", "num_experts"}
     settings = {key: value for key, value in study.methods[0].settings.items() if key in known}
-    prepared = prepare(TrainConfig(**{"epochs": 1.0, **settings}))
+    prepared = prepare(TrainConfig(**{"epochs": 1.0, "template": "alpaca", **settings}))
     model = build_model(prepared).train()
     rows = EncodedRows.of(prepared.train, prepared.task_names, prepared.order)
     size = min(prepared.config.rows_per_step, len(rows))

@@ -5,11 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from manylora.data import TemplateChoice
 from manylora.errors import ConfigError
 from manylora.federated.config import FederateConfig
 from manylora.files.settings import Count, Positive, Settings
 from manylora.studies.presets import PRESETS
 from manylora.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPrompts(Settings):
+    """How a cell's prompts are made"""
+
+    template: TemplateChoice = "alpaca"
+    """How rows of instruction and input become prompts, as of `manylora train`. Alpaca unless a study says otherwise,
+    so that cells of earlier versions stand beside those of this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,7 @@ class RowLimits(TrainLimit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCellSettings(TrainConfig, RowLimits):
+class TrainCellSettings(StudyPrompts, TrainConfig, RowLimits):
     """A cell of kind "train"; see docs/compare.md."""
 
     alone: bool = False
@@ -48,7 +58,7 @@ class TrainCellSettings(TrainConfig, RowLimits):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FederateCellSettings(FederateConfig, TrainLimit):
+class FederateCellSettings(StudyPrompts, FederateConfig, TrainLimit):
     """A cell of kind "federate"; see docs/compare.md."""
 
     def __post_init__(self) -> None:
@@ -58,7 +68,7 @@ class FederateCellSettings(FederateConfig, TrainLimit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferCellSettings(TrainConfig, RowLimits):
+class TransferCellSettings(StudyPrompts, TrainConfig, RowLimits):
     """A cell of kind "transfer"; see docs/compare.md."""
 
     frozen: Literal["A", "B", "none"]

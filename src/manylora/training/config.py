@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError
 from manylora.files.settings import Bound, Count, CountOrZero, NotNegative, Positive, Settings
-from manylora.training.settings import TrainingSettings
+from manylora.training.settings import BEFORE, TrainingSettings
 
 Method: TypeAlias = Literal["alora", "hydralora", "moelora", "lora"]
 Recipe: TypeAlias = Literal[
@@ -33,8 +33,8 @@ class TaskTypeSettings:
     """The recipe where none is named and the base is not the embedded one."""
     auto_embedded: Recipe
     """The same for the embedded base."""
-    unused: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that would do nothing, at the values with which they say nothing."""
+    unused: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Settings that would do nothing, with the values with which they say nothing."""
 
 
 TASK_TYPES: Mapping[TaskType, TaskTypeSettings] = {
@@ -49,7 +49,12 @@ TASK_TYPES: Mapping[TaskType, TaskTypeSettings] = {
         unfit="trains a model to write; leave it out with task_type SEQ_CLS, or set learning_rate and epochs yourself.",
         auto="classification",
         auto_embedded="classification",
-        unused={"loss_on": "answer", "max_new_tokens": None, "rouge": "all"},
+        unused={
+            "loss_on": ("answer",),
+            "max_new_tokens": (None,),
+            "rouge": ("all",),
+            "template": ("auto", "alpaca"),
+        },
     ),
 }
 
@@ -167,7 +172,7 @@ class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSe
         if self.recipe not in fitting.recipes:
             raise ConfigError(f"recipe {self.recipe} {fitting.unfit}")
         for name, silent in fitting.unused.items():
-            if getattr(self, name) != silent:
+            if getattr(self, name) not in silent:
                 raise ConfigError(
                     f"{name} {getattr(self, name)} is about written answers, but with task_type {self.task_type} none "
                     "are written; leave it out."
@@ -210,8 +215,8 @@ class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSe
 
 
 def filled(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings read back from a run folder; those that an earlier version did not have are at their defaults."""
-    return {**TrainConfig().to_dict(), **known}
+    """Settings read back from a run folder; those that an earlier version did not have are what it did."""
+    return {**TrainConfig().to_dict(), **BEFORE, **known}
 
 
 def as_list(value: list[str] | str | None) -> list[str] | None:

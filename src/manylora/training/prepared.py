@@ -80,7 +80,7 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
     splits = splits or all_rows(config)
     config = _with_experts(config, tasks=len(splits.train))
     tokenizer = load_tokenizer(config.model, task_type=config.task_type)
-    config = kind_of_tasks.dated(config, tokenizer)
+    chosen, config = config.template, kind_of_tasks.resolve_prompts(config, tokenizer)
     architecture = load_config(config.model, task_type=config.task_type)
     kind = kind_of_tasks.of_run(config, splits, tokenizer=tokenizer, context=context_of(architecture))
     train, validation = (
@@ -102,6 +102,7 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
         *splits.notes,
         *_cut_validation(validation, config.max_length),
         *kind.unread(splits.rows()),
+        *(_chat_note(splits) if (chosen, config.template) == ("auto", "chat") else []),
     ]
     return Prepared(
         config=config,
@@ -140,6 +141,15 @@ def _cut_validation(validation: Sequence[EncodedTask], max_length: int) -> list[
     """A sentence on the validation prompts that are cut: the plan's column counts those of training."""
     cut = [f"{task.name} {100 * task.truncated:.1f} %" for task in validation if task.truncated]
     return [f"validation prompts longer than {max_length} tokens and cut: {', '.join(cut)}"] if cut else []
+
+
+def _chat_note(splits: Splits) -> list[str]:
+    """A sentence on the template that was taken for instruction rows; none where there are no such rows."""
+    if all(row.form != "alpaca" for row in splits.rows()):
+        return []
+    return [
+        "rows of instruction and input are asked through the model's chat template (--template alpaca: as Alpaca)"
+    ]
 
 
 def all_rows(config: TrainConfig) -> Splits:

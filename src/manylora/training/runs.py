@@ -57,7 +57,9 @@ from manylora.files import (
     write_json,
     write_text,
 )
+from manylora.files.settings import field_types
 from manylora.training.processes import Processes
+from manylora.training.settings import BEFORE
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -220,9 +222,10 @@ class RunFolder:
         found = next((other for mark, other in _VERB_OF.items() if mark in values), verb)
         if found != verb:
             raise RunError(f"{self.path} is a run of {found}; {_REMEDIES[found].format(run=self.path)}")
+        before = {name: value for name, value in BEFORE.items() if name in field_types(kind)}
         return build_config(
             kind,
-            values,
+            {**before, **values},
             source=self.path / "config.yaml",
             remedy=f"{_PUT_BACK}, or, if another version wrote it, use that one",
         )

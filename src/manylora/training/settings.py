@@ -6,16 +6,21 @@ only where that cannot be shown as a value the "Default:" of the sentence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from manylora.data import EMBEDDED, Words, check_date
+from manylora.data import EMBEDDED, LossOn, TemplateChoice, Words, check_date
 from manylora.errors import ConfigError
 from manylora.files.settings import Bound, Count, CountOrZero, NotNegative, Positive, Settings
 
 Seed: TypeAlias = Annotated[
     CountOrZero, Bound(lambda value: value < 2**32, f"less than {2**32}, as numpy asks")
 ]
+
+
+BEFORE: Mapping[str, Any] = {"template": "alpaca"}
+"""What runs of versions without a setting did, where that is not the setting's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +59,13 @@ class TrainingDataSettings(DataSettings):
     data: str = EMBEDDED
     test: str | None = None
     """Test rows, in the formats of --data. Default: the data's own test split where it has one."""
-    loss_on: Literal["answer", "all"] = "answer"
-    """Tokens that carry the loss: the answer alone, or prompt and answer."""
+    template: TemplateChoice = "auto"
+    """How rows of instruction and input become prompts. chat: through the tokenizer's chat template, as a turn of the
+    user's; alpaca: in the Alpaca form; none: as they stand. auto: chat where the tokenizer has a chat template, else
+    alpaca; alpaca for the embedded base. Other rows are asked in the form that they have."""
+    loss_on: LossOn = "answer"
+    """Tokens that carry the loss: the answer alone; every turn of the assistant's, each with its end; or prompt and
+    answer."""
     max_length: Count = 256
     """Tokens a row may have (the paper's cut-off). A longer prompt loses its beginning, an answer never anything."""
     date: str | None = None
@@ -112,6 +122,15 @@ class OptimisationSettings(Settings):
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
                 "give a divisor of it."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateSettings(Settings):
+    """How prompts are made"""
+
+    template: TemplateChoice = "auto"
+    """How rows of instruction and input become prompts: chat, alpaca or none, as of `manylora train`. auto: as in the
+    adapter's training; where nothing tells that, through the tokenizer's chat template, where it has one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,6 +137,10 @@ class Choosing(TaskKind):
         """See `TaskKind.mark`: its label."""
         return row.labels
 
+    def answer_label(self, row: Encoded) -> str | None:
+        """See `TaskKind.answer_label`."""
+        return [label for own in self.labels.tasks.values() for label in own][row.labels[0]]
+
     def facts(self, task: str) -> dict[str, Any]:
         """See `TaskKind.facts`."""
         return {"labels": list(self.labels.tasks[task]), "majority": self.labels.majority[task]}

@@ -130,9 +130,18 @@ class TaskKind(abc.ABC):
     # ---- training
 
     @classmethod
-    def dated(cls, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
-        """The configuration with the date of the run, where prompts tell it; the tokenizer then tells that one."""
-        return config
+    def resolve_prompts(cls, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
+        """The configuration with what the tokenizer decides of prompts: the template of instruction rows, and the date
+        of the run, where prompts tell it; the tokenizer then tells that one.
+
+        Raises:
+            ConfigError: the tokenizer cannot write the template.
+        """
+        return dataclasses.replace(config, template="alpaca")
+
+    def apply_template(self, data: TaskData) -> TaskData:
+        """Rows in the form in which the model is asked them."""
+        return data
 
     @property
     @abc.abstractmethod
@@ -172,6 +181,10 @@ class TaskKind(abc.ABC):
     @abc.abstractmethod
     def mark(self, row: Encoded) -> object:
         """What of an encoded row, besides its tokens, tells it from another one."""
+
+    def answer_label(self, row: Encoded) -> str | None:
+        """The label that is an encoded row's answer; None where its tokens are the answer."""
+        return None
 
     def unread(self, rows: Iterable[Example]) -> list[str]:
         """Sentences on what of rows the model does not read."""

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manylora.adapters import read_settings
 from manylora.data import (
     EMBEDDED,
     Encoded,
@@ -19,11 +20,15 @@ from manylora.data import (
     PromptRecord,
     Splits,
     TaskData,
+    Template,
     Words,
+    apply_template,
     asks_date,
+    check_template,
     encode_prompt,
     find_prompts,
     fix_date,
+    resolve_template,
     today,
     unread_note,
 )
@@ -73,6 +78,13 @@ class Writing(TaskKind):
     """Longest answer of every task, in place of `answer_tokens`."""
     loss_on: LossOn = "answer"
     """Tokens that carry the loss."""
+    templates: Mapping[str, Template] = field(default_factory=dict)
+    """How instruction rows of each task were asked; of any other task as under "", else in the Alpaca form."""
+    template: Template | None = None
+    """How those of every task are asked, in place of `templates`."""
+
+    def __post_init__(self) -> None:
+        check_template(self.template, self.tokenizer)
 
     # ---- how it comes about
 
@@ -82,6 +94,7 @@ class Writing(TaskKind):
             "rouge": config.rouge,
             "max_new_tokens": config.max_new_tokens,
             "loss_on": config.loss_on,
+            "template": config.template,
         }
 
     def with_rows(self, train: Collection[EncodedTask]) -> Writing:
@@ -119,6 +132,7 @@ class Writing(TaskKind):
             context=context_of(adapted.config),
             experts=_experts(adapted, folder),
             answer_tokens=answer_tokens,
+            templates=_templates(prompts, folder, tokenizer, model=name),
             rouge=run.rouge if run else "all",
         )
         return adapted, kind, prompts
@@ -132,17 +146,32 @@ class Writing(TaskKind):
         """
         base = load_base(model, dtype=dtype, device=device).eval()
         tokenizer = load_tokenizer(model)
-        return base, cls(tokenizer=tokenizer, max_length=None, context=context_of(base.config))
+        templates = {"": resolve_template("auto", tokenizer, model=model)}
+        return base, cls(
+            tokenizer=tokenizer, max_length=None, context=context_of(base.config), templates=templates
+        )
 
     # ---- training
 
     @classmethod
-    def dated(cls, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
-        """See `TaskKind.dated`: the same prompts on every day of the run and after it."""
+    def resolve_prompts(cls, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
+        """See `TaskKind.resolve_prompts`: the same prompts on every day of the run and after it."""
+        template = resolve_template(config.template, tokenizer, model=config.model)
+        config = dataclasses.replace(config, template=template)
         if asks_date(tokenizer):
             config = dataclasses.replace(config, date=config.date or today())
             fix_date(tokenizer, config.date)
         return config
+
+    def template_of(self, task: str) -> Template:
+        """How instruction rows of a task are asked."""
+        return self.template or self.templates.get(task) or self.templates.get("", "alpaca")
+
+    def apply_template(self, data: TaskData) -> TaskData:
+        """See `TaskKind.apply_template`."""
+        return {
+            task: [apply_template(row, self.template_of(task)) for row in rows] for task, rows in data.items()
+        }
 
     @property
     def loss(self) -> Loss:
@@ -190,7 +219,7 @@ class Writing(TaskKind):
     def encode(self, data: TaskData, *, vocabulary: int | None) -> list[EncodedTask]:
         """See `TaskKind.encode`."""
         return encode_tasks(
-            data,
+            self.apply_template(data),
             self.tokenizer,
             max_length=self.max_length or self.context or NO_LIMIT,
             context_length=self.context,
@@ -213,7 +242,13 @@ class Writing(TaskKind):
     def prompts(self, train: TaskData, *, date: str | None) -> PromptRecord | None:
         """See `TaskKind.prompts`."""
         assert self.max_length is not None
-        return PromptRecord.of(train, self.tokenizer, date=date, max_length=self.max_length)
+        return PromptRecord.of(
+            self.apply_template(train),
+            self.tokenizer,
+            date=date,
+            max_length=self.max_length,
+            instructions=self.template or "alpaca",
+        )
 
     # ---- use
 
@@ -232,7 +267,7 @@ class Writing(TaskKind):
                 encode_prompt(row, self.tokenizer, max_length=longest, vocabulary=vocabulary)[1]
                 for row in rows
             )
-            for task, rows in test.items()
+            for task, rows in self.apply_template(test).items()
         }
         if test:  # what cannot be scored shows with any answers
             self.judge(test, {task: [""] * len(rows) for task, rows in test.items()})
@@ -252,6 +287,7 @@ class Writing(TaskKind):
     ) -> dict[str, list[str]]:
         """See `TaskKind.predict`."""
         self._check_experts(data)
+        data = self.apply_template(data)
         tasks = [task for task, rows in data.items() for _ in rows]
 
         def tell_cut(places: Sequence[int]) -> None:
@@ -275,7 +311,7 @@ class Writing(TaskKind):
 
     def judge(self, data: TaskData, answers: Mapping[str, Sequence[str]]) -> Scores:
         """See `TaskKind.judge`."""
-        return score_all(data, answers, tokenizer=self.tokenizer, rouge=self.rouge)
+        return score_all(self.apply_template(data), answers, tokenizer=self.tokenizer, rouge=self.rouge)
 
     def baselines(self, test: TaskData, *, source: str | None, limit: int | None) -> Baselines:
         """What a constant answer and a keyword rule reach on the embedded suite; empty on other rows, or some of it."""
@@ -301,6 +337,17 @@ class Writing(TaskKind):
             raise RoutingError(
                 f"The adapter has no expert for the tasks {', '.join(unknown)}; it knows {', '.join(known)}."
             )
+
+
+def _templates(
+    prompts: PromptRecord | None, folder: Path, tokenizer: PreTrainedTokenizerBase, *, model: str
+) -> dict[str, Template]:
+    """How an adapter's instruction rows were asked, per task and, under "", of any other. Of a LoRA of another program
+    nobody knows; adapters of our earlier versions without a record were asked in the Alpaca form."""
+    if prompts is not None:
+        return {task: prompts.instructions_of(task) for task in ("", *prompts.tasks)}
+    foreign = read_settings(folder).get("peft_type") == "LORA"
+    return {"": resolve_template("auto", tokenizer, model=model) if foreign else "alpaca"}
 
 
 def _experts(model: PeftModel, folder: Path) -> dict[str, int] | None:
