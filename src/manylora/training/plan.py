@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model
 
 from manylora.adapters import ManyLoraConfig
 from manylora.errors import ConfigError
+from manylora.training.base_options import attention_options
 from manylora.training.heads import head_of
 from manylora.training.memory import MemoryPlan
 from manylora.training.models import base_location, load_config, pick_device, pick_dtype
@@ -112,12 +113,18 @@ def _reach(model: str, task_type: TaskType, architecture: PretrainedConfig) -> R
 
 
 def _shadow_base(
-    model: str, task_type: TaskType, architecture: PretrainedConfig, *, labels: int, dtype: torch.dtype
+    model: str,
+    task_type: TaskType,
+    architecture: PretrainedConfig,
+    *,
+    labels: int,
+    dtype: torch.dtype,
+    **options: Any,
 ) -> PreTrainedModel:
     """The base on torch's meta device."""
     with torch.device("meta"):
         return head_of(task_type).shadow(
-            architecture, location=base_location(model), labels=labels, dtype=dtype
+            architecture, location=base_location(model), labels=labels, dtype=dtype, **options
         )
 
 
@@ -132,10 +139,15 @@ def shadow_model(config: TrainConfig, adapter: ManyLoraConfig, *, labels: int = 
     Raises:
         ModelError: unknown model.
         TargetModulesError: nothing to adapt.
+        ConfigError: there is no such attention here.
     """
-    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
     architecture = load_config(config.model, task_type=config.task_type)
-    base = _shadow_base(config.model, config.task_type, architecture, labels=labels, dtype=dtype)
+    options = attention_options(
+        config.attention, head_of(config.task_type), architecture, model=config.model, device=device
+    )
+    base = _shadow_base(config.model, config.task_type, architecture, labels=labels, dtype=dtype, **options)
     if parts := head_of(config.task_type).parts(base):
         adapter.modules_to_save = parts
     with torch.device("meta"):

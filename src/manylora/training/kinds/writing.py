@@ -38,14 +38,12 @@ from manylora.evaluation import (
     wordless,
 )
 from manylora.evaluation.generation import NO_LIMIT, context_of
+from manylora.training.adapter_folders import adapter_base_name, adapter_folder, config_of_run
 from manylora.training.batches import EncodedTask, encode_tasks
 from manylora.training.facts import read_task_facts
 from manylora.training.kinds.kind import TaskKind, cut_lines
 from manylora.training.losses import AnswerLoss, Loss
 from manylora.training.models import (
-    adapter_base_name,
-    adapter_folder,
-    config_of_run,
     load_adapter,
     load_base,
     load_tokenizer,
@@ -185,7 +183,7 @@ class Writing(TaskKind):
 
     def load_base(self, config: TrainConfig) -> PreTrainedModel:
         """See `TaskKind.load_base`."""
-        return load_base(config.model, dtype=config.dtype, device=config.device)
+        return load_base(config.model, dtype=config.dtype, device=config.device, attention=config.attention)
 
     def encode(self, data: TaskData, *, vocabulary: int | None) -> list[EncodedTask]:
         """See `TaskKind.encode`."""
