@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig
+from safetensors.torch import load_file
+from transformers import BloomConfig, TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from manylora.errors import ConfigError
-from manylora.training import TrainConfig, build_model, prepare
+from manylora.training import RunFolder, TrainConfig, build_model, finetune, prepare
 from manylora.training.base_options import attention_options
 from manylora.training.heads import LANGUAGE
+from manylora.training.trainer import training_arguments
 
 
 def config(base: Path, data: Path, **more: Any) -> TrainConfig:
     settings: dict[str, Any] = {"epochs": 1, "batch_size": 8, "lora_dropout": 0.0, "device": "cpu", **more}
     return TrainConfig(model=str(base), data=str(data), learning_rate=0.01, **settings)
+
+
+class StopAt(TrainerCallback):
+    """Ends a training where Ctrl-C or a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Raise."""
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -69,3 +85,107 @@ def test_flash_attention_names_its_package(tiny_base: Path) -> None:
             model=str(tiny_base),
             device=torch.device("cuda"),
         )
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb", "trackio", "tensorboard", "swanlab"])
+def test_a_reporter_that_is_not_installed_is_refused_with_the_command(
+    tiny_base: Path, small_data: Path, name: str
+) -> None:
+    if find_spec(name):
+        pytest.skip(f"{name} is installed")
+    with pytest.raises(ConfigError, match=f"report_to {name} is not set up here: pip install .*{name}"):
+        prepare(config(tiny_base, small_data, report_to=f"none,{name}"))
+
+
+def test_a_reporter_that_transformers_does_not_know_is_refused(tiny_base: Path, small_data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"report_to 'wandbb' is unknown .* wandb, or none"):
+        prepare(config(tiny_base, small_data, report_to=["wandbb"]))
+
+
+def test_a_reporter_of_transformers_gets_the_logs(
+    tiny_base: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the same table by which transformers finds wandb and the others."""
+    seen: list[dict[str, float]] = []
+
+    class Notebook(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            seen.append(dict(logs))
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "notebook", Notebook)
+    prepared = prepare(config(tiny_base, small_data, report_to="notebook", epochs=0.3))
+    with RunFolder.create(str(tmp_path / "run"), config={}, seed=0) as run:
+        finetune(prepared, run)
+    assert any("loss/swap" in logs for logs in seen)
+    assert any("eval_mean_task_loss" in logs for logs in seen)
+
+
+def test_nothing_is_reported_unless_it_is_named(
+    tiny_base: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.is_kubeflow_available", lambda: True)
+    prepared = prepare(config(tiny_base, small_data))
+    arguments = training_arguments(
+        prepared.config,
+        RunFolder(tmp_path),
+        steps=1,
+        warmup_steps=0,
+        steps_per_epoch=1,
+        validate=False,
+    )
+    assert arguments.report_to == []
+
+
+def test_tensorboard_writes_its_files(tiny_base: Path, small_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="not installed (pip install 'manylora[tensorboard]')")
+    prepared = prepare(config(tiny_base, small_data, report_to="tensorboard", epochs=0.2))
+    with RunFolder.create(str(tmp_path / "run"), config={}, seed=0) as run:
+        finetune(prepared, run)
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+@pytest.mark.parametrize("optimizer", ["adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit"])
+def test_an_optimizer_trains_and_goes_on_after_a_kill_as_if_unbroken(
+    tiny_base: Path, small_data: Path, tmp_path: Path, optimizer: str
+) -> None:
+    if "8bit" in optimizer:
+        pytest.importorskip("bitsandbytes", reason="not installed (pip install 'manylora[quantised]')")
+    prepared = prepare(config(tiny_base, small_data, optimizer=optimizer, save_steps=3, r=64))
+    trained = []
+    for name in ("whole", "killed"):
+        with RunFolder.create(str(tmp_path / name), config={}, seed=0) as run:
+            if name == "killed":
+                with pytest.raises(KeyboardInterrupt):
+                    finetune(prepared, run, callbacks=[StopAt(5)])
+            model = finetune(prepared, run)
+        trained.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+        assert type(model).__name__.startswith("Peft")
+    assert all(weight.isfinite().all() for weight in trained[0].values())
+    assert any(weight.any() for name, weight in trained[0].items() if "lora_B" in name)
+    for name, weight in trained[0].items():
+        assert torch.equal(weight, trained[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        ("adamw", "optimizer 'adamw' is unknown to transformers; choose from adamw_torch, .*adamw_8bit"),
+        ("galore_adamw", "optimizer 'galore_adamw' is for training whole models"),
+        ("lomo", "optimizer 'lomo' is for training whole models"),
+        (
+            "schedule_free_adamw",
+            "optimizer schedule_free_adamw needs another package: pip install schedulefree",
+        ),
+        ("stable_adamw", "optimizer stable_adamw needs another package: pip install torch-optimi"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused(
+    tiny_base: Path, small_data: Path, optimizer: str, said: str
+) -> None:
+    if optimizer.startswith("schedule") and find_spec("schedulefree"):
+        pytest.skip("schedulefree is installed")
+    if optimizer.startswith("stable") and find_spec("optimi"):
+        pytest.skip("torch-optimi is installed")
+    with pytest.raises(ConfigError, match=said):
+        prepare(config(tiny_base, small_data, optimizer=optimizer))

@@ -141,12 +141,22 @@ class CheckpointSettings(Settings):
     keep_adapters: CountOrZero = 0
     """Keep the adapter's weights for `manylora analyze` at this many evenly spread steps, and with them those at step 0
     and at an early step (5 %)."""
-    report_to: Literal["none", "tensorboard"] = "none"
-    """Where the trainer also reports to, besides metrics.jsonl."""
+    report_to: list[str] | str = "none"
+    """Where the trainer also reports to, besides metrics.jsonl, as "a,b" or a YAML list: wandb, mlflow, trackio,
+    tensorboard, or whatever else transformers knows. Nothing leaves this machine unless one is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSettings):
+class TrainerSettings(Settings):
+    """The trainer"""
+
+    optimizer: str = "adamw_torch"
+    """Optimizer, by transformers' names, such as adamw_torch, adamw_8bit, paged_adamw_8bit (bitsandbytes), adafactor
+    or sgd."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSettings, TrainerSettings):
     """Settings of one run. A value left at `None` is filled in by `--method` or `--recipe`."""
 
     task_type: TaskType = "CAUSAL_LM"

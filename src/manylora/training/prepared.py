@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
@@ -34,6 +33,7 @@ from manylora.training.plan import (
     step_counts,
 )
 from manylora.training.processes import Processes
+from manylora.training.trainer_options import check_optimizer, check_reporters, reporters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,8 +72,8 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
         DataError, ModelError, ConfigError, TargetModulesError: what is wrong with the input.
     """
     config = config.resolved()
-    if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
-        raise ConfigError("report_to tensorboard needs another package: pip install 'manylora[tensorboard]'.")
+    check_reporters(reporters(config))
+    check_optimizer(config)
     kind_of_tasks = KINDS[config.task_type]
     if kind_of_tasks.one_process and Processes.here().count > 1:
         raise ConfigError(f"task_type {config.task_type} trains in one process; start it without a launcher.")
