@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -189,3 +193,65 @@ def test_an_optimizer_that_cannot_be_is_refused(
         pytest.skip("torch-optimi is installed")
     with pytest.raises(ConfigError, match=said):
         prepare(config(tiny_base, small_data, optimizer=optimizer))
+
+
+def validations(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics that tell of a validation, without its times."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [
+        {"step": row["step"], "loss": row["eval_mean_task_loss"]}
+        for row in lines
+        if "eval_mean_task_loss" in row
+    ]
+
+
+def test_a_training_stops_when_the_validation_loss_no_longer_improves(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Killed anywhere, also after it stopped, it ends alike; the result is the best of the validated weights."""
+    base = config(tiny_base, small_data, epochs=30, early_stopping=3, eval_steps=2, save_steps=3)
+    prepared = prepare(dataclasses.replace(base, learning_rate=0.3))
+    assert prepared.config.keep == "best"
+    steps = prepared.plan.steps
+    results, states = {}, {}
+    for name, kills in (("whole", []), ("killed", [3, 7]), ("killed after it stopped", [None])):
+        path = tmp_path / name
+        with RunFolder.create(str(path), config={}, seed=0) as run:
+            for kill in kills:
+                with monkeypatched_end() if kill is None else nullcontext(), pytest.raises(KeyboardInterrupt):
+                    finetune(prepared, run, callbacks=[] if kill is None else [StopAt(kill)])
+            finetune(prepared, run)
+            states[name] = run.state["stopped"]
+        results[name] = load_file(path / "adapter" / "adapter_model.safetensors")
+    found = validations(tmp_path / "whole")
+    losses = [row["loss"] for row in found]
+    best = losses.index(min(losses))
+    assert len(losses) - 1 - best == 3
+    assert found[-1]["step"] < steps
+    assert f"stopped at step {found[-1]['step']} of {steps}" in states["whole"]
+    assert f"step {found[best]['step']} ({min(losses):.4f})" in states["whole"]
+    for name in ("killed", "killed after it stopped"):
+        assert validations(tmp_path / name) == found
+        assert states[name] == states["whole"]
+        for key, weight in results["whole"].items():
+            assert torch.equal(weight, results[name][key]), (name, key)
+
+
+@contextmanager
+def monkeypatched_end() -> Iterator[None]:
+    """A kill after the last checkpoint, before the result is placed."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def kill(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("manylora.training.job._load_best", kill)
+        yield
+
+
+def test_early_stopping_needs_validation_rows(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(
+        json.dumps({"task": "t", "instruction": "a", "output": "b"}), encoding="utf-8"
+    )
+    with pytest.raises(ConfigError, match=r"early_stopping 2 needs validation rows; .*--validation"):
+        prepare(config(tiny_base, tmp_path / "t.jsonl", early_stopping=2))

@@ -161,6 +161,8 @@ def train_and_score(
     began, cpu = time.monotonic(), time.process_time()
     model = finetune(prepared, session.folder, report=progress.show_step, model=model, callbacks=callbacks)
     trained, cpu = time.monotonic(), time.process_time() - cpu
+    if stopped := session.folder.state.get("stopped"):
+        progress.show_line(str(stopped))
     scores = score_rows(prepared.kind, model, test, progress=progress) if test else None
     return Trained(
         model=model,

@@ -138,6 +138,9 @@ class CheckpointSettings(Settings):
     """Steps between checkpoints. Default: once an epoch."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the result: the last, or those with the lowest mean validation loss."""
+    early_stopping: Count | None = None
+    """Stop when the mean validation loss has not improved in this many validations, and keep the best weights, as
+    `--keep best` does. Default: all steps are done."""
     keep_adapters: CountOrZero = 0
     """Keep the adapter's weights for `manylora analyze` at this many evenly spread steps, and with them those at step 0
     and at an early step (5 %)."""
@@ -206,6 +209,8 @@ class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSe
             filled.pop("num_experts")
         updates = {key: value for key, value in filled.items() if getattr(self, key) is None}
         updates["tasks"] = as_list(self.tasks)
+        if self.early_stopping is not None:
+            updates["keep"] = "best"
         targets = updates.get("target_modules", self.target_modules)
         if isinstance(targets, str) and targets != "all-linear" and _NAMES.fullmatch(targets):
             targets = as_list(targets)

@@ -249,6 +249,16 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
             f"{plan.steps:,} of {config.rows_per_step} rows ({config.epochs:g} epochs, {plan.warmup_steps} warm-up), "
             f"peak learning rate {config.learning_rate:g}, mixing {config.mixing}",
         ),
+        *(
+            [
+                (
+                    "early stop",
+                    f"after {config.early_stopping} validations without a lower mean loss; the best is kept",
+                )
+            ]
+            if config.early_stopping
+            else []
+        ),
         ("tokens", f"{plan.tokens:,}"),
         ("memory", _memory_text(plan.memory)),
     ]

@@ -87,6 +87,10 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
         kind.encode(part, vocabulary=token_rows(architecture)) for part in (splits.train, splits.validation)
     )
     _refuse_unknown(validation, train)
+    if config.early_stopping and not validation:
+        raise ConfigError(
+            f"early_stopping {config.early_stopping} needs validation rows; give them with --validation."
+        )
     sizes = {task.name: len(task.rows) for task in train}
     order = mixture_schedule(
         sizes,
