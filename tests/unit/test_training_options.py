@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BloomConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from manylora.errors import ConfigError
-from manylora.training import RunFolder, TrainConfig, build_model, finetune, prepare
-from manylora.training.base_options import attention_options
+from manylora.jobs.export import ExportConfig, export
+from manylora.jobs.progress import Progress
+from manylora.training import RunFolder, TrainConfig, Writing, build_model, finetune, prepare
+from manylora.training.base_options import attention_options, quantisation_options
 from manylora.training.heads import LANGUAGE
 from manylora.training.trainer import training_arguments
 
@@ -255,3 +258,99 @@ def test_early_stopping_needs_validation_rows(tiny_base: Path, tmp_path: Path) -
     )
     with pytest.raises(ConfigError, match=r"early_stopping 2 needs validation rows; .*--validation"):
         prepare(config(tiny_base, tmp_path / "t.jsonl", early_stopping=2))
+
+
+@pytest.fixture(scope="module")
+def packable_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of which 4-bit blocks, of 64 numbers, divide every row."""
+    folder = tmp_path_factory.mktemp("packable") / "base"
+    shutil.copytree(tiny_base, folder)
+    settings = LlamaConfig.from_pretrained(tiny_base)
+    settings.hidden_size, settings.intermediate_size = 64, 128
+    torch.manual_seed(0)
+    LlamaForCausalLM(settings).save_pretrained(folder)
+    return folder
+
+
+quantised = [
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install 'manylora[quantised]'"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.mark.parametrize(
+    ("quantize", "layer"),
+    [
+        pytest.param("4bit", "Linear4bit", marks=quantised),
+        pytest.param("8bit", "Linear8bitLt", marks=quantised),
+    ],
+)
+def test_a_quantised_base_is_trained_on_gone_on_with_and_asked_again(
+    packable_base: Path, small_data: Path, tmp_path: Path, quantize: Any, layer: str
+) -> None:
+    settings = config(
+        packable_base, small_data, quantize=quantize, router="task", save_steps=3, target_modules="q_proj"
+    )
+    prepared = prepare(settings)
+    trained = []
+    for name in ("whole", "killed"):
+        with RunFolder.create(str(tmp_path / name), config=prepared.config.to_dict(), seed=0) as run:
+            if name == "killed":
+                with pytest.raises(KeyboardInterrupt):
+                    finetune(prepared, run, callbacks=[StopAt(5)])
+            model = finetune(prepared, run)
+        trained.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    for name, weight in trained[0].items():
+        assert weight.dtype == torch.float32
+        assert weight.isfinite().all()
+        assert torch.equal(weight, trained[1][name]), name
+    attention = model.get_base_model().model.layers[0].self_attn
+    assert type(attention.k_proj).__name__ == type(attention.q_proj.base_layer).__name__ == layer
+    memory = prepared.plan.memory
+    held = sum(p.nbytes for name, p in model.named_parameters() if "manylora" not in name)
+    states = [
+        m.weight.quant_state for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")
+    ]
+    held += sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)  # of 4 bit
+    assert memory.base == pytest.approx(held, rel=0.05)  # type: ignore[union-attr]
+    again, _kind, _ = Writing.load(str(tmp_path / "whole"), model=None, dtype="auto", device="cpu")
+    again_attention = again.get_base_model().model.layers[0].self_attn
+    assert type(again_attention.q_proj.base_layer).__name__ == layer
+    ids, experts = torch.arange(20)[None], torch.tensor([1])
+    with torch.no_grad():
+        want = model.eval()(input_ids=ids, expert_ids=experts).logits
+        assert torch.equal(again(input_ids=ids, expert_ids=experts).logits, want)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_quantised_run_is_exported_onto_the_base_as_it_is(
+    packable_base: Path, small_data: Path, tmp_path: Path, merge: bool
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="not installed (pip install 'manylora[quantised]')")
+    prepared = prepare(config(packable_base, small_data, quantize="4bit", method="lora", epochs=0.3))
+    with RunFolder.create(str(tmp_path / "run"), config=prepared.config.to_dict(), seed=0) as run:
+        finetune(prepared, run)
+    settings = ExportConfig(
+        adapter=str(tmp_path / "run"), to=str(tmp_path / "out"), merge=merge, device="cpu"
+    )
+    export(settings, progress=Progress())
+    if merge:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert plain.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
+    else:
+        assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_quantising_needs_bitsandbytes_and_a_base_that_is_not_quantised(
+    tiny_base: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place: dict[str, Any] = {"model": "some/base", "device": torch.device("cpu"), "dtype": torch.float32}
+    if find_spec("bitsandbytes"):
+        done = LlamaConfig(quantization_config={"quant_method": "gptq"})
+        with pytest.raises(ConfigError, match="some/base is quantised already; leave it out"):
+            quantisation_options("4bit", done, **place)
+    monkeypatch.setattr("manylora.training.base_options.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"quantize 4bit needs .* pip install 'manylora\[quantised\]'"):
+        prepare(config(tiny_base, small_data, quantize="4bit"))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from manylora.adapters import read_settings
 from manylora.errors import ModelError
 from manylora.files import check_noted
 from manylora.training.config import TrainConfig
 from manylora.training.runs import RunFolder
+
+if TYPE_CHECKING:
+    from manylora.training.config import Quantisation
 
 
 def adapter_folder(adapter: str | Path) -> Path:
@@ -55,6 +59,19 @@ def adapter_base_name(adapter: str | Path) -> str:
     if not name or not isinstance(name, str):
         raise ModelError(f"{path} names no base model; give it with --model.")
     return name
+
+
+def adapter_quantisation(adapter: str | Path) -> Quantisation | None:
+    """How the base of an adapter folder was quantised in its training; None: not at all.
+
+    Raises:
+        ModelError: the folder's configuration is broken.
+    """
+    folder = adapter_folder(adapter)
+    found = read_settings(folder).get("base_quantization")
+    if found not in (None, "4bit", "8bit"):
+        raise ModelError(f"{folder / 'adapter_config.json'} names no known base_quantization ({found!r}).")
+    return found
 
 
 def adapter_task_type(adapter: str | Path) -> str | None:

@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError
 from manylora.files.settings import Bound, Count, CountOrZero, NotNegative, Positive, Settings
-from manylora.training.settings import TrainingSettings
+from manylora.training.settings import TrainedModelSettings, TrainingSettings
 
 Method: TypeAlias = Literal["alora", "hydralora", "moelora", "lora"]
 Recipe: TypeAlias = Literal[
     "auto", "embedded", "standard", "classification", "published-commonsense", "published-flan"
 ]
 TaskType: TypeAlias = Literal["CAUSAL_LM", "SEQ_CLS"]
+Quantisation: TypeAlias = Literal["4bit", "8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,15 @@ class CheckpointSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantisedModelSettings(TrainedModelSettings):
+    """The base model, which may be quantised"""
+
+    quantize: Quantisation | None = None
+    """Load the base's linear layers in bitsandbytes' 4 bit (NF4 with double quantisation, arXiv 2305.14314) or 8 bit,
+    in training and whenever the adapter is used; it computes in --dtype. Default: as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerSettings(Settings):
     """The trainer"""
 
@@ -159,7 +169,14 @@ class TrainerSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSettings, TrainerSettings):
+class TrainConfig(
+    TrainingSettings,
+    ExpertSettings,
+    MixingSettings,
+    CheckpointSettings,
+    TrainerSettings,
+    QuantisedModelSettings,
+):
     """Settings of one run. A value left at `None` is filled in by `--method` or `--recipe`."""
 
     task_type: TaskType = "CAUSAL_LM"

@@ -28,7 +28,7 @@ from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED, PromptRecord
 from manylora.errors import ManyLoraError, ModelError
 from manylora.training.adapter_folders import adapter_folder
-from manylora.training.base_options import attention_options
+from manylora.training.base_options import attention_options, quantisation_options
 from manylora.training.fingerprint import base_fingerprint, differing_part, same_base, weakness
 from manylora.training.gguf_base import PACKAGE, cached_base, find_gguf
 from manylora.training.heads import LABEL, LANGUAGE, Head, head_of, pool_as_told
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from manylora.training.config import Quantisation
     from manylora.training.settings import Attention
 
 _LOG = logging.getLogger("manylora")
@@ -148,15 +149,20 @@ def token_rows(config: PretrainedConfig) -> int | None:
 
 
 def load_base(
-    model: str, *, dtype: str = "auto", device: str = "auto", attention: Attention = "auto"
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: Attention = "auto",
+    quantize: Quantisation | None = None,
 ) -> PreTrainedModel:
     """The frozen base model on its device.
 
     Raises:
         ModelError: unknown model, or its weights cannot be read.
-        ConfigError: there is no such attention here.
+        ConfigError: there is no such attention or quantisation here.
     """
-    return _load(LANGUAGE, model, dtype=dtype, device=device, attention=attention)
+    return _load(LANGUAGE, model, dtype=dtype, device=device, attention=attention, quantize=quantize)
 
 
 def load_classifier(
@@ -168,12 +174,13 @@ def load_classifier(
     dtype: str = "auto",
     device: str = "auto",
     attention: Attention = "auto",
+    quantize: Quantisation | None = None,
 ) -> PreTrainedModel:
     """The base with a head over `labels` labels, drawn from `seed` unless the weights hold one of that size.
 
     Raises:
         ModelError: unknown model, weights that cannot be read, or weights that lack more than the head.
-        ConfigError: there is no such attention here.
+        ConfigError: there is no such attention or quantisation here.
     """
     set_seed(seed)
     # a head for other labels gives way to ours
@@ -183,6 +190,7 @@ def load_classifier(
         dtype=dtype,
         device=device,
         attention=attention,
+        quantize=quantize,
         num_labels=labels,
         ignore_mismatched_sizes=True,
     )
@@ -192,12 +200,22 @@ def load_classifier(
 
 
 def _load(
-    head: Head, model: str, *, dtype: str, device: str, attention: Attention, **options: Any
+    head: Head,
+    model: str,
+    *,
+    dtype: str,
+    device: str,
+    attention: Attention,
+    quantize: Quantisation | None,
+    **options: Any,
 ) -> PreTrainedModel:
     architecture = _from_pretrained(AutoConfig, model)
     head.check(architecture, model=model)
     place = pick_device(device)
     options |= attention_options(attention, head, architecture, model=model, device=place)
+    options |= quantisation_options(
+        quantize, architecture, model=model, device=place, dtype=pick_dtype(dtype, place)
+    )
     # safetensors only: older weight files are pickles, which run what a stranger wrote
     base, loading = _from_pretrained(
         head.loader,
@@ -208,7 +226,7 @@ def _load(
         **options,
     )
     _check_loaded(loading, model, drawn=head.parts(base))
-    return base.to(place)
+    return base if quantize else base.to(place)  # transformers has put a quantised one there
 
 
 def _check_loaded(loading: Mapping[str, Any], model: str, *, drawn: Collection[str] = ()) -> None:

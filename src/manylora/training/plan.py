@@ -88,6 +88,7 @@ def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLor
         load_balance_weight=config.load_balance_weight,
         task_names=list(task_names) if config.routes_by_task else None,
         target_modules=config.target_modules,
+        base_quantization=config.quantize,
     )
     leave_out(
         adapter, _reach(config.model, config.task_type, load_config(config.model, task_type=config.task_type))
@@ -231,7 +232,7 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
     """The plan as label and text, for printing."""
     modules = ", ".join(f"{count} × {name}" for name, count in sorted(plan.modules.items()))
     lines = [
-        ("model", config.model),
+        ("model", config.model if config.quantize is None else f"{config.model}, in {config.quantize}"),
         (
             "adapter",
             f"share {config.share}, {config.num_experts} experts, router {_router(config)}, r {config.r}, "

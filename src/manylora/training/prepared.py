@@ -12,6 +12,7 @@ from peft import PeftModel
 from manylora.data import Splits, load_splits, mixture_schedule
 from manylora.errors import ConfigError, DataError
 from manylora.evaluation.generation import context_of
+from manylora.training.base_options import quantisation_options, quantised_bytes
 from manylora.training.batches import EncodedTask, longest_first, rows_of_a_pass
 from manylora.training.config import TrainConfig, as_list
 from manylora.training.kinds import KINDS, TaskKind
@@ -20,6 +21,7 @@ from manylora.training.models import (
     load_config,
     load_tokenizer,
     pick_device,
+    pick_dtype,
     token_rows,
 )
 from manylora.training.plan import (
@@ -82,6 +84,14 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
     tokenizer = load_tokenizer(config.model, task_type=config.task_type)
     config = kind_of_tasks.dated(config, tokenizer)
     architecture = load_config(config.model, task_type=config.task_type)
+    device = pick_device(config.device)
+    quantisation_options(
+        config.quantize,
+        architecture,
+        model=config.model,
+        device=device,
+        dtype=pick_dtype(config.dtype, device),
+    )
     kind = kind_of_tasks.of_run(config, splits, tokenizer=tokenizer, context=context_of(architecture))
     train, validation = (
         kind.encode(part, vocabulary=token_rows(architecture)) for part in (splits.train, splits.validation)
@@ -237,8 +247,9 @@ def _memory(
     rows: int,
 ) -> MemoryPlan | str:
     longest = max(len(row.input_ids) for task in train for row in task.rows)
+    base = None if config.quantize is None else quantised_bytes(model, config.quantize)
     try:
-        return estimate_memory(
+        found = estimate_memory(
             model,
             rows=min(Processes.here().rows_per_pass(config), rows),
             length=longest,
@@ -249,3 +260,4 @@ def _memory(
         )
     except MemoryUnknownError as error:
         return str(error)
+    return found if base is None else dataclasses.replace(found, base=base)

@@ -16,7 +16,7 @@ from manylora.evaluation.finite import refuse_output
 from manylora.evaluation.generation import context_of
 from manylora.evaluation.metrics import ACCURACY
 from manylora.evaluation.score import sum_examples
-from manylora.training.adapter_folders import adapter_base_name, adapter_folder
+from manylora.training.adapter_folders import adapter_base_name, adapter_folder, adapter_quantisation
 from manylora.training.batches import Collator, EncodedTask
 from manylora.training.facts import read_task_facts
 from manylora.training.kinds.kind import TaskKind, cut_lines
@@ -84,6 +84,7 @@ class Choosing(TaskKind):
             seed=0,  # of a head that the adapter's replaces
             dtype=dtype,
             device=device,
+            quantize=adapter_quantisation(folder),
         )
         adapted = load_adapter(base, adapter)
         routes = getattr(
@@ -125,6 +126,7 @@ class Choosing(TaskKind):
             dtype=config.dtype,
             device=config.device,
             attention=config.attention,
+            quantize=config.quantize,
         )
 
     def encode(self, data: TaskData, *, vocabulary: int | None) -> list[EncodedTask]:
