@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.evaluation import Scores, write_scores
+from manylora.jobs.publish import check_publishing, push_to_hub, save_merged
 from manylora.jobs.run import Run
 from manylora.jobs.session import ALONE, Session, check_same_settings, with_date_of
 from manylora.jobs.subject import score_rows
@@ -46,6 +47,7 @@ def plan(config: TrainConfig, *, progress: Progress) -> Prepared:
         DataError, ModelError, ConfigError, TargetModulesError, RoutingError: what is wrong with the input.
     """
     prepared = prepare(config)
+    check_publishing(prepared.config)
     progress.show_plan(prepared.plan, prepared.config)
     _check_test(prepared, progress)
     return prepared
@@ -105,7 +107,9 @@ def resume(path: str | Path, *, progress: Progress, launch: Launch = ALONE) -> R
             f"{path} was finished, but its {folder.missing_result()} is gone; it is made again."
         )
     with Session.resume(path, progress=progress, launch=launch) as session:
-        train_prepared(prepare(config), session, progress=progress)
+        prepared = prepare(config)
+        check_publishing(prepared.config)
+        train_prepared(prepared, session, progress=progress)
     return Run(session.path)
 
 
@@ -127,7 +131,7 @@ def is_whole(path: Path) -> bool:
 
 
 def train_prepared(prepared: Prepared, session: Session, *, progress: Progress) -> None:
-    """Train, score on the test rows, write both down, finish the run."""
+    """Train, score on the test rows, write both down, finish the run; merge and upload where that is asked for."""
     if not session.writes:  # of several processes, this one only trains
         finetune(prepared, session.folder)
         return
@@ -135,8 +139,13 @@ def train_prepared(prepared: Prepared, session: Session, *, progress: Progress) 
     trained = train_and_score(prepared, session, prepared.splits.test, progress=progress)
     if trained.scores is not None:
         write_judged(prepared, session, trained.scores, progress=progress)
+    config = prepared.config
+    if config.save_merged:
+        save_merged(session.path, config, progress=progress)
     seconds = {"training": round(trained.seconds, 1), "evaluation": round(trained.evaluation_seconds, 1)}
     session.finish(seconds=seconds)
+    if config.push_to_hub is not None:
+        push_to_hub(session.path, config.push_to_hub, progress=progress)
 
 
 def train_and_score(

@@ -151,6 +151,18 @@ class CheckpointSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResultSettings(Settings):
+    """The result"""
+
+    save_merged: bool = False
+    """After training, also write the merged model to RUN/merged (task router: RUN/merged/TASK), as large as the base
+    each; transformers and vLLM load it without this package. Not for token routers."""
+    push_to_hub: str | None = None
+    """After training, upload the adapter with its card to this repository on the Hub, such as me/my-adapter; a new one
+    is private. Default: nothing leaves this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantisedModelSettings(TrainedModelSettings):
     """The base model, which may be quantised"""
 
@@ -175,6 +187,7 @@ class TrainConfig(
     MixingSettings,
     CheckpointSettings,
     TrainerSettings,
+    ResultSettings,
     QuantisedModelSettings,
 ):
     """Settings of one run. A value left at `None` is filled in by `--method` or `--recipe`."""
