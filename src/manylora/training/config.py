@@ -85,6 +85,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_LARGEST_WEIGHT = 1000.0
+"""A task that is to be drawn more often than that should be the only one."""
 _NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 """Module names with commas between; any other text is a regular expression."""
 
@@ -121,12 +123,30 @@ class MixingSettings(Settings):
     """How often each task is drawn: by its number of rows, equally often, or by rows ** (1 / temperature)."""
     mixing_temperature: Positive = 2.0
     """Temperature of "temperature" mixing; 1 is proportional, large is uniform."""
+    weights: dict[str, float] | str | None = None
+    """Task weights, as "a=2,b=0.5" or a YAML mapping: a task of weight 2 is drawn as if it had twice its rows. The
+    length of the run stays. Default: all 1."""
     validation: str | None = None
     """Validation rows. Default: the data's own validation split, else a seeded cut from the training rows."""
     validation_fraction: Annotated[
         float, Bound(lambda value: 0 < value < 1, "a share between 0 and 1, such as 0.1")
     ] = 0.1
     """Share of the training rows to cut where no validation split is given (at most 50 rows a task)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "weights", _as_weights(self.weights))
+        if self.weights is not None and self.mixing == "uniform":
+            raise ConfigError(
+                "weights mean nothing to mixing uniform, which does not look at how many rows a task has; take "
+                "proportional or temperature."
+            )
+
+    @property
+    def task_weights(self) -> dict[str, float] | None:
+        """Task to its weight; None where all have the same."""
+        assert not isinstance(self.weights, str)
+        return self.weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +275,25 @@ class TrainConfig(
 def filled(known: Mapping[str, Any]) -> dict[str, Any]:
     """Settings read back from a run folder; those that an earlier version did not have are at their defaults."""
     return {**TrainConfig().to_dict(), **known}
+
+
+def _as_weights(weights: Mapping[str, float] | str | None) -> dict[str, float] | None:
+    if isinstance(weights, str):
+        parts = [part.rpartition("=") for part in as_list(weights) or []]
+        try:
+            weights = {task.strip(): float(weight) for task, _, weight in parts}
+        except ValueError:
+            weights = {}
+    if weights is None:
+        return None
+    if not weights or "" in weights:
+        raise ConfigError('weights hold no list of tasks with a number each; give one such as "a=2,b=0.5".')
+    for task, weight in weights.items():
+        if not 0 < weight <= _LARGEST_WEIGHT:
+            raise ConfigError(
+                f"the weight of task {task!r} is {weight:g}; give a number above 0, at most {_LARGEST_WEIGHT:g}."
+            )
+    return {task: float(weight) for task, weight in weights.items()}
 
 
 def as_list(value: list[str] | str | None) -> list[str] | None:

@@ -18,6 +18,7 @@ from manylora.training.heads import head_of
 from manylora.training.memory import MemoryPlan
 from manylora.training.models import base_location, load_config, pick_device, pick_dtype
 from manylora.training.reach import Reach, leave_out, reach_of
+from manylora.training.task_weights import weights_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -258,6 +259,11 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
                 )
             ]
             if config.early_stopping
+            else []
+        ),
+        *(
+            [("weights", weights_text({task.name: task.train for task in plan.tasks}, config))]
+            if config.weights
             else []
         ),
         ("tokens", f"{plan.tokens:,}"),

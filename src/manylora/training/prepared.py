@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from peft import PeftModel
 
-from manylora.data import Splits, load_splits, mixture_schedule
+from manylora.data import Splits, load_splits
 from manylora.errors import ConfigError, DataError
 from manylora.evaluation.generation import context_of
 from manylora.training.base_options import quantisation_options, quantised_bytes
@@ -35,6 +35,7 @@ from manylora.training.plan import (
     step_counts,
 )
 from manylora.training.processes import Processes
+from manylora.training.task_weights import schedule
 from manylora.training.trainer_options import check_optimizer, check_reporters, reporters
 
 if TYPE_CHECKING:
@@ -102,13 +103,7 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
             f"early_stopping {config.early_stopping} needs validation rows; give them with --validation."
         )
     sizes = {task.name: len(task.rows) for task in train}
-    order = mixture_schedule(
-        sizes,
-        epochs=config.epochs,  # type: ignore[arg-type]
-        strategy=config.mixing,
-        temperature=config.mixing_temperature,
-        seed=config.seed,
-    )
+    order = schedule(sizes, config)
     lengths = [len(row.input_ids) for task in train for row in task.rows]
     config, order = _in_passes(config, order, lengths, architecture)
     steps_per_epoch = max(1, round(sum(sizes.values()) / config.rows_per_step))
