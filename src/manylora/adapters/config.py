@@ -141,10 +141,18 @@ class ManyLoraConfig(PeftConfig):
     base_fingerprint: str | None = None
     """Opaque mark of the base weights the adapter was trained on; training code writes and compares it."""
 
+    base_quantization: str | None = None
+    """How training code loaded the base: "4bit" or "8bit" of bitsandbytes; None: as it is. Whoever loads the base for
+    this adapter does the same to get what was trained."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ManyLoraType.MANYLORA
         _check_version(self.format_version)
+        if self.base_quantization not in (None, "4bit", "8bit"):
+            raise ConfigError(
+                f"base_quantization is {self.base_quantization!r}; it is 4bit, 8bit or left out (null)."
+            )
         _check_numbers(self)
         _check_experts(self)
         _check_router(self)

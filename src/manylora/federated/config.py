@@ -58,7 +58,7 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
 
 NODE_SETTINGS = (
     "model", "data", "test", "tasks", "task_column", "limit", "device", "dtype", "eval_batch_size",
-    "gradient_checkpointing", "micro_batch_size",
+    "gradient_checkpointing", "micro_batch_size", "attention",
 )  # fmt: skip
 """Settings that are each machine's own: a server does not tell a client which files to read."""
 _NEVER_SENT = frozenset({*NODE_SETTINGS, "reference", "engine", "superlink", "certificate", "node_keys"})

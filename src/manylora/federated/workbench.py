@@ -57,7 +57,7 @@ class Workbench:
         architecture = load_config(config.model)
         self.context = context_of(architecture)
         self.vocabulary = token_rows(architecture)
-        base = load_base(config.model, dtype=config.dtype, device=config.device)
+        base = load_base(config.model, dtype=config.dtype, device=config.device, attention=config.attention)
         self.fingerprint = base_fingerprint(base)
         self.train_config = config.train_config().resolved()
         self.model: PeftModel = get_peft_model(base, adapter_config(self.train_config, task_names=()))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.evaluation import Scores, gains_line, gains_of, write_scores
+from manylora.jobs.publish import check_publishing, push_to_hub, save_merged
 from manylora.jobs.run import Run
 from manylora.jobs.session import ALONE, Session, check_same_settings, with_date_of
 from manylora.jobs.subject import score_rows
@@ -46,6 +47,7 @@ def plan(config: TrainConfig, *, progress: Progress) -> Prepared:
         DataError, ModelError, ConfigError, TargetModulesError, RoutingError: what is wrong with the input.
     """
     prepared = prepare(config)
+    check_publishing(prepared.config)
     progress.show_plan(prepared.plan, prepared.config)
     _check_test(prepared, progress)
     return prepared
@@ -105,7 +107,9 @@ def resume(path: str | Path, *, progress: Progress, launch: Launch = ALONE) -> R
             f"{path} was finished, but its {folder.missing_result()} is gone; it is made again."
         )
     with Session.resume(path, progress=progress, launch=launch) as session:
-        train_prepared(prepare(config), session, progress=progress)
+        prepared = prepare(config)
+        check_publishing(prepared.config)
+        train_prepared(prepared, session, progress=progress)
     return Run(session.path)
 
 
@@ -127,21 +131,26 @@ def is_whole(path: Path) -> bool:
 
 
 def train_prepared(prepared: Prepared, session: Session, *, progress: Progress) -> None:
-    """Train, score on the test rows, write both down, finish the run."""
+    """Train, score on the test rows, write both down, finish the run; merge and upload where that is asked for."""
     if not session.writes:  # of several processes, this one only trains
         finetune(prepared, session.folder)
         return
     progress.show_folder(session.path)
+    config = prepared.config
     trained = train_and_score(prepared, session, prepared.splits.test, progress=progress)
     if trained.scores is not None:
         before = None
-        if prepared.config.score_base:
+        if config.score_base:
             progress.show_line("scoring the base without the adapter")
             with trained.model.disable_adapter():
                 before = score_rows(prepared.kind, trained.model, prepared.splits.test, progress=progress)
         write_judged(prepared, session, trained.scores, before=before, progress=progress)
+    if config.save_merged:
+        save_merged(session.path, config, progress=progress)
     seconds = {"training": round(trained.seconds, 1), "evaluation": round(trained.evaluation_seconds, 1)}
     session.finish(seconds=seconds)
+    if config.push_to_hub is not None:
+        push_to_hub(session.path, config.push_to_hub, progress=progress)
 
 
 def train_and_score(
@@ -166,6 +175,8 @@ def train_and_score(
     began, cpu = time.monotonic(), time.process_time()
     model = finetune(prepared, session.folder, report=progress.show_step, model=model, callbacks=callbacks)
     trained, cpu = time.monotonic(), time.process_time() - cpu
+    if stopped := session.folder.state.get("stopped"):
+        progress.show_line(str(stopped))
     scores = score_rows(prepared.kind, model, test, progress=progress) if test else None
     return Trained(
         model=model,

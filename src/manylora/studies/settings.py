@@ -53,6 +53,11 @@ class TrainCellSettings(StudyPrompts, TrainConfig, RowLimits):
         super().__post_init__()
         if self.match is not None and (self.match not in PRESETS or PRESETS[self.match][0] != "train"):
             raise ConfigError(f"match is {self.match!r}; name a method of training such as 'alora'.")
+        for name in ("save_merged", "push_to_hub"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name} is for one training; a study's cells leave their adapters where they are."
+                )
         if self.match is not None and self.method != "lora":
             raise ConfigError("match raises the rank of a LoRA; set method to lora.")
 

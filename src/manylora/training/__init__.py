@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.training.config import METHODS, RECIPES, TrainConfig
 
 if TYPE_CHECKING:
+    from manylora.training.adapter_folders import adapter_base_name, adapter_folder, config_of_run
     from manylora.training.batches import ExpertCollator
     from manylora.training.facts import TaskFacts, read_task_facts
     from manylora.training.fingerprint import base_fingerprint, comparable, same_base
@@ -20,11 +21,8 @@ if TYPE_CHECKING:
     from manylora.training.memory import MemoryPlan
     from manylora.training.merge import write_merged
     from manylora.training.models import (
-        adapter_base_name,
-        adapter_folder,
         base_location,
         check_layers,
-        config_of_run,
         load_adapter,
         load_base,
         load_classifier,
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
     from manylora.training.snapshots import find_snapshots
 
 _HOME = {
+    "adapter_folders": ("adapter_base_name", "adapter_folder", "config_of_run"),
     "batches": ("ExpertCollator",),
     "facts": ("TaskFacts", "read_task_facts"),
     "job": ("build_model", "finetune"),
@@ -48,9 +47,6 @@ _HOME = {
     "memory": ("MemoryPlan",),
     "merge": ("write_merged",),
     "models": (
-        "adapter_base_name",
-        "adapter_folder",
-        "config_of_run",
         "base_location",
         "check_layers",
         "load_adapter",

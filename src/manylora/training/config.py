@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 from manylora.data import EMBEDDED
 from manylora.errors import ConfigError
 from manylora.files.settings import Bound, Count, CountOrZero, NotNegative, Positive, Settings
-from manylora.training.settings import BEFORE, TrainingSettings
+from manylora.training.settings import BEFORE, TrainedModelSettings, TrainingSettings
 
 Method: TypeAlias = Literal["alora", "hydralora", "moelora", "lora"]
 Recipe: TypeAlias = Literal[
     "auto", "embedded", "standard", "classification", "published-commonsense", "published-flan"
 ]
 TaskType: TypeAlias = Literal["CAUSAL_LM", "SEQ_CLS"]
+Quantisation: TypeAlias = Literal["4bit", "8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_LARGEST_WEIGHT = 1000.0
+"""A task that is to be drawn more often than that should be the only one."""
 _NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 """Module names with commas between; any other text is a regular expression."""
 
@@ -125,12 +128,30 @@ class MixingSettings(Settings):
     """How often each task is drawn: by its number of rows, equally often, or by rows ** (1 / temperature)."""
     mixing_temperature: Positive = 2.0
     """Temperature of "temperature" mixing; 1 is proportional, large is uniform."""
+    weights: dict[str, float] | str | None = None
+    """Task weights, as "a=2,b=0.5" or a YAML mapping: a task of weight 2 is drawn as if it had twice its rows. The
+    length of the run stays. Default: all 1."""
     validation: str | None = None
     """Validation rows. Default: the data's own validation split, else a seeded cut from the training rows."""
     validation_fraction: Annotated[
         float, Bound(lambda value: 0 < value < 1, "a share between 0 and 1, such as 0.1")
     ] = 0.1
     """Share of the training rows to cut where no validation split is given (at most 50 rows a task)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "weights", _as_weights(self.weights))
+        if self.weights is not None and self.mixing == "uniform":
+            raise ConfigError(
+                "weights mean nothing to mixing uniform, which does not look at how many rows a task has; take "
+                "proportional or temperature."
+            )
+
+    @property
+    def task_weights(self) -> dict[str, float] | None:
+        """Task to its weight; None where all have the same."""
+        assert not isinstance(self.weights, str)
+        return self.weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,17 +164,59 @@ class CheckpointSettings(Settings):
     """Steps between checkpoints. Default: once an epoch."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the result: the last, or those with the lowest mean validation loss."""
+    early_stopping: Count | None = None
+    """Stop when the mean validation loss has not improved in this many validations, and keep the best weights, as
+    `--keep best` does. Default: all steps are done."""
     keep_adapters: CountOrZero = 0
     """Keep the adapter's weights for `manylora analyze` at this many evenly spread steps, and with them those at step 0
     and at an early step (5 %)."""
     score_base: bool = False
     """Score the base without the adapter on the test rows, too, and say what the training changed."""
-    report_to: Literal["none", "tensorboard"] = "none"
-    """Where the trainer also reports to, besides metrics.jsonl."""
+    report_to: list[str] | str = "none"
+    """Where the trainer also reports to, besides metrics.jsonl, as "a,b" or a YAML list: wandb, mlflow, trackio,
+    tensorboard, or whatever else transformers knows. Nothing leaves this machine unless one is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSettings):
+class ResultSettings(Settings):
+    """The result"""
+
+    save_merged: bool = False
+    """After training, also write the merged model to RUN/merged (task router: RUN/merged/TASK), as large as the base
+    each; transformers and vLLM load it without this package. Not for token routers."""
+    push_to_hub: str | None = None
+    """After training, upload the adapter with its card to this repository on the Hub, such as me/my-adapter; a new one
+    is private. Default: nothing leaves this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedModelSettings(TrainedModelSettings):
+    """The base model, which may be quantised"""
+
+    quantize: Quantisation | None = None
+    """Load the base's linear layers in bitsandbytes' 4 bit (NF4 with double quantisation, arXiv 2305.14314) or 8 bit,
+    in training and whenever the adapter is used; it computes in --dtype. Default: as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings(Settings):
+    """The trainer"""
+
+    optimizer: str = "adamw_torch"
+    """Optimizer, by transformers' names, such as adamw_torch, adamw_8bit, paged_adamw_8bit (bitsandbytes), adafactor
+    or sgd."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    TrainingSettings,
+    ExpertSettings,
+    MixingSettings,
+    CheckpointSettings,
+    TrainerSettings,
+    ResultSettings,
+    QuantisedModelSettings,
+):
     """Settings of one run. A value left at `None` is filled in by `--method` or `--recipe`."""
 
     task_type: TaskType = "CAUSAL_LM"
@@ -203,6 +266,8 @@ class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSe
             filled.pop("num_experts")
         updates = {key: value for key, value in filled.items() if getattr(self, key) is None}
         updates["tasks"] = as_list(self.tasks)
+        if self.early_stopping is not None:
+            updates["keep"] = "best"
         targets = updates.get("target_modules", self.target_modules)
         if isinstance(targets, str) and targets != "all-linear" and _NAMES.fullmatch(targets):
             targets = as_list(targets)
@@ -217,6 +282,25 @@ class TrainConfig(TrainingSettings, ExpertSettings, MixingSettings, CheckpointSe
 def filled(known: Mapping[str, Any]) -> dict[str, Any]:
     """Settings read back from a run folder; those that an earlier version did not have are what it did."""
     return {**TrainConfig().to_dict(), **BEFORE, **known}
+
+
+def _as_weights(weights: Mapping[str, float] | str | None) -> dict[str, float] | None:
+    if isinstance(weights, str):
+        parts = [part.rpartition("=") for part in as_list(weights) or []]
+        try:
+            weights = {task.strip(): float(weight) for task, _, weight in parts}
+        except ValueError:
+            weights = {}
+    if weights is None:
+        return None
+    if not weights or "" in weights:
+        raise ConfigError('weights hold no list of tasks with a number each; give one such as "a=2,b=0.5".')
+    for task, weight in weights.items():
+        if not 0 < weight <= _LARGEST_WEIGHT:
+            raise ConfigError(
+                f"the weight of task {task!r} is {weight:g}; give a number above 0, at most {_LARGEST_WEIGHT:g}."
+            )
+    return {task: float(weight) for task, weight in weights.items()}
 
 
 def as_list(value: list[str] | str | None) -> list[str] | None:

@@ -61,7 +61,13 @@ class Head(abc.ABC):
 
     @abc.abstractmethod
     def shadow(
-        self, architecture: PretrainedConfig, *, location: str, labels: int, dtype: torch.dtype
+        self,
+        architecture: PretrainedConfig,
+        *,
+        location: str,
+        labels: int,
+        dtype: torch.dtype,
+        **options: Any,
     ) -> PreTrainedModel:
         """The base, on whatever device is torch's default, without its weights.
 
@@ -70,6 +76,7 @@ class Head(abc.ABC):
             location: its folder.
             labels: C, where there is a head over labels.
             dtype: of the weights.
+            options: further ones of `from_config`.
         """
 
     def parts(self, base: PreTrainedModel) -> list[str]:
@@ -126,10 +133,16 @@ class LanguageHead(Head):
             )
 
     def shadow(
-        self, architecture: PretrainedConfig, *, location: str, labels: int, dtype: torch.dtype
+        self,
+        architecture: PretrainedConfig,
+        *,
+        location: str,
+        labels: int,
+        dtype: torch.dtype,
+        **options: Any,
     ) -> PreTrainedModel:
         """See `Head`."""
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
 
     def bare(
         self, config: PeftConfig, weights: Mapping[str, Tensor]
@@ -168,13 +181,19 @@ class LabelHead(Head):
             )
 
     def shadow(
-        self, architecture: PretrainedConfig, *, location: str, labels: int, dtype: torch.dtype
+        self,
+        architecture: PretrainedConfig,
+        *,
+        location: str,
+        labels: int,
+        dtype: torch.dtype,
+        **options: Any,
     ) -> PreTrainedModel:
         """See `Head`."""
         architecture.num_labels = labels
         if architecture.pad_token_id is None:
             architecture.pad_token_id = 0
-        base = AutoModelForSequenceClassification.from_config(architecture, dtype=dtype)
+        base = AutoModelForSequenceClassification.from_config(architecture, dtype=dtype, **options)
         pool_as_told(base, location)
         return base
 

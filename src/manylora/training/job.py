@@ -16,6 +16,7 @@ from manylora.adapters import put_weights, read_weights
 from manylora.errors import ManyLoraError, RunError
 from manylora.files import remove, write_json
 from manylora.training.batches import Collator, EncodedRows, data_fingerprint
+from manylora.training.early_stopping import EarlyStopping
 from manylora.training.fingerprint import base_fingerprint, comparable, same_base, weakness
 from manylora.training.heads import head_of
 from manylora.training.models import first_line
@@ -25,6 +26,7 @@ from manylora.training.processes import Processes, wait_for_all
 from manylora.training.runs import RunFolder, step_of
 from manylora.training.snapshots import SnapshotRecorder, snapshot_steps
 from manylora.training.trainer import (
+    SELECTION,
     ManyTaskTrainer,
     Reporter,
     RunRecorder,
@@ -93,7 +95,9 @@ def finetune(
     if first:
         run.set_state("running", fingerprints=prints, steps=prepared.plan.steps)
         run.drop_incomplete()
-    trainer = _trainer(prepared, run, model, report, callbacks)
+    config, steps = prepared.config, prepared.plan.steps
+    stopping = EarlyStopping(SELECTION, config.early_stopping) if config.early_stopping else None
+    trainer = _trainer(prepared, run, model, report, [*([stopping] if stopping else []), *callbacks])
     if first:
         kept = snapshot_steps(prepared.plan.steps, prepared.config.keep_adapters)
         trainer.add_callback(SnapshotRecorder(run.path, model, kept))
@@ -106,6 +110,11 @@ def finetune(
             print(f"{folder} is damaged ({damage}); the run {begins}", file=sys.stderr, flush=True)
             remove(folder)
         run.rewind_metrics(step_of(checkpoint) if checkpoint else 0)
+    if stopping and checkpoint and (step := stopping.stopped_at(checkpoint)) is not None:
+        # Killed after it had stopped: the rest is left out, as the Trainer would take one more step.
+        trainer.args.max_steps = step
+        rows = trainer.train_dataset
+        rows.order, rows.empty = rows.order[: step * config.rows_per_step], 0
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except ManyLoraError:
@@ -122,6 +131,8 @@ def finetune(
     if prepared.config.keep == "best" and step is not None:
         _load_best(run, step, model)
     if first:
+        if stopping and (sentence := stopping.sentence(trainer.state, steps)):
+            run.set_state("running", stopped=sentence)
         _save_result(prepared, run, model)
     return model
 

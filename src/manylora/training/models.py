@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import shlex
 import warnings
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
@@ -23,23 +22,23 @@ from manylora.adapters import (
     check_result,
     loading,
     put_weights,
-    read_settings,
     read_weights,
 )
 from manylora.assets import embedded_base_path
 from manylora.data import EMBEDDED, PromptRecord
 from manylora.errors import ManyLoraError, ModelError
-from manylora.files import check_noted
-from manylora.training.config import TrainConfig
+from manylora.training.adapter_folders import adapter_folder
+from manylora.training.base_options import attention_options, quantisation_options
 from manylora.training.fingerprint import base_fingerprint, differing_part, same_base, weakness
 from manylora.training.gguf_base import PACKAGE, cached_base, find_gguf
 from manylora.training.heads import LABEL, LANGUAGE, Head, head_of, pool_as_told
-from manylora.training.runs import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from manylora.training.config import Quantisation
+    from manylora.training.settings import Attention
 
 _LOG = logging.getLogger("manylora")
 
@@ -149,34 +148,74 @@ def token_rows(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
-def load_base(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_base(
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: Attention = "auto",
+    quantize: Quantisation | None = None,
+) -> PreTrainedModel:
     """The frozen base model on its device.
 
     Raises:
         ModelError: unknown model, or its weights cannot be read.
+        ConfigError: there is no such attention or quantisation here.
     """
-    return _load(LANGUAGE, model, dtype=dtype, device=device)
+    return _load(LANGUAGE, model, dtype=dtype, device=device, attention=attention, quantize=quantize)
 
 
 def load_classifier(
-    model: str, *, labels: int, pad_token_id: int, seed: int, dtype: str = "auto", device: str = "auto"
+    model: str,
+    *,
+    labels: int,
+    pad_token_id: int,
+    seed: int,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: Attention = "auto",
+    quantize: Quantisation | None = None,
 ) -> PreTrainedModel:
     """The base with a head over `labels` labels, drawn from `seed` unless the weights hold one of that size.
 
     Raises:
         ModelError: unknown model, weights that cannot be read, or weights that lack more than the head.
+        ConfigError: there is no such attention or quantisation here.
     """
     set_seed(seed)
     # a head for other labels gives way to ours
-    base = _load(LABEL, model, dtype=dtype, device=device, num_labels=labels, ignore_mismatched_sizes=True)
+    base = _load(
+        LABEL,
+        model,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        quantize=quantize,
+        num_labels=labels,
+        ignore_mismatched_sizes=True,
+    )
     pool_as_told(base, base_location(model))
     base.config.pad_token_id = pad_token_id
     return base
 
 
-def _load(head: Head, model: str, *, dtype: str, device: str, **options: Any) -> PreTrainedModel:
-    head.check(_from_pretrained(AutoConfig, model), model=model)
+def _load(
+    head: Head,
+    model: str,
+    *,
+    dtype: str,
+    device: str,
+    attention: Attention,
+    quantize: Quantisation | None,
+    **options: Any,
+) -> PreTrainedModel:
+    architecture = _from_pretrained(AutoConfig, model)
+    head.check(architecture, model=model)
     place = pick_device(device)
+    options |= attention_options(attention, head, architecture, model=model, device=place)
+    options |= quantisation_options(
+        quantize, architecture, model=model, device=place, dtype=pick_dtype(dtype, place)
+    )
     # safetensors only: older weight files are pickles, which run what a stranger wrote
     base, loading = _from_pretrained(
         head.loader,
@@ -187,7 +226,7 @@ def _load(head: Head, model: str, *, dtype: str, device: str, **options: Any) ->
         **options,
     )
     _check_loaded(loading, model, drawn=head.parts(base))
-    return base.to(place)
+    return base if quantize else base.to(place)  # transformers has put a quantised one there
 
 
 def _check_loaded(loading: Mapping[str, Any], model: str, *, drawn: Collection[str] = ()) -> None:
@@ -236,74 +275,6 @@ def first_line(error: BaseException) -> str:
     """The first sentence of a library's error, for use inside ours."""
     text = str(error).strip().splitlines()
     return text[0].rstrip(".") if text else type(error).__name__
-
-
-def adapter_folder(adapter: str | Path) -> Path:
-    """The PEFT folder meant by `adapter`: itself, or the `adapter/` of a finished run folder.
-
-    Raises:
-        ModelError: neither; a run that has not finished says how to finish it.
-    """
-    path = Path(adapter).expanduser()
-    if (path / "adapter_config.json").is_file():
-        return path
-    if (path / "adapter" / "adapter_config.json").is_file():
-        return path / "adapter"
-    if clients := sorted(path.glob("clients/*/adapter/adapter_config.json")):
-        raise ModelError(
-            f"{adapter} is a federated run, with an adapter for each client; give one of them, such as "
-            f"{shlex.quote(str(clients[0].parents[1]))}"
-        )
-    if (path / "state.json").is_file():
-        raise ModelError(_unfinished(path))
-    raise ModelError(
-        f"{adapter} is neither a run folder nor a PEFT adapter folder (no adapter_config.json in it)."
-    )
-
-
-def _unfinished(run: Path) -> str:
-    """What to do with a run that has no adapter."""
-    settings = RunFolder(run).read_config() if (run / "config.yaml").is_file() else {}
-    verb = "federate" if "strategy" in settings else "train"
-    if "measure" in settings:
-        return f"{run} is an analysis and has no adapter; give a run of manylora train."
-    return f"{run} has no adapter yet; finish the run with: manylora {verb} --resume {shlex.quote(str(run))}"
-
-
-def adapter_base_name(adapter: str | Path) -> str:
-    """Name of the base that an adapter folder was trained on.
-
-    Raises:
-        ModelError: the folder's configuration is broken or names none.
-    """
-    path = adapter_folder(adapter) / "adapter_config.json"
-    name = read_settings(path.parent).get("base_model_name_or_path")
-    if not name or not isinstance(name, str):
-        raise ModelError(f"{path} names no base model; give it with --model.")
-    return name
-
-
-def adapter_task_type(adapter: str | Path) -> str | None:
-    """PEFT's task type of an adapter folder ("CAUSAL_LM", "SEQ_CLS"), where it names one.
-
-    Raises:
-        ModelError: the folder's configuration is broken.
-    """
-    found = read_settings(adapter_folder(adapter)).get("task_type")
-    return found if isinstance(found, str) else None
-
-
-def config_of_run(adapter: str | None) -> TrainConfig | None:
-    """The configuration of the run that an adapter comes from; None where there is no run to ask.
-
-    Raises:
-        RunError, ConfigError: it is damaged.
-    """
-    if adapter is None:
-        return None
-    folder = adapter_folder(adapter).parent
-    check_noted(folder / "config.yaml")
-    return RunFolder(folder).config(TrainConfig, verb="train") if (folder / "config.yaml").is_file() else None
 
 
 _TOLD: set[str] = set()

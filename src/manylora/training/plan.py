@@ -6,17 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model
 
 from manylora.adapters import ManyLoraConfig
 from manylora.errors import ConfigError
+from manylora.training.base_options import attention_options
 from manylora.training.heads import head_of
 from manylora.training.memory import MemoryPlan
 from manylora.training.models import base_location, load_config, pick_device, pick_dtype
 from manylora.training.reach import Reach, leave_out, reach_of
+from manylora.training.task_weights import weights_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -87,6 +89,7 @@ def adapter_config(config: TrainConfig, *, task_names: Sequence[str]) -> ManyLor
         load_balance_weight=config.load_balance_weight,
         task_names=list(task_names) if config.routes_by_task else None,
         target_modules=config.target_modules,
+        base_quantization=config.quantize,
     )
     leave_out(
         adapter, _reach(config.model, config.task_type, load_config(config.model, task_type=config.task_type))
@@ -112,12 +115,18 @@ def _reach(model: str, task_type: TaskType, architecture: PretrainedConfig) -> R
 
 
 def _shadow_base(
-    model: str, task_type: TaskType, architecture: PretrainedConfig, *, labels: int, dtype: torch.dtype
+    model: str,
+    task_type: TaskType,
+    architecture: PretrainedConfig,
+    *,
+    labels: int,
+    dtype: torch.dtype,
+    **options: Any,
 ) -> PreTrainedModel:
     """The base on torch's meta device."""
     with torch.device("meta"):
         return head_of(task_type).shadow(
-            architecture, location=base_location(model), labels=labels, dtype=dtype
+            architecture, location=base_location(model), labels=labels, dtype=dtype, **options
         )
 
 
@@ -132,10 +141,15 @@ def shadow_model(config: TrainConfig, adapter: ManyLoraConfig, *, labels: int = 
     Raises:
         ModelError: unknown model.
         TargetModulesError: nothing to adapt.
+        ConfigError: there is no such attention here.
     """
-    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
     architecture = load_config(config.model, task_type=config.task_type)
-    base = _shadow_base(config.model, config.task_type, architecture, labels=labels, dtype=dtype)
+    options = attention_options(
+        config.attention, head_of(config.task_type), architecture, model=config.model, device=device
+    )
+    base = _shadow_base(config.model, config.task_type, architecture, labels=labels, dtype=dtype, **options)
     if parts := head_of(config.task_type).parts(base):
         adapter.modules_to_save = parts
     with torch.device("meta"):
@@ -219,7 +233,7 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
     """The plan as label and text, for printing."""
     modules = ", ".join(f"{count} × {name}" for name, count in sorted(plan.modules.items()))
     lines = [
-        ("model", config.model),
+        ("model", config.model if config.quantize is None else f"{config.model}, in {config.quantize}"),
         (
             "adapter",
             f"share {config.share}, {config.num_experts} experts, router {_router(config)}, r {config.r}, "
@@ -236,6 +250,21 @@ def plan_lines(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
             "steps",
             f"{plan.steps:,} of {config.rows_per_step} rows ({config.epochs:g} epochs, {plan.warmup_steps} warm-up), "
             f"peak learning rate {config.learning_rate:g}, mixing {config.mixing}",
+        ),
+        *(
+            [
+                (
+                    "early stop",
+                    f"after {config.early_stopping} validations without a lower mean loss; the best is kept",
+                )
+            ]
+            if config.early_stopping
+            else []
+        ),
+        *(
+            [("weights", weights_text({task.name: task.train for task in plan.tasks}, config))]
+            if config.weights
+            else []
         ),
         ("tokens", f"{plan.tokens:,}"),
         ("memory", _memory_text(plan.memory)),

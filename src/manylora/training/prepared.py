@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
 
-from manylora.data import Splits, load_splits, mixture_schedule
+from manylora.data import Splits, load_splits
 from manylora.errors import ConfigError, DataError
 from manylora.evaluation.generation import context_of
+from manylora.training.base_options import quantisation_options, quantised_bytes
 from manylora.training.batches import EncodedTask, longest_first, rows_of_a_pass
 from manylora.training.config import TrainConfig, as_list
 from manylora.training.kinds import KINDS, TaskKind
@@ -21,6 +21,7 @@ from manylora.training.models import (
     load_config,
     load_tokenizer,
     pick_device,
+    pick_dtype,
     token_rows,
 )
 from manylora.training.plan import (
@@ -34,6 +35,8 @@ from manylora.training.plan import (
     step_counts,
 )
 from manylora.training.processes import Processes
+from manylora.training.task_weights import schedule
+from manylora.training.trainer_options import check_optimizer, check_reporters, reporters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,8 +75,8 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
         DataError, ModelError, ConfigError, TargetModulesError: what is wrong with the input.
     """
     config = config.resolved()
-    if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
-        raise ConfigError("report_to tensorboard needs another package: pip install 'manylora[tensorboard]'.")
+    check_reporters(reporters(config))
+    check_optimizer(config)
     kind_of_tasks = KINDS[config.task_type]
     if kind_of_tasks.one_process and Processes.here().count > 1:
         raise ConfigError(f"task_type {config.task_type} trains in one process; start it without a launcher.")
@@ -82,19 +85,25 @@ def prepare(config: TrainConfig, *, splits: Splits | None = None) -> Prepared:
     tokenizer = load_tokenizer(config.model, task_type=config.task_type)
     chosen, config = config.template, kind_of_tasks.resolve_prompts(config, tokenizer)
     architecture = load_config(config.model, task_type=config.task_type)
+    device = pick_device(config.device)
+    quantisation_options(
+        config.quantize,
+        architecture,
+        model=config.model,
+        device=device,
+        dtype=pick_dtype(config.dtype, device),
+    )
     kind = kind_of_tasks.of_run(config, splits, tokenizer=tokenizer, context=context_of(architecture))
     train, validation = (
         kind.encode(part, vocabulary=token_rows(architecture)) for part in (splits.train, splits.validation)
     )
     _refuse_unknown(validation, train)
+    if config.early_stopping and not validation:
+        raise ConfigError(
+            f"early_stopping {config.early_stopping} needs validation rows; give them with --validation."
+        )
     sizes = {task.name: len(task.rows) for task in train}
-    order = mixture_schedule(
-        sizes,
-        epochs=config.epochs,  # type: ignore[arg-type]
-        strategy=config.mixing,
-        temperature=config.mixing_temperature,
-        seed=config.seed,
-    )
+    order = schedule(sizes, config)
     lengths = [len(row.input_ids) for task in train for row in task.rows]
     config, order = _in_passes(config, order, lengths, architecture)
     steps_per_epoch = max(1, round(sum(sizes.values()) / config.rows_per_step))
@@ -243,8 +252,9 @@ def _memory(
     rows: int,
 ) -> MemoryPlan | str:
     longest = max(len(row.input_ids) for task in train for row in task.rows)
+    base = None if config.quantize is None else quantised_bytes(model, config.quantize)
     try:
-        return estimate_memory(
+        found = estimate_memory(
             model,
             rows=min(Processes.here().rows_per_pass(config), rows),
             length=longest,
@@ -255,3 +265,4 @@ def _memory(
         )
     except MemoryUnknownError as error:
         return str(error)
+    return found if base is None else dataclasses.replace(found, base=base)

@@ -7,6 +7,7 @@
     checkpoints/        checkpoint-STEP/, complete only where it holds complete.json, with the checksums of its files
     adapters/           step-STEP.safetensors: the adapter's weights at chosen steps, where `keep_adapters` asks for it
     adapter/            the result in PEFT format, renamed into place when whole
+    merged/             the merged model, or one per task, where `save_merged` asks for it
     tasks.json          cut-off of prompts, and per task: expert, rows, tokens an answer may have
     predictions.jsonl   test rows with the model's answers
     scores.json         the table

@@ -14,6 +14,7 @@ from manylora.data import EMBEDDED, LossOn, TemplateChoice, Words, check_date
 from manylora.errors import ConfigError
 from manylora.files.settings import Bound, Count, CountOrZero, NotNegative, Positive, Settings
 
+Attention: TypeAlias = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 Seed: TypeAlias = Annotated[
     CountOrZero, Bound(lambda value: value < 2**32, f"less than {2**32}, as numpy asks")
 ]
@@ -34,6 +35,15 @@ class ModelSettings(Settings):
     """Type of the base's weights. auto: float32 on CPU, bfloat16 on a GPU that has it. An adapter's stay float32."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModelSettings(ModelSettings):
+    """The base model, as it is trained on"""
+
+    model: str = EMBEDDED
+    attention: Attention = "auto"
+    """What computes the base's attention, by transformers' names. auto: its choice, mostly sdpa (PyTorch's own)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +190,10 @@ class TrainedScoringSettings(ScoringSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(
-    ModelSettings, TrainingDataSettings, AdapterSettings, OptimisationSettings, TrainedScoringSettings
+    TrainedModelSettings,
+    TrainingDataSettings,
+    AdapterSettings,
+    OptimisationSettings,
+    TrainedScoringSettings,
 ):
     """What every training has, on one machine or on many"""
-
-    model: str = EMBEDDED

@@ -21,6 +21,7 @@ from manylora.training.finite import FiniteGuard
 from manylora.training.losses import AnswerLoss, Loss
 from manylora.training.processes import Processes, wait_for_all
 from manylora.training.runs import RunFolder
+from manylora.training.trainer_options import reporters
 
 _CHECKPOINTING = (
     "activation_checkpointing"
@@ -320,7 +321,7 @@ def training_arguments(
         warmup_steps=warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
+        optim=config.optimizer,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         label_names=["labels"],
@@ -341,11 +342,12 @@ def training_arguments(
         save_strategy="steps",
         save_steps=config.save_steps or steps_per_epoch,
         save_total_limit=None,  # RunRecorder removes old checkpoints, after the marker of the new one
-        report_to=config.report_to,
+        run_name=run.path.name,
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
         logging_nan_inf_filter=False,  # it shows the mean of earlier losses in place of NaN
     )
+    arguments.report_to = reporters(config)  # it adds Kubeflow of itself where that is about
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # with more, the Trainer would multiply the batch behind the plan's back
     return arguments

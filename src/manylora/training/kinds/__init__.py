@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from manylora.training.adapter_folders import adapter_task_type
 from manylora.training.kinds.choosing import Choosing
 from manylora.training.kinds.kind import TaskKind
 from manylora.training.kinds.writing import Writing
-from manylora.training.models import adapter_task_type
 
 KINDS: Mapping[str | None, type[TaskKind]] = {"CAUSAL_LM": Writing, "SEQ_CLS": Choosing}
 """Task type to kind."""

@@ -16,14 +16,13 @@ from manylora.evaluation.finite import refuse_output
 from manylora.evaluation.generation import context_of
 from manylora.evaluation.metrics import ACCURACY
 from manylora.evaluation.score import sum_examples
+from manylora.training.adapter_folders import adapter_base_name, adapter_folder, adapter_quantisation
 from manylora.training.batches import Collator, EncodedTask
 from manylora.training.facts import read_task_facts
 from manylora.training.kinds.kind import TaskKind, cut_lines
 from manylora.training.labels import LabelSets, encode_labelled, encode_questions, label_of
 from manylora.training.losses import LabelLoss, Loss, among
 from manylora.training.models import (
-    adapter_base_name,
-    adapter_folder,
     load_adapter,
     load_classifier,
     load_tokenizer,
@@ -85,6 +84,7 @@ class Choosing(TaskKind):
             seed=0,  # of a head that the adapter's replaces
             dtype=dtype,
             device=device,
+            quantize=adapter_quantisation(folder),
         )
         adapted = load_adapter(base, adapter)
         routes = getattr(
@@ -125,6 +125,8 @@ class Choosing(TaskKind):
             seed=config.seed,
             dtype=config.dtype,
             device=config.device,
+            attention=config.attention,
+            quantize=config.quantize,
         )
 
     def encode(self, data: TaskData, *, vocabulary: int | None) -> list[EncodedTask]:

@@ -43,14 +43,17 @@ from manylora.evaluation import (
     wordless,
 )
 from manylora.evaluation.generation import NO_LIMIT, context_of
+from manylora.training.adapter_folders import (
+    adapter_base_name,
+    adapter_folder,
+    adapter_quantisation,
+    config_of_run,
+)
 from manylora.training.batches import EncodedTask, encode_tasks
 from manylora.training.facts import read_task_facts
 from manylora.training.kinds.kind import TaskKind, cut_lines
 from manylora.training.losses import AnswerLoss, Loss
 from manylora.training.models import (
-    adapter_base_name,
-    adapter_folder,
-    config_of_run,
     load_adapter,
     load_base,
     load_tokenizer,
@@ -114,7 +117,8 @@ class Writing(TaskKind):
         tokenizer, prompts = load_tokenizer(name), find_prompts(folder)
         if prompts is not None:
             prompts.prepare(tokenizer)
-        adapted = load_adapter(load_base(name, dtype=dtype, device=device), folder)
+        base = load_base(name, dtype=dtype, device=device, quantize=adapter_quantisation(folder))
+        adapted = load_adapter(base, folder)
         max_length, answer_tokens = prompts.max_length if prompts else None, dict[str, int]()
         if (facts := read_task_facts(folder)) is not None:
             max_length = facts.max_length
@@ -214,7 +218,13 @@ class Writing(TaskKind):
 
     def load_base(self, config: TrainConfig) -> PreTrainedModel:
         """See `TaskKind.load_base`."""
-        return load_base(config.model, dtype=config.dtype, device=config.device)
+        return load_base(
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            attention=config.attention,
+            quantize=config.quantize,
+        )
 
     def encode(self, data: TaskData, *, vocabulary: int | None) -> list[EncodedTask]:
         """See `TaskKind.encode`."""
