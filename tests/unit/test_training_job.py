@@ -290,7 +290,10 @@ def test_the_loss_of_a_step_has_the_load_balance_term_by_answer_tokens(
     batch = Collator(pad_token_id=0)([rows[i] for i in range(4)])
     trainer = ManyTaskTrainer.__new__(ManyTaskTrainer)
     trainer.route_by_task, trainer.task_names, trainer._sums = False, prepared.task_names, None
-    trainer.balanced, trainer.accelerator = False, SimpleNamespace(num_processes=1)
+    trainer.balanced, trainer.accelerator = (
+        False,
+        SimpleNamespace(num_processes=1, unwrap_model=lambda model: model),
+    )
     with model.load_balance() as balance:
         plain = trainer.compute_loss(model, batch, num_items_in_batch=100)
     trainer.balanced = True

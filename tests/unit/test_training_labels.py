@@ -166,7 +166,7 @@ def test_a_model_in_an_installed_package_is_found_without_running_it(
     (tmp_path / "carrier" / "model").mkdir(parents=True)
     (tmp_path / "carrier" / "__init__.py").write_text("raise AssertionError", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModelError, match=r"package:carrier: that package holds no config\.json"):
+    with pytest.raises(ModelError, match=r"package:carrier: that package holds neither a config\.json"):
         base_location("package:carrier")
     (tmp_path / "carrier" / "model" / "config.json").write_text("{}", encoding="utf-8")
     assert base_location("package:carrier") == str(tmp_path / "carrier" / "model")
