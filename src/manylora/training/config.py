@@ -209,13 +209,13 @@ class TrainerSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
+    QuantisedModelSettings,
     TrainingSettings,
     ExpertSettings,
     MixingSettings,
     CheckpointSettings,
     TrainerSettings,
     ResultSettings,
-    QuantisedModelSettings,
 ):
     """Settings of one run. A value left at `None` is filled in by `--method` or `--recipe`."""
 
