@@ -368,9 +368,10 @@ def test_a_file_of_settings_is_read(block: Block, in_empty_folder: Path) -> None
 
 OTHERS = {
     "--no-deps", "--nproc-per-node", "--num_processes", "--max-lora-rank", "--max-loras", "--isolation",
-    "--node-config", "--help", "--config", "--cut", "--extra", "--held-out",
+    "--node-config", "--help", "--config", "--cut", "--extra", "--held-out", "--lora-init-without-apply",
+    "--no-cache-prompt",
 }  # fmt: skip
-"""Options of pip, torchrun, accelerate, vLLM, Flower and our benchmarks, and those that every verb has."""
+"""Options of pip, torchrun, accelerate, vLLM, llama.cpp, Flower and our benchmarks, and those that every verb has."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
