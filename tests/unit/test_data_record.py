@@ -166,6 +166,29 @@ def test_a_damaged_record_is_one_line(text: str, tmp_path: Path) -> None:
         PromptRecord.read(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["version", "template", "date", "max_length", "form", "system", "thinks"])
+def test_a_field_that_is_gone_is_no_default(field: str, tmp_path: Path) -> None:
+    task = {"form": "chat", "system": "Be brief.", "thinks": False}
+    record = {**GOOD, "tasks": {"a": task}}
+    for part in (record, task):
+        part.pop(field, None)
+    (tmp_path / PROMPTS_FILE).write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"is damaged \((tasks\.a\.)?{field}.*(missing|required)\); remove it"):
+        PromptRecord.read(tmp_path)
+
+
+def test_what_is_wrong_with_a_record_names_the_value(tmp_path: Path) -> None:
+    for change, said in (
+        ({"date": "foo"}, r"\(date: date is 'foo'; give a day as YYYY-MM-DD"),
+        ({"max_length": 0}, r"\(max_length: .*, not 0\)"),
+        ({"version": 2}, r"\(version: .*, not 2\)"),
+        ({"template": {"default": 5}}, r"\(template\.default: .*, not 5\)|\(template: "),
+    ):
+        (tmp_path / PROMPTS_FILE).write_text(json.dumps({**GOOD, **change}), encoding="utf-8")
+        with pytest.raises(ModelError, match=said):
+            PromptRecord.read(tmp_path)
+
+
 def test_the_good_record_is_read(tmp_path: Path) -> None:
     (tmp_path / PROMPTS_FILE).write_text(json.dumps(GOOD), encoding="utf-8")
     assert PromptRecord.read(tmp_path) == PromptRecord(tasks={}, max_length=9)

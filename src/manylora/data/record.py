@@ -187,7 +187,14 @@ class PromptRecord(Record):
         check_noted(path)
         if not path.is_file():
             return None
-        return read_record(path, cls, remedy="remove it to go on without", error=ModelError)
+        remedy = "remove it to go on without"
+        found = read_record(path, cls, remedy=remedy, error=ModelError)
+        for place, part in (("", found), *((f"tasks.{name}.", task) for name, task in found.tasks.items())):
+            # A field that is gone is no default: what is asked without its system text gets other answers.
+            optional = {"base_fingerprint", "instructions"}
+            if missing := sorted(type(part).model_fields.keys() - part.model_fields_set - optional):
+                raise ModelError(f"{path} is damaged ({place}{missing[0]} is missing); {remedy}.")
+        return found
 
 
 def find_prompts(folder: Path) -> PromptRecord | None:
