@@ -173,7 +173,9 @@ def test_a_field_that_is_gone_is_no_default(field: str, tmp_path: Path) -> None:
     for part in (record, task):
         part.pop(field, None)
     (tmp_path / PROMPTS_FILE).write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(ModelError, match=rf"is damaged \((tasks\.a\.)?{field}.*(missing|required)\); remove it"):
+    with pytest.raises(
+        ModelError, match=rf"is damaged \((tasks\.a\.)?{field}.*(missing|required)\); remove it"
+    ):
         PromptRecord.read(tmp_path)
 
 
