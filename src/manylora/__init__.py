@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from manylora.analysis import Analysis
     from manylora.evaluation import Scores
     from manylora.federated import FederateConfig
-    from manylora.jobs.analyze import AnalyzeConfig
     from manylora.jobs.evaluate import EvaluateConfig
-    from manylora.jobs.export import ExportConfig, Exported
+    from manylora.jobs.export import Exported
     from manylora.jobs.predict import Answer, PredictConfig
     from manylora.jobs.progress import Progress
     from manylora.jobs.run import FederatedRun, Run, open_run
+    from manylora.jobs.settings import AnalyzeConfig, ExportConfig
     from manylora.studies.compare import CompareConfig, Comparison
     from manylora.training import TrainConfig
 
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     _Config = TypeVar("_Config", bound=DataclassInstance)
 
 _LAZY = {
-    "AnalyzeConfig": "manylora.jobs.analyze",
+    "AnalyzeConfig": "manylora.jobs.settings",
     "CompareConfig": "manylora.studies.compare",
     "EvaluateConfig": "manylora.jobs.evaluate",
-    "ExportConfig": "manylora.jobs.export",
+    "ExportConfig": "manylora.jobs.settings",
     "FederateConfig": "manylora.federated",
     "ManyLoraConfig": "manylora.adapters",
     "PredictConfig": "manylora.jobs.predict",
@@ -248,10 +248,11 @@ def export(
         adapter: a run, its folder, or an adapter's.
         config: what to write.
         to: folder to write; must not exist.
-        settings: fields of `manylora.jobs.export.ExportConfig`, such as `merge`, `tasks`, `from_loras`, in place of
+        settings: fields of `manylora.jobs.settings.ExportConfig`, such as `merge`, `tasks`, `from_loras`, in place of
             those of `config`.
     """
-    from manylora.jobs.export import ExportConfig, export
+    from manylora.jobs.export import export
+    from manylora.jobs.settings import ExportConfig
 
     chosen = _config(ExportConfig, config, _named(settings, adapter=adapter, to=to))
     given = settings.keys() | _changed(config)
@@ -273,10 +274,11 @@ def analyze(
         adapters: runs, their folders, or adapters'.
         config: what to measure.
         report: whether to draw report.html beside analysis.json.
-        settings: fields of `manylora.jobs.analyze.AnalyzeConfig`, such as `measure`, `data`, `figures`, `out`, in place
-            of those of `config`.
+        settings: fields of `manylora.jobs.settings.AnalyzeConfig`, such as `measure`, `data`, `figures`, in place of
+            those of `config`.
     """
-    from manylora.jobs.analyze import AnalyzeConfig, analyze
+    from manylora.jobs.analyze import analyze
+    from manylora.jobs.settings import AnalyzeConfig
 
     several = adapters if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters]
     names = [_path(adapter) for adapter in several]

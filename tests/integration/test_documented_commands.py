@@ -26,9 +26,8 @@ import manylora
 from manylora.cli import VERBS, main
 from manylora.cli.options import CompareOptions, FederateOptions, PredictOptions, TrainOptions
 from manylora.cli.parsing import parse
-from manylora.jobs.analyze import AnalyzeConfig
 from manylora.jobs.evaluate import EvaluateConfig
-from manylora.jobs.export import ExportConfig
+from manylora.jobs.settings import AnalyzeConfig, ExportConfig
 from manylora.report.__main__ import main as draw_pages
 from manylora.studies.config import parse_study
 from tiny_models import bert

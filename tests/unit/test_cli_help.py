@@ -9,9 +9,8 @@ import pytest
 
 from manylora.cli import options
 from manylora.cli.help import field_notes, help_page
-from manylora.jobs.analyze import AnalyzeConfig
 from manylora.jobs.evaluate import EvaluateConfig
-from manylora.jobs.export import ExportConfig
+from manylora.jobs.settings import AnalyzeConfig, ExportConfig
 
 KINDS = {
     "analyze": AnalyzeConfig,

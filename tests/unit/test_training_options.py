@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, LlamaFo
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from manylora.errors import ConfigError
-from manylora.jobs.export import ExportConfig, export
+from manylora.jobs.export import export
 from manylora.jobs.progress import Progress
+from manylora.jobs.settings import ExportConfig
 from manylora.training import RunFolder, TrainConfig, Writing, build_model, finetune, prepare
 from manylora.training.base_options import attention_options, quantisation_options
 from manylora.training.heads import LANGUAGE

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from manylora.cli.console import draw_report
 from manylora.cli.parsing import parse
 from manylora.cli.progress import ConsoleProgress
-from manylora.jobs.analyze import AnalyzeConfig, analyze
+from manylora.jobs.analyze import analyze
+from manylora.jobs.settings import AnalyzeConfig
 
 DESCRIPTION = """\
 Look into adapters, ours or plain PEFT LoRAs, and write what is found to analysis.json:

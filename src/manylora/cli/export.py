@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from manylora.cli.parsing import parse
 from manylora.cli.progress import ConsoleProgress
-from manylora.jobs.export import ExportConfig, export
+from manylora.jobs.export import export
+from manylora.jobs.settings import ExportConfig
 
 DESCRIPTION = """\
 Write an adapter as plain LoRAs, which PEFT, vLLM and SGLang load without this package.

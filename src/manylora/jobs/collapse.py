@@ -20,8 +20,8 @@ from manylora.training.prepared import all_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from manylora.jobs.export import ExportConfig
     from manylora.jobs.progress import Progress
+    from manylora.jobs.settings import ExportConfig
 
 
 def collapse(

@@ -12,8 +12,8 @@ from manylora.errors import ConfigError, ManyLoraError, ModelError
 
 if TYPE_CHECKING:
     from manylora.data import PromptRecord
-    from manylora.jobs.export import ExportConfig
     from manylora.jobs.progress import Progress
+    from manylora.jobs.settings import ExportConfig
 
 UNCHECKED = "not checked: whether the files are whole, as the configuration of {base} is not on this machine"
 """What is said where a base's configuration is not at hand."""

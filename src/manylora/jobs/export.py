@@ -10,12 +10,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 from manylora.errors import ConfigError, ModelError, RunError
-from manylora.files.settings import Bound
 from manylora.jobs.combine_loras import UNCHECKED, combine_loras
-from manylora.training.settings import BatchSettings, DataSettings, ModelSettings
+from manylora.jobs.settings import ExportConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -25,41 +24,6 @@ if TYPE_CHECKING:
     from manylora.jobs.progress import Progress
 
 _FOR_TOKEN_ROUTERS = ("data", "task_column", "collapse", "limit", "max_loss", "force", "batch_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig(ModelSettings, DataSettings, BatchSettings):
-    """What to export, where to, and what it may cost."""
-
-    adapter: str | None = None
-    """Run folder or adapter folder to export; also without "--adapter"."""
-    to: str | None = None
-    """Folder to write; must not exist. One LoRA goes into it, one per task into folders named after the tasks."""
-    tasks: list[str] | str | None = None
-    """Default: all the adapter (or, with a token router, its data) has."""
-    merge: bool = False
-    """Write whole models with the adapter merged into the weights, not LoRAs; as large as the base, each."""
-    from_loras: list[str] | str | None = None
-    """The other way: put these plain LoRA folders into one adapter, as "DIR,DIR" or "NAME=DIR,NAME=DIR"; a folder
-    of LoRA folders stands for all of them. Tasks are called by NAME, else by the folder's name."""
-    form: Literal["auto", "alpaca", "prompt", "chat"] = "auto"
-    """With --from-loras: form of the prompts that the LoRAs were trained on (see predict --help). auto: what each
-    folder says, by its record or by a tokenizer with a chat template."""
-    model: str | None = None
-    """Base model to name in what is written. Default: the one the adapter was trained on."""
-    data: str | None = None
-    """Token router: rows of its tasks, in the formats of train --data, to fit the LoRAs and to score them on.
-    Default: the run's training rows for the fit and its validation rows for the scores."""
-    collapse: Literal["fit", "mean"] = "fit"
-    """Token router: what stands for it. fit: the LoRA of the same rank that is nearest to the adapter on the task's
-    tokens; mean: the experts averaged with the task's mean routing weights."""
-    max_loss: Annotated[float, Bound(lambda value: value >= 0, "points, 0 or more")] = 1.0
-    """Token router: refuse when the LoRAs score more than this many points below the adapter, mean over tasks."""
-    force: bool = False
-    """Token router: write the LoRAs whatever they lose."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base. auto: for merged weights that of the base's files; for scores float32 on CPU, bfloat16 on a
-    GPU that has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

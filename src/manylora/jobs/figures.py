@@ -27,7 +27,7 @@ from manylora.training.config import as_list
 
 if TYPE_CHECKING:
     from manylora.analysis import Analysis
-    from manylora.jobs.analyze import AnalyzeConfig
+    from manylora.jobs.settings import AnalyzeConfig
     from manylora.training import Prepared
 
 TASKS = ("praised_thing", "register_entry")

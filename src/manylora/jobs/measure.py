@@ -40,9 +40,9 @@ from manylora.training.prepared import all_rows
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from manylora.jobs.analyze import AnalyzeConfig
     from manylora.jobs.progress import Progress
     from manylora.jobs.session import Session
+    from manylora.jobs.settings import AnalyzeConfig
 
 
 @dataclass(frozen=True, kw_only=True)

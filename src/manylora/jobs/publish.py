@@ -11,7 +11,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from manylora.errors import ConfigError, ModelError
 from manylora.files import remove
-from manylora.jobs.export import ExportConfig, export
+from manylora.jobs.export import export
+from manylora.jobs.settings import ExportConfig
 from manylora.training.kinds import KINDS
 from manylora.training.models import first_line
 
