@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 CASES: dict[str, tuple[list[str], list[str]]] = {
     "no target": (["{task}"], ["--to is missing"]),
-    "an empty target": (["{task}", "--to", ""], ["--to is missing"]),
+    "an empty target": (["{task}", "--to", ""], ["to is empty"]),
     "a target inside a file": (
         ["{task}", "--to", "{plain}/adapter_config.json/out"],
         ["adapter_config.json/out cannot be written (Not a directory)", "choose another --to"],
