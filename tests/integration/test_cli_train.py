@@ -204,6 +204,21 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert steps == sorted(steps)
 
 
+def test_a_run_killed_while_the_base_is_scored_ends_with_the_same_scores(
+    tiny_base: Path, small_data: Path, tmp_path: Path
+) -> None:
+    begin = [*train(tiny_base, small_data), "--epochs", 1, "--score-base"]
+    whole = cli_process([*begin, "--out", "whole"], tmp_path)
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    killed_process([*begin, "--out", "broken"], tmp_path, before="broken/predictions.jsonl")
+    assert (tmp_path / "broken" / "adapter").is_dir()
+    assert main(["train", "--resume", str(tmp_path / "broken")]) == 0
+    scores = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("whole", "broken")]
+    assert scores[0]["gains"]
+    assert scores[1] == scores[0]
+
+
 def test_ctrl_c_ends_with_130_and_says_how_to_continue(
     tiny_base: Path, small_data: Path, tmp_path: Path
 ) -> None:

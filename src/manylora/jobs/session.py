@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ ALONE = Launch(Processes())
 
 _WRITTEN_FIRST = (".lock", "config.yaml", "environment.json", "state.json")
 """What a run writes before anything else, in this order; with the last of them it is one."""
+
+_HOW = ("micro_batch_size",)
+"""Settings that change how a step is computed and not what: a CPU's own choice, which a GPU, several processes or an
+earlier version would not make."""
 
 _GO_ON = {
     "train": "continue with: manylora train --resume {run}",
@@ -160,7 +164,12 @@ def _was_killed_early(path: Path, config: Mapping[str, Any]) -> bool:
         return False
     settings = parse_yaml(dump_yaml(config))
     # Of another day, where the chat template asks for the date.
-    return isinstance(known, dict) and {**known, "date": None} == {**settings, "date": None}
+    free = {*_HOW, "date"}
+    return isinstance(known, dict) and _without(known, free) == _without(settings, free)
+
+
+def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def _clear(path: Path) -> None:
@@ -206,7 +215,7 @@ def check_same_settings(path: str | Path, config: TrainConfig) -> None:
     if not (Path(path) / "state.json").is_file():
         return
     known = RunFolder.open(path).read_config()
-    if filled(known) != config.to_dict():
+    if _without(filled(known), _HOW) != _without(config.to_dict(), _HOW):
         raise RunError(f"{path} was begun with other settings; choose another --out, or remove it.")
 
 

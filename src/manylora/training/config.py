@@ -51,6 +51,7 @@ TASK_TYPES: Mapping[TaskType, TaskTypeSettings] = {
         auto="classification",
         auto_embedded="classification",
         unused={
+            "score_base": (False,),
             "loss_on": ("answer",),
             "max_new_tokens": (None,),
             "rouge": ("all",),
